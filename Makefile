@@ -1,0 +1,77 @@
+# Needs make and Python 3.11 or newer; each target brings .venv up to what it needs, once.
+#
+#   make demo PYTHON=python3.12     another interpreter for .venv
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#                                   CPU wheels of torch: pip's default on Linux brings CUDA, several gigabytes
+#   make serve ARGS="--port 9000"   arguments for the command behind a target
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := .venv/bin
+# An extra index, not another one: a build with a local version (2.13.0+cpu) is preferred to the plain one, and
+# whatever pip is configured with keeps working.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo serve test check bench bench-gpu train
+
+help:
+	@echo 'make demo       start the server, send a picture through it and back, stop it'
+	@echo 'make serve      the service on http://127.0.0.1:8000'
+	@echo 'make test       every test that needs no GPU'
+	@echo 'make check      lint, formatting, types, import contracts'
+	@echo 'make bench      CPU: encode and decode beside diffusers (ARGS=--quick for the small sizes)'
+	@echo 'make bench-gpu  the GPU tests, then fp16 encode and decode beside diffusers'
+	@echo 'make train      train the embedded default VAE anew: hours'
+
+# One stamp for each set of packages, inside .venv so that removing it starts over.
+.venv/runtime: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/test: .venv/runtime
+	$(INSTALL) -e '.[test]'
+	@touch $@
+
+.venv/check: .venv/test
+	$(INSTALL) -e '.[check]'
+	@touch $@
+
+.venv/train: .venv/runtime
+	$(INSTALL) -e '.[train]'
+	@touch $@
+
+demo: .venv/runtime
+	$(BIN)/python tests/demo.py $(ARGS)
+
+serve: .venv/runtime
+	$(BIN)/latentd serve $(ARGS)
+
+test: .venv/test
+	$(BIN)/pytest -m 'not gpu' $(ARGS)
+
+check: .venv/check
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	PYTHONWARNINGS=error $(BIN)/lint-imports
+
+bench: .venv/test
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+bench-gpu: .venv/test
+	@set -e; \
+	cuda=$$($(BIN)/python -c 'import torch; print(torch.cuda.is_available())'); \
+	if [ "$$cuda" = True ]; then \
+		$(BIN)/pytest -m gpu; \
+		$(BIN)/python -m benchmarks.gpu $(ARGS); \
+	else \
+		echo 'bench-gpu: no CUDA device here, nothing was measured'; \
+	fi
+
+train: .venv/train
+	$(BIN)/python models/train_latentd_small.py $(ARGS)
