@@ -1,0 +1,1 @@
+"""The networks, their latent formats and families, and the ways to execute a network. Pure torch."""

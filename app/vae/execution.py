@@ -1,0 +1,127 @@
+"""The one primitive that every network is written against, and its plain execution.
+
+A network never calls torch layers itself: it asks an `Execution` for norm -> activation -> (up-sampling)
+convolution -> residual add, and for attention. `Whole` does it in one go on whole feature maps; `strips.Banded`
+does it over bands of rows and gives the same picture from a fraction of the memory.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Activation = Callable[..., Tensor]
+"""A pointwise function `act(x, inplace=False)`: `F.silu`, `F.relu`, `tanh_clamp`."""
+
+Pad = tuple[int, int, int, int]
+"""Rows and columns of zeros: (left, right, top, bottom), the order of `F.pad`."""
+
+SCORE_ELEMENTS = 1 << 26
+"""Attention scores held at once where torch has no fused kernel: 256 MiB in float32."""
+
+Map = TypeVar("Map")
+
+
+class AttentionBlock(Protocol):
+    """Single-head self-attention over all positions of a map; q, k, v and proj_out are 1x1 convolutions."""
+
+    norm: nn.GroupNorm
+    q: nn.Conv2d
+    k: nn.Conv2d
+    v: nn.Conv2d
+    proj_out: nn.Conv2d
+
+
+class Execution(Protocol[Map]):
+    """How a network runs. `Map` is whatever stands for a feature map (B, C, H, W) in this execution."""
+
+    def conv(
+        self,
+        x: Map,
+        conv: nn.Conv2d,
+        *,
+        norm: nn.GroupNorm | None = None,
+        act: Activation | None = None,
+        up: bool = False,
+        pad: Pad | None = None,
+        add: Map | None = None,
+        then: Activation | None = None,
+    ) -> Map:
+        """then(conv(up(act(norm(x)))) + add).
+
+        `up` doubles both sides by nearest neighbour; `pad` replaces the convolution's own padding by zeros.
+        """
+
+    def attention(self, x: Map, block: AttentionBlock) -> Map:
+        """x + proj_out(softmax(q k^T / sqrt(C)) v) over all H*W positions of norm(x)."""
+
+
+Network = Callable[[Any, Any], Any]
+"""A network's forward: (execution, input map) -> output map, as `AutoencoderKL.encoder` or `.decoder`."""
+
+
+def tanh_clamp(x: Tensor, inplace: bool = False) -> Tensor:
+    """TAESD's soft limit on latents, tanh(x / 3) * 3 (github.com/madebyollin/taesd, class Clamp)."""
+    return (x.div_(3) if inplace else x / 3).tanh_().mul_(3)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of q (B, 1, n, C) over k, v (B, 1, m, C), without an n x m matrix in memory.
+
+    Where torch would fall back to its quadratic form, the queries go in chunks of `SCORE_ELEMENTS` scores.
+    """
+    if q.is_meta:  # there torch decomposes the kernel into its quadratic form, which no real device allocates
+        return torch.empty_like(q)
+    fused: int = torch._fused_sdp_choice(q, k, v)
+    if fused:  # 0 is SDPBackend.MATH
+        return F.scaled_dot_product_attention(q, k, v)
+    rows = max(1, SCORE_ELEMENTS // (q.shape[0] * k.shape[2]))
+    chunks = [F.scaled_dot_product_attention(part, k, v) for part in torch.split(q, rows, dim=2)]
+    return torch.cat(chunks, dim=2)
+
+
+def tokens(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, 1, h*w, C); free of copies for channels_last maps."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1)
+
+
+class Whole:
+    """Whole feature maps (B, C, H, W), one torch call after the other; what the other executions must equal."""
+
+    def conv(
+        self,
+        x: Tensor,
+        conv: nn.Conv2d,
+        *,
+        norm: nn.GroupNorm | None = None,
+        act: Activation | None = None,
+        up: bool = False,
+        pad: Pad | None = None,
+        add: Tensor | None = None,
+        then: Activation | None = None,
+    ) -> Tensor:
+        """See `Execution.conv`."""
+        if norm is not None:
+            x = norm(x)
+        if act is not None:
+            x = act(x)
+        if up:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        if pad is not None:
+            x = F.pad(x, pad)
+        x = F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
+        if add is not None:
+            x += add  # a convolution's backward needs its input, not its output: safe in training too
+        return x if then is None else then(x)
+
+    def attention(self, x: Tensor, block: AttentionBlock) -> Tensor:
+        """See `Execution.attention`."""
+        b, c, h, w = x.shape
+        normed = block.norm(x)
+        q, k, v = (tokens(project(normed)) for project in (block.q, block.k, block.v))
+        del normed
+        out = attend(q, k, v).reshape(b, h, w, c).permute(0, 3, 1, 2)  # (B, C, h, w), channels_last
+        projected: Tensor = block.proj_out(out)
+        return projected.add_(x)
