@@ -1,0 +1,1 @@
+"""Bytes <-> numpy: picture files and array files. Knows neither HTTP nor torch."""

@@ -1,0 +1,66 @@
+"""What an array file declares of its data, checked before the data is touched, and the way from there to values."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from app.errors import InvalidLatent, MalformedBody
+
+Values = npt.NDArray[np.float16 | np.float32]
+
+_DTYPES = {"<f2": "float16", ">f2": "float16", "<f4": "float32", ">f4": "float32", "bf16": "float32"}
+_OTHERS = {"f8": "float64", "i1": "int8", "i2": "int16", "i4": "int32", "i8": "int64", "u1": "uint8", "O": "objects"}
+_LONGEST = 2**31
+
+
+@dataclass(frozen=True)
+class Declared:
+    """An array whose data begins at byte `start` of its file; `declare` makes one."""
+
+    shape: tuple[int, int, int, int]
+    """(N, C, h, w)."""
+    code: str
+    """`<f2`, `>f2`, `<f4`, `>f4` as in .npy, or `bf16`."""
+    start: int
+    fortran: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """float16 or float32, as it is read: bfloat16, which numpy lacks, becomes float32."""
+        return _DTYPES[self.code]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data in the file."""
+        return math.prod(self.shape) * (4 if "4" in self.code else 2)
+
+
+def declare(shape: tuple[int, ...], code: str, start: int, *, fortran: bool = False) -> Declared:
+    """Checks a dtype and a shape (C, h, w) or (N, C, h, w); raises InvalidLatent."""
+    if code not in _DTYPES:
+        raise InvalidLatent(f"expected float16 or float32, got {_OTHERS.get(code.lstrip('<>|='), code)[:40]}")
+    if len(shape) not in (3, 4) or max(shape) >= _LONGEST:
+        raise InvalidLatent(f"expected a shape of (C, h, w) or (N, C, h, w), got {str(shape)[:60]}")
+    if min(shape) < 1:
+        raise InvalidLatent(f"expected no dimension of 0, got a shape of {shape}")
+    batch, channels, height, width = (1, *shape) if len(shape) == 3 else shape
+    return Declared((batch, channels, height, width), code, start, fortran)
+
+
+def check_size(declared: Declared, size: int) -> None:
+    """Compares the declaration with the file's `size` in bytes; raises MalformedBody."""
+    if declared.nbytes != size - declared.start:
+        raise MalformedBody(f"the header declares {declared.nbytes} bytes of data, {size - declared.start} are there")
+
+
+def values(declared: Declared, body: bytes) -> Values:
+    """The data as (N, C, h, w): native byte order, contiguous, writable, a copy that does not hold the body."""
+    count = math.prod(declared.shape)
+    if declared.code == "bf16":  # the upper half of a float32
+        halves = np.frombuffer(body, "<u2", count, declared.start)
+        flat = (halves.astype(np.uint32) << 16).view(np.float32)
+    else:
+        flat = np.frombuffer(body, declared.code, count, declared.start).astype(declared.dtype)
+    return np.ascontiguousarray(flat.reshape(declared.shape, order="F" if declared.fortran else "C"))

@@ -1,0 +1,102 @@
+"""Zip archives: several arrays as .npz, several pictures as .zip. Trusts no size that an archive states."""
+
+import io
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy.typing as npt
+
+from app.errors import InvalidLatent, MalformedBody, TooLarge
+from app.wire.declared import Declared, Values, check_size, values
+from app.wire.npy import MAX_HEADER, npy_header, write_npy
+
+MAX_MEMBERS = 1024
+
+_ENTRY = b"PK\x01\x02"  # begins each entry of the directory
+_ENCRYPTED = 0x1
+_READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others cannot be inflated within a bound
+_DECODE_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, OverflowError, NotImplementedError)
+
+
+def npz_headers(body: bytes) -> list[Declared]:
+    """What the arrays of a .npz file declare, in name order; their data stays compressed.
+
+    Raises MalformedBody, TooLarge above `MAX_MEMBERS` arrays, and InvalidLatent as `npy_header` does.
+    """
+    with _archive(body) as archive:
+        return [_header(archive, member) for member in _members(archive)]
+
+
+def read_npz(body: bytes, max_bytes: int) -> list[Values]:
+    """The arrays (N, C, h, w) of a .npz file in name order, numbers by value: `arr_2` before `arr_10`.
+
+    Raises TooLarge where they are more than `max_bytes` uncompressed, before any is inflated; else as `npz_headers`.
+    """
+    with _archive(body) as archive:
+        members = _members(archive)
+        total = sum(member.file_size for member in members)
+        if total > max_bytes:
+            raise TooLarge(f"the archive holds {total} bytes uncompressed, more than the limit of {max_bytes}")
+        return [values(_header(archive, member), _inflate(archive, member)) for member in members]
+
+
+def write_npz(arrays: list[npt.NDArray[Any]]) -> bytes:
+    """A .npz file of arrays of any shapes, stored; named 0, 1, .., zero-padded so that sorting keeps their order."""
+    digits = len(str(len(arrays) - 1))
+    return write_zip([(f"{index:0{digits}}.npy", write_npy(array)) for index, array in enumerate(arrays)])
+
+
+def write_zip(files: list[tuple[str, bytes]]) -> bytes:
+    """A zip archive of (name, content), stored: pictures don't shrink, and the same files give the same bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in files:
+            entry = zipfile.ZipInfo(name)  # dated 1980
+            entry.external_attr = 0o644 << 16  # without it, unzip makes files that nobody may read
+            archive.writestr(entry, content)
+    return buffer.getvalue()
+
+
+@contextmanager
+def _archive(body: bytes) -> Iterator[zipfile.ZipFile]:
+    # ZipFile parses the whole directory at once, so its length is bounded first.
+    if body.count(_ENTRY) > MAX_MEMBERS:
+        raise TooLarge(f"the archive holds more than {MAX_MEMBERS} files")
+    try:
+        with zipfile.ZipFile(io.BytesIO(body)) as archive:
+            yield archive
+    except _DECODE_ERRORS as error:
+        raise MalformedBody(f"the .npz archive is truncated or corrupt: {str(error)[:80]}") from error
+
+
+def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    members = sorted(archive.infolist(), key=lambda member: _natural(member.filename))
+    if not members:
+        raise InvalidLatent("the .npz archive is empty")
+    for member in members:
+        if not member.filename.endswith(".npy"):
+            raise InvalidLatent(f"expected only .npy files in the archive, got {member.filename[:40]!r}")
+        if member.compress_type not in _READABLE or member.flag_bits & _ENCRYPTED:
+            raise MalformedBody(f"{member.filename[:40]!r} is neither stored nor deflated, or encrypted")
+    return members
+
+
+def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Declared:
+    with archive.open(member) as file:
+        declared = npy_header(file.read(MAX_HEADER))
+    check_size(declared, member.file_size)
+    return declared
+
+
+def _inflate(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    with archive.open(member) as file:
+        return file.read(member.file_size)  # archive.read() would inflate up to 2 GiB whatever the size says
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    text_and_digits = enumerate(re.split("([0-9]+)", name))
+    return [(int(part), "") if index % 2 else (0, part) for index, part in text_and_digits]

@@ -1,0 +1,33 @@
+"""Knows file formats by their first bytes, whatever a Content-Type says."""
+
+import re
+
+from app.errors import UnsupportedMedia
+
+PICTURES = ("PNG", "JPEG", "WebP")
+ARRAYS = ("npy", "npz", "safetensors")
+
+# The formats that are not read are here so that an error can name what came.
+_FIRST_BYTES = {
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "JPEG": rb"\xff\xd8\xff",
+    "WebP": rb"RIFF.{4}WEBP",
+    "npy": rb"\x93NUMPY",
+    "npz": rb"PK(\x03\x04|\x05\x06)",
+    "safetensors": rb".{4}\0{4}\{",  # the header's length, below 4 GiB, and its JSON object
+    "GIF": rb"GIF8[79]a",
+    "TIFF": rb"II\*\0|MM\0\*",
+    "AVIF or HEIF": rb".{4}ftyp",
+    "JPEG XL": rb"\xff\x0a|\0{3}\x0cJXL ",
+    "BMP": rb"BM.{4}\0{4}",
+}
+_FORMATS = {name: re.compile(first_bytes, re.DOTALL) for name, first_bytes in _FIRST_BYTES.items()}
+
+
+def sniff(body: bytes, expected: tuple[str, ...]) -> str:
+    """The format's name, one of `expected`; UnsupportedMedia names the expected ones and what came."""
+    found = next((name for name, first_bytes in _FORMATS.items() if first_bytes.match(body)), None)
+    if found in expected:
+        return found
+    got = found or (f"bytes that begin with {body[:12]!r}" if body else "an empty body")
+    raise UnsupportedMedia(f"expected {', '.join(expected[:-1])} or {expected[-1]}, got {got}")
