@@ -60,7 +60,7 @@ class KLConfig:
             if width % norm_groups:
                 raise UnsupportedCheckpoint(
                     f"{width} channels do not divide into {norm_groups} norm groups: give norm_num_groups in a "
-                    "config.json beside the file or in its metadata"
+                    "NAME.json or config.json beside the file, or in its metadata"
                 )
         return cls(
             encoder_widths=encoder_widths,

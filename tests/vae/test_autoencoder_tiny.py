@@ -41,11 +41,9 @@ class ReferenceBlock(nn.Module):
                 nn.ReLU(),
                 nn.Conv2d(4 * c_in, c_in, 1, bias=False),
             )
-        else:
-            self.pool = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pool is not None:
+        if hasattr(self, "pool"):
             x = x + self.pool(x)
         return torch.relu(self.conv(x) + self.skip(x))
 

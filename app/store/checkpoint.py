@@ -1,0 +1,134 @@
+"""A checkpoint: one autoencoder on disk, identified; and how it becomes a module.
+
+Knows files and tensors; which device and precision is the caller's to say.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from app.errors import UnsupportedCheckpoint
+from app.store.declared import FamilySource
+from app.store.folder import Stamp, stamp
+from app.store.formats import Format, read_header, read_tensors
+from app.store.identify import Config
+from app.store.known import Fp16
+from app.store.renames import canonical_keys
+from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
+from app.vae.autoencoder_tiny import AutoencoderTiny
+from app.vae.families import Family
+
+Autoencoder = AutoencoderKL | AutoencoderTiny
+
+STATISTICS = "bn."  # running statistics of FLUX.2's latents: float32 in every precision
+COUNTER = "bn.num_batches_tracked"  # a counter of training that some files lack
+NAMED = 3  # keys that an error lists
+
+
+class CheckpointChanged(UnsupportedCheckpoint):
+    """The files are not those that were identified: rescan the folder and try again."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One autoencoder on disk: what it is, where it is, and how its files looked when that was found out."""
+
+    name: str
+    path: Path  # the file, the encoder of a pair, or the diffusers folder
+    files: tuple[Path, ...]  # with weights: one, or encoder and decoder
+    sha256: str  # over the bytes of `files`, in that order
+    format: Format
+    family: Family
+    family_source: FamilySource
+    config: Config = field(repr=False)
+    known_as: str | None  # its name in the table of published files
+    fp16: Fp16  # before any run
+    parameters: int
+    weight_dtype: str  # `fp16`, `bf16`, `fp32`, ...; `mixed`
+    baked: bool  # inside a full checkpoint
+    stamps: tuple[Stamp, ...] = field(repr=False)
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the loaded module in this dtype."""
+        statistics = 0
+        if isinstance(self.config, KLConfig) and self.config.batch_norm:
+            statistics = 2 * 4 * self.config.latent_channels * torch.float32.itemsize + torch.int64.itemsize
+        return self.parameters * dtype.itemsize + statistics
+
+    def changed(self) -> bool:
+        """Whether a file was written, replaced or removed since it was identified."""
+        try:
+            return any(stamp(item.path) != item for item in self.stamps)
+        except OSError:
+            return True
+
+
+def load_autoencoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Autoencoder:
+    """The module on the device in dtype (BatchNorm statistics in float32), channels_last, for inference only.
+
+    Every tensor is a copy of its own, made one by one: nothing of the module depends on the file afterwards.
+    Raises CheckpointChanged when the files are not those that were identified, UnsupportedCheckpoint when they
+    cannot be read.
+    """
+    _check_unchanged(checkpoint)
+    module = blank(checkpoint.config)
+    wanted = module.state_dict()
+    state: dict[str, Tensor] = {}
+    try:
+        for key, tensor in read_state(checkpoint):
+            if key not in wanted or not agrees(tuple(tensor.shape), tuple(wanted[key].shape)):
+                raise UnsupportedCheckpoint(f"unexpected {key} of shape {tuple(tensor.shape)}")
+            state[key] = _copy(tensor, wanted[key], wanted[key].dtype if key.startswith(STATISTICS) else dtype, device)
+    except UnsupportedCheckpoint as error:
+        _check_unchanged(checkpoint)  # the likelier reason
+        raise UnsupportedCheckpoint(f"{checkpoint.name}: {error}") from error
+    _check_unchanged(checkpoint)
+    if COUNTER in wanted:
+        state.setdefault(COUNTER, torch.zeros((), dtype=torch.int64, device=device))
+    if missing := [key for key in wanted if key not in state]:
+        raise UnsupportedCheckpoint(f"{checkpoint.name}: missing {some(missing)}")
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def read_state(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """(LDM name, tensor on the host as the file has it) one at a time; copy, do not keep.
+
+    Raises UnsupportedCheckpoint when a file cannot be read.
+    """
+    for path in checkpoint.files:
+        names = canonical_keys(read_header(path).tensors, path.stem)
+        for key, tensor in read_tensors(path, names):
+            yield names[key], tensor
+
+
+def blank(config: Config) -> Autoencoder:
+    """The module on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return AutoencoderKL(config) if isinstance(config, KLConfig) else AutoencoderTiny(config)
+
+
+def agrees(have: tuple[int, ...], want: tuple[int, ...]) -> bool:
+    """The same shape; a linear layer (C, C) is a 1x1 convolution (C, C, 1, 1)."""
+    return have == want or (len(have) == 2 and (*have, 1, 1) == want)
+
+
+def _copy(tensor: Tensor, like: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of its own memory with the shape of `like`."""
+    layout = torch.channels_last if like.dim() == 4 else torch.contiguous_format
+    out = torch.empty(like.shape, dtype=dtype, device=device, memory_format=layout)
+    return out.copy_(tensor.reshape(like.shape))
+
+
+def _check_unchanged(checkpoint: Checkpoint) -> None:
+    if checkpoint.changed():
+        raise CheckpointChanged(f"{checkpoint.name}: {checkpoint.path.name} has changed since it was identified")
+
+
+def some(keys: Sequence[str]) -> str:
+    """The first few keys, for an error."""
+    more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+    return ", ".join(keys[:NAMED]) + more

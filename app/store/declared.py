@@ -1,0 +1,124 @@
+"""What is written about an autoencoder beside its weights: the operator's sidecar, a diffusers config, metadata."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from app.errors import UnsupportedCheckpoint
+from app.store.folder import read_json
+from app.vae.families import FAMILIES, Architecture
+
+FamilySource = Literal["config", "checkpoint", "hash", "operator", "default"]
+
+KEYS = ("family", "norm_num_groups", "scaling_factor", "shift_factor")
+LIMIT = 1e6  # of a scale or shift
+
+CLASSES: dict[str, tuple[Architecture, float]] = {
+    # of diffusers: architecture and default scaling_factor; files older than that key mean the default
+    "AutoencoderKL": ("kl", FAMILIES["sd1"].latent_format.scaling_factor),
+    "AutoencoderKLFlux2": ("kl", 1.0),
+    "AutoencoderTiny": ("tiny", 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a sidecar, a diffusers config or a file's metadata says; None where it says nothing."""
+
+    source: FamilySource
+    origin: str  # for messages: the file's name, or "metadata"
+    family: str | None = None
+    norm_num_groups: int | None = None
+    scaling_factor: float | None = None
+    shift_factor: float | None = None
+    default_scaling_factor: float | None = None  # of the diffusers class; believed only where it leads to a row
+
+
+def from_sidecar(path: Path) -> Declared | None:
+    """The operator's word; None for a JSON file that has none of our keys, as other programs write them.
+
+    Raises UnsupportedCheckpoint for keys or values that are not understood.
+    """
+    content = _read(path)
+    if not any(key in content for key in KEYS):
+        return None
+    if unknown := [key for key in content if key not in KEYS]:
+        raise UnsupportedCheckpoint(f"{path.name}: unknown key {unknown[0]!r}; expected {', '.join(KEYS)}")
+    if "shift_factor" in content and not {"family", "scaling_factor"} & content.keys():
+        raise UnsupportedCheckpoint(f"{path.name}: shift_factor needs a scaling_factor or a family beside it")
+    return _declared(content, "operator", path.name)
+
+
+def from_config(path: Path) -> Declared:
+    """A diffusers config.json. Raises UnsupportedCheckpoint for autoencoders that are built differently."""
+    content = _read(path)
+    name = str(content.get("_class_name"))
+    if name not in CLASSES:
+        raise UnsupportedCheckpoint(f"{path.name}: _class_name is {name}; expected one of {', '.join(CLASSES)}")
+    architecture, default = CLASSES[name]
+    act = {"kl": "silu", "tiny": "relu"}[architecture]
+    if content.get("act_fn", act) != act:
+        raise UnsupportedCheckpoint(f"{path.name}: act_fn is {content['act_fn']}; expected {act}")
+    if content.get("latents_mean") is not None or content.get("latents_std") is not None:
+        raise UnsupportedCheckpoint(f"{path.name}: latents_mean and latents_std per channel are not supported")
+    if not _is_family(content.get("family")):
+        content.pop("family", None)  # not a key of diffusers: ours, or somebody else's
+    return replace(_declared(content, "config", path.name), default_scaling_factor=default)
+
+
+def from_metadata(metadata: Mapping[str, str]) -> Declared:
+    """A safetensors file's own metadata, as `models/train_latentd_small.py` and `latentd convert` write it."""
+    content = {key: _number(metadata[key]) for key in KEYS if key in metadata}
+    if not _is_family(content.pop("family", None)):
+        # other programs may use these words for things of their own
+        content = {key: value for key, value in content.items() if not isinstance(value, str)}
+    else:
+        content["family"] = metadata["family"]
+    return _declared(content, "config", "metadata")
+
+
+def norm_groups(declared: Iterable[Declared]) -> int:
+    """The group count of the norms, which no shape tells: what is declared, else 32."""
+    return next((item.norm_num_groups for item in declared if item.norm_num_groups is not None), 32)
+
+
+def _declared(content: Mapping[str, object], source: FamilySource, origin: str) -> Declared:
+    family = content.get("family")
+    if family is not None and not _is_family(family):
+        raise UnsupportedCheckpoint(f"{origin}: unknown family {family!r}; expected one of {', '.join(FAMILIES)}")
+    groups = content.get("norm_num_groups")
+    if groups is not None and (type(groups) is not int or groups < 1):  # a bool is an int
+        raise UnsupportedCheckpoint(f"{origin}: norm_num_groups is {groups!r}; expected a positive integer")
+    numbers: dict[str, float | None] = {}
+    for key in ("scaling_factor", "shift_factor"):
+        value = content.get(key)
+        if value is None:
+            numbers[key] = None
+        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LIMIT:  # not NaN either
+            numbers[key] = float(value)
+        else:
+            raise UnsupportedCheckpoint(f"{origin}: {key} is {value!r}; expected a number")
+    if numbers["scaling_factor"] == 0:
+        raise UnsupportedCheckpoint(f"{origin}: scaling_factor is 0")
+    return Declared(source, origin, None if family is None else str(family), groups, **numbers)
+
+
+def _is_family(value: object) -> bool:
+    return isinstance(value, str) and value in FAMILIES
+
+
+def _number(text: str) -> object:
+    try:
+        return int(text) if text.lstrip("-").isdigit() else float(text)
+    except ValueError:
+        return text  # refused with its value by _declared
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        return read_json(path)
+    except OSError as error:
+        raise UnsupportedCheckpoint(f"{path.name} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UnsupportedCheckpoint(str(error)) from error

@@ -1,0 +1,157 @@
+"""Finds out what a source of weights is: headers and shapes first, its bytes' hash last, no tensor at all."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.errors import UnsupportedCheckpoint
+from app.store.checkpoint import COUNTER, STATISTICS, Checkpoint, agrees, blank, some
+from app.store.declared import Declared, from_config, from_metadata, from_sidecar, norm_groups
+from app.store.folder import DIFFUSERS_WEIGHTS, Source, Stamp, stamp
+from app.store.formats import TensorInfo, dtype_name, read_header
+from app.store.identify import Config, Hints, family_of
+from app.store.known import lookup
+from app.store.renames import DROPPED, HALVES, canonical_keys, is_tiny, prefix_of
+from app.vae.autoencoder_kl import KLConfig
+from app.vae.autoencoder_tiny import TinyConfig
+
+
+@dataclass(frozen=True)
+class Digest:
+    """sha256 of a source's bytes, and of each file where there are two."""
+
+    sha256: str
+    halves: tuple[str, ...] = ()
+
+
+def identify_source(
+    source: Source,
+    name: str,
+    default_family: str | None,
+    digest: Callable[[Source], Digest],
+) -> Checkpoint:
+    """Finds out what a source is, from headers and shapes; `digest` is asked last, as it reads every byte.
+
+    Raises UnsupportedCheckpoint with the reason.
+    """
+    stamps = tuple(_stamp(path) for path in source.watched)
+    weights = _weights(source)
+    declared = _declarations(source, weights.metadata)
+    config = _config(weights, declared)
+    hashed = digest(source)
+    row = lookup(hashed.sha256, hashed.halves)
+    family, family_source = family_of(
+        config,
+        Hints(
+            declared=declared,
+            pipeline=weights.pipeline,
+            known_family=row.family if row else None,
+            default_family=default_family,
+            stem=source.stem,
+        ),
+    )
+    values = {key: info for key, info in weights.tensors.items() if not key.startswith(STATISTICS)}
+    dtypes = {dtype_name(info.dtype) for info in values.values()}
+    return Checkpoint(
+        name=name,
+        path=source.path,
+        files=source.files,
+        sha256=hashed.sha256,
+        format=source.format,
+        family=family,
+        family_source=family_source,
+        config=config,
+        known_as=row.name if row else None,
+        fp16=row.fp16 if row else "unknown",
+        parameters=sum(math.prod(info.shape) for info in values.values()),
+        weight_dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
+        baked=bool(weights.pipeline),
+        stamps=stamps,
+    )
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The autoencoder's tensors by LDM name, and what lies beside them in the files."""
+
+    tensors: Mapping[str, TensorInfo]
+    pipeline: Mapping[str, tuple[int, ...]]  # shapes of a full checkpoint's other tensors
+    metadata: Mapping[str, str]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self.tensors.items()}
+
+
+def _weights(source: Source) -> _Weights:
+    if not source.files:
+        sharded = any(source.path.glob("*-of-*")) or any(source.path.glob("*.index.json"))
+        raise UnsupportedCheckpoint(
+            "its weights are split over several files; one file was expected"
+            if sharded
+            else f"a config.json without weights: expected {DIFFUSERS_WEIGHTS[0]} beside it"
+        )
+    tensors: dict[str, TensorInfo] = {}
+    pipeline: dict[str, tuple[int, ...]] = {}
+    metadata: dict[str, str] = {}
+    for path in source.files:
+        header = read_header(path)
+        names = canonical_keys(header.tensors, path.stem)
+        metadata.update(header.metadata)
+        for key, name in names.items():
+            if name in tensors:
+                raise UnsupportedCheckpoint(f"{name} is there twice")
+            tensors[name] = header.tensors[key]
+        if prefix := prefix_of(header.tensors):
+            own = (prefix, *DROPPED)
+            pipeline |= {key: info.shape for key, info in header.tensors.items() if not key.startswith(own)}
+    _check_halves(source, tensors)
+    return _Weights(tensors, pipeline, metadata)
+
+
+def _check_halves(source: Source, names: Iterable[str]) -> None:
+    names = list(names)
+    there = [half for half in HALVES if any(name.startswith(f"{half}.") for name in names)]
+    if not there:
+        raise UnsupportedCheckpoint(
+            f"no VAE inside: no key begins with encoder. or decoder. ({some(names) or 'no tensors'})"
+        )
+    if len(there) == 1:
+        other = next(half for half in HALVES if half not in there)
+        stem = source.stem.removesuffix(f"_{there[0]}")
+        raise UnsupportedCheckpoint(f"only the {there[0]}: {stem}_{other}.* is missing beside it")
+
+
+def _declarations(source: Source, metadata: Mapping[str, str]) -> tuple[Declared, ...]:
+    sidecar = from_sidecar(source.sidecar) if source.sidecar else None
+    config = from_config(source.config) if source.config else None
+    return tuple(item for item in (sidecar, config, from_metadata(metadata)) if item is not None)
+
+
+def _config(weights: _Weights, declared: tuple[Declared, ...]) -> Config:
+    """The configuration that the shapes say, once the strict load is sure to succeed with it."""
+    shapes = weights.shapes
+    config: Config
+    if is_tiny(shapes):
+        config = TinyConfig.from_shapes(shapes)
+    else:
+        config = KLConfig.from_shapes(shapes, norm_groups(declared))
+    wanted = {key: tuple(value.shape) for key, value in blank(config).state_dict().items()}
+    if missing := [key for key in wanted if key not in shapes and key != COUNTER]:
+        raise UnsupportedCheckpoint(f"missing {some(missing)}")
+    if left := [key for key in shapes if key not in wanted]:
+        raise UnsupportedCheckpoint(f"left over {some(left)}")
+    for key, shape in wanted.items():
+        if key in shapes and not agrees(shapes[key], shape):
+            raise UnsupportedCheckpoint(f"{key} has shape {shapes[key]}; expected {shape}")
+        if key != COUNTER and not weights.tensors[key].dtype.is_floating_point:
+            raise UnsupportedCheckpoint(f"{key} is {dtype_name(weights.tensors[key].dtype)}; expected floating point")
+    return config
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        return stamp(path)
+    except OSError as error:
+        raise UnsupportedCheckpoint(f"{path.name} cannot be read: {error.strerror}") from error

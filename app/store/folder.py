@@ -1,0 +1,229 @@
+"""What lies in a models folder: weights, pairs of halves, diffusers folders, and the JSON files that belong to them.
+
+Knows names and file stamps; opens nothing but `config.json`. The layout is the WebUI's and ComfyUI's.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.store.formats import SUFFIXES, Format
+from app.store.renames import half_of
+
+ROOTS = ("VAE", "vae", "vae_approx", "VAE-approx", "Stable-diffusion", "checkpoints")
+DIFFUSERS_WEIGHTS = tuple(
+    f"diffusion_pytorch_model{variant}" for variant in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
+)
+CONFIG_LIMIT = 1 << 20  # bytes of a JSON file beside weights
+
+
+@dataclass(frozen=True, order=True)
+class Stamp:
+    """A file's state without its bytes; it changes when the file is written, replaced or made readable."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+    inode: int
+    mode: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files that make one model."""
+
+    path: Path  # the file, the pair's encoder, or the diffusers folder
+    files: tuple[Path, ...]  # with weights: one, or encoder and decoder
+    format: Format
+    stem: str
+    config: Path | None = None  # the diffusers config.json
+    sidecar: Path | None = None  # the operator's NAME.json
+
+    @property
+    def watched(self) -> tuple[Path, ...]:
+        """All files whose change makes this another model."""
+        return (*self.files, *(path for path in (self.config, self.sidecar) if path))
+
+
+def stamp(path: Path) -> Stamp:
+    """The state of a file; follows links. Raises OSError."""
+    status = path.stat()
+    return Stamp(path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_mode)
+
+
+def walk(folder: Path) -> tuple[Stamp, ...]:
+    """All files under the model folders that could matter, in order of their paths.
+
+    Links are followed; a directory that was seen already is not entered again. Hidden names are skipped, and so are
+    partial downloads, whose last suffix is none of ours.
+    """
+    roots = [root for name in ROOTS if (root := folder / name).is_dir()] or [folder]
+    seen: set[tuple[int, int]] = set()
+    stamps: list[Stamp] = []
+    for root in roots:
+        for place, folders, names in os.walk(root, followlinks=True):
+            identity = _identity(Path(place))
+            if identity is None or identity in seen:
+                folders.clear()
+                continue
+            seen.add(identity)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            stamps += _stamps(Path(place), names)
+    return tuple(sorted(stamps))
+
+
+def _identity(place: Path) -> tuple[int, int] | None:
+    try:
+        status = place.stat()
+    except OSError:  # gone since it was listed
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _stamps(place: Path, names: Iterable[str]) -> list[Stamp]:
+    stamps = []
+    for name in names:
+        if not name.startswith(".") and Path(name).suffix.lower() in (*SUFFIXES, ".json"):
+            try:
+                stamps.append(stamp(place / name))
+            except OSError:  # gone since it was listed, or a link to nowhere
+                continue
+    return stamps
+
+
+def sources(stamps: Iterable[Stamp], folder: Path) -> list[Source]:
+    """The models that these files make, in order of their paths."""
+    places: dict[Path, set[str]] = {}
+    for item in stamps:
+        places.setdefault(item.path.parent, set()).add(item.path.name)
+    pipelines = {place for place, names in places.items() if "model_index.json" in names}
+    found: list[Source] = []
+    for place, names in places.items():
+        if place.parent in pipelines and place.name != "vae":
+            continue  # the other parts of a diffusers pipeline
+        weights = {name for name in names if Path(name).suffix.lower() in SUFFIXES}
+        if "config.json" in names and _is_autoencoder(place / "config.json"):
+            chosen = _chosen(weights)
+            own = {name for name in weights if name == chosen or name.startswith("diffusion_pytorch_model")}
+            if own or not weights:
+                found.append(_diffusers(place, chosen, folder, places))
+            weights -= own
+        found += _files(place, weights, names)
+    return sorted(found, key=lambda source: source.path)
+
+
+def source_of(path: Path) -> Source:
+    """The model at a path that somebody named: a file, with its other half if there is one, or a diffusers folder.
+
+    Raises FileNotFoundError.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    path = path.absolute()  # the parents' names matter
+    if path.is_dir():
+        place = path / "vae" if (path / "vae" / "config.json").is_file() else path
+        names = {entry.name for entry in place.iterdir()}
+        chosen = _chosen({name for name in names if Path(name).suffix.lower() in SUFFIXES})
+        beside = {place.parent, place.parent.parent}
+        return _diffusers(
+            place, chosen, None, {folder: {entry.name for entry in folder.iterdir()} for folder in beside}
+        )
+    names = {entry.name for entry in path.parent.iterdir()}
+    weights = {name for name in names if Path(name).suffix.lower() in SUFFIXES} | {path.name}
+    return next(source for source in _files(path.parent, weights, names) if path in source.files)
+
+
+def names_of(found: Iterable[Source]) -> dict[Source, str]:
+    """A unique name for each: the stem, else folder/stem, else the file's name, else folder/name, else the path."""
+    names: dict[Source, str] = {}
+    left = list(found)
+    for choice in range(5):
+        wanted: dict[str, list[Source]] = {}
+        for source in left:
+            wanted.setdefault(_choices(source)[choice], []).append(source)
+        names |= {same[0]: name for name, same in wanted.items() if len(same) == 1}
+        left = [source for source in left if source not in names]
+    return names
+
+
+def _choices(source: Source) -> tuple[str, str, str, str, str]:
+    file, parent = source.path, source.path.parent.name
+    name = source.stem + ("" if source.format == "diffusers" else file.suffix)
+    return source.stem, f"{parent}/{source.stem}", name, f"{parent}/{name}", file.as_posix().lstrip("/")
+
+
+def _files(place: Path, weights: set[str], names: set[str]) -> list[Source]:
+    """The sources of a folder's plain files: pairs of the same suffix first, then pairs of two suffixes."""
+    found: list[Source] = []
+    left = sorted(weights)
+    for same_suffix in (True, False):
+        for name in [name for name in left if half_of(Path(name).stem) == "encoder"]:
+            stem = Path(name).stem.removesuffix("_encoder")
+            partner = next(
+                (
+                    other
+                    for other in left
+                    if Path(other).stem == f"{stem}_decoder"
+                    and (not same_suffix or Path(other).suffix == Path(name).suffix)
+                ),
+                None,
+            )
+            if partner is not None:
+                left = [other for other in left if other not in (name, partner)]
+                found.append(_plain(place, (name, partner), stem, names))
+    return found + [_plain(place, (name,), Path(name).stem, names) for name in left]
+
+
+def _plain(place: Path, files: tuple[str, ...], stem: str, names: set[str]) -> Source:
+    return Source(
+        path=place / files[0],
+        files=tuple(place / name for name in files),
+        format=SUFFIXES.get(Path(files[0]).suffix.lower(), "bin"),
+        stem=stem,
+        sidecar=place / f"{stem}.json" if f"{stem}.json" in names else None,
+    )
+
+
+def _diffusers(place: Path, weights: str | None, folder: Path | None, places: dict[Path, set[str]]) -> Source:
+    inside_pipeline = place.name == "vae" and place.parent != folder
+    home = place.parent if inside_pipeline else place
+    sidecar = home.parent / f"{home.name}.json"
+    return Source(
+        path=place,
+        files=(place / weights,) if weights else (),
+        format="diffusers",
+        stem=home.name,
+        config=place / "config.json",
+        sidecar=sidecar if sidecar.name in places.get(home.parent, ()) else None,
+    )
+
+
+def _chosen(weights: set[str]) -> str | None:
+    """The weights that a diffusers config speaks of: those of diffusers' name, or the only ones in its folder."""
+    named = next((name for name in DIFFUSERS_WEIGHTS if name in weights), None)
+    return next(iter(weights)) if named is None and len(weights) == 1 else named
+
+
+def _is_autoencoder(config: Path) -> bool:
+    try:
+        content = read_json(config)
+    except (OSError, ValueError):
+        return False  # somebody else's file
+    return str(content.get("_class_name", "")).startswith("Autoencoder")
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object from a small file. Raises OSError, or ValueError with a one-line reason."""
+    with path.open("rb") as file:
+        text = file.read(CONFIG_LIMIT + 1)
+    if len(text) > CONFIG_LIMIT:
+        raise ValueError(f"{path.name} is larger than {CONFIG_LIMIT} bytes")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return content

@@ -1,0 +1,240 @@
+"""The file formats of weights: what is in a file without reading its tensors, and the tensors one by one.
+
+safetensors is parsed and read here with plain reads: no mapping, so a file truncated under our feet is an error and
+never a SIGBUS. Format: github.com/huggingface/safetensors, README, "Format". Pickles go through torch's restricted
+unpickler (`weights_only=True`), which runs no code of the file.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from app.errors import UnsupportedCheckpoint
+
+Format = Literal["safetensors", "ckpt", "pt", "pth", "bin", "diffusers"]
+
+SUFFIXES: dict[str, Format] = {
+    ".safetensors": "safetensors",
+    ".sft": "safetensors",
+    ".ckpt": "ckpt",
+    ".pt": "pt",
+    ".pth": "pth",
+    ".bin": "bin",
+}
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+
+HEADER_LIMIT = 100_000_000  # bytes of a safetensors header, the limit of the reference implementation
+ZIP_MAGIC = b"PK\x03\x04"  # of torch.save since 1.6; before, a plain pickle followed by the storages
+
+BROKEN = (
+    UnpicklingError,
+    RuntimeError,  # also torch's archive reader, and RecursionError
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+)
+"""What a pickle that is not one, or not all there, raises on its way through torch.load."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file, unread."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int = 0  # bytes from the beginning of a safetensors file; pickles find their own
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file holds: its tensors by key, and the text metadata of a safetensors file."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_header(path: Path) -> Header:
+    """The keys, dtypes and shapes of a file, without its tensors.
+
+    Raises UnsupportedCheckpoint with a one-line reason for whatever cannot be read.
+    """
+    try:
+        if _is_safetensors(path):
+            return _safetensors_header(path)
+        tensors = _unwrap(_unpickle(path, map_location="meta"))
+    except OSError as error:
+        raise UnsupportedCheckpoint(f"cannot be read: {error.strerror or error}") from error
+    return Header({key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()})
+
+
+def read_tensors(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor on the host) one at a time; a pickle's tensors are views of the mapped file: copy, do not keep.
+
+    Raises UnsupportedCheckpoint when a key is not there or the file cannot be read.
+    """
+    try:
+        if _is_safetensors(path):
+            yield from _read_safetensors(path, keys)
+        else:
+            tensors = _unwrap(_unpickle(path, map_location="cpu"))
+            for key in keys:
+                if key not in tensors:
+                    raise UnsupportedCheckpoint(f"{key} is not in the file any more")
+                yield key, tensors[key]
+    except OSError as error:
+        raise UnsupportedCheckpoint(f"cannot be read: {error.strerror or error}") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    if path.suffix.lower() in (".safetensors", ".sft"):
+        return True
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"  # some programs give safetensors a pickle's suffix
+
+
+def _safetensors_header(path: Path) -> Header:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > HEADER_LIMIT:
+            raise UnsupportedCheckpoint(f"not a safetensors file: {size} bytes that begin with {prefix!r}")
+        text = file.read(length)
+    if len(text) < length:
+        raise UnsupportedCheckpoint(f"truncated: header promises {8 + length} bytes, file has {size}")
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UnsupportedCheckpoint(f"not a safetensors file: its header is no JSON ({_line(error)})") from error
+    if not isinstance(entries, dict):
+        raise UnsupportedCheckpoint("not a safetensors file: its header is no JSON object")
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise UnsupportedCheckpoint("not a safetensors file: its metadata is no JSON object")
+    end = 8 + length
+    tensors: dict[str, TensorInfo] = {}
+    spans = sorted((_span(key, entry), key, entry) for key, entry in entries.items())
+    for (begin, after), key, entry in spans:
+        if 8 + length + begin != end:
+            raise UnsupportedCheckpoint(f"the data of {key} overlaps another tensor or leaves a gap")
+        tensors[key] = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), offset=end)
+        end = 8 + length + after
+    if end != size:
+        kind = "truncated" if end > size else "too long"
+        raise UnsupportedCheckpoint(f"{kind}: header promises {end} bytes, file has {size}")
+    return Header(tensors, {str(key): str(value) for key, value in metadata.items()})
+
+
+def _span(key: str, entry: object) -> tuple[int, int]:
+    """(begin, end) of a tensor's bytes after the header; raises UnsupportedCheckpoint unless all fields agree."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+            if dtype not in DTYPES:
+                raise UnsupportedCheckpoint(f"{key} has dtype {dtype}, which is not known here")
+            sound = begin >= 0 and all(type(side) is int and side >= 0 for side in shape)
+            if sound and end - begin == math.prod(shape) * DTYPES[dtype].itemsize:
+                return begin, end
+            raise UnsupportedCheckpoint(f"{key} is {dtype} of shape {shape}, but has bytes {begin} to {end}")
+    raise UnsupportedCheckpoint(f"not a safetensors file: the entry of {key} lacks dtype, shape or data_offsets")
+
+
+def _read_safetensors(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    header = _safetensors_header(path)
+    with path.open("rb") as file:
+        for key in keys:
+            if key not in header.tensors:
+                raise UnsupportedCheckpoint(f"{key} is not in the file any more")
+            info = header.tensors[key]
+            data = bytearray(math.prod(info.shape) * info.dtype.itemsize)
+            file.seek(info.offset)
+            if (got := file.readinto(data)) < len(data):
+                raise UnsupportedCheckpoint(f"truncated: {key} has {len(data)} bytes, the file gave {got}")
+            flat = torch.frombuffer(data, dtype=info.dtype) if data else torch.empty(0, dtype=info.dtype)
+            yield key, flat.reshape(info.shape)
+
+
+def _unpickle(path: Path, map_location: str) -> object:
+    with path.open("rb") as file:
+        mapped = file.read(4) == ZIP_MAGIC  # the older form cannot be mapped and is read whole
+    try:
+        return torch.load(path, map_location=map_location, mmap=mapped, weights_only=True)
+    except UnpicklingError as error:
+        if blocked := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UnsupportedCheckpoint(
+                f"refused: the pickle asks for {blocked[1].rstrip('.,')}, and a file that names functions or classes "
+                "could run code here; save its tensors alone, best as .safetensors"
+            ) from error
+        raise UnsupportedCheckpoint(f"not a checkpoint of torch.save: {_line(error)}") from error
+    except BROKEN as error:
+        raise UnsupportedCheckpoint(f"not a checkpoint of torch.save, or truncated: {_line(error)}") from error
+
+
+def _unwrap(content: object) -> dict[str, Tensor]:
+    """The tensors of a pickled dict, of its `state_dict`, or of the one dict that is all it holds."""
+    while isinstance(content, dict):
+        tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+        inner = content.get("state_dict", next(iter(content.values())) if len(content) == 1 else None)
+        if isinstance(inner, dict):
+            content = inner
+        elif tensors:
+            for key, tensor in tensors.items():
+                _check_dense(key, tensor)
+            return tensors
+        else:
+            break
+    raise UnsupportedCheckpoint(f"holds no tensors by name: {type(content).__name__} where a state dict was expected")
+
+
+def _check_dense(key: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise UnsupportedCheckpoint(f"{key} is sparse or quantised; dense weights were expected")
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        raise UnsupportedCheckpoint(f"{key} claims shape {tuple(tensor.shape)}, more than the file holds")
+
+
+def _line(error: BaseException) -> str:
+    """The last words of an error, on one line: torch puts the cause of an UnpicklingError after its advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "http" not in line]
+    text = lines[-1] if isinstance(error, UnpicklingError) and lines else " ".join(lines)
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`fp16`, `bf16`, `fp32`, `fp64`; torch's own name for the others."""
+    return DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))

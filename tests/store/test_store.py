@@ -1,0 +1,268 @@
+"""The models folder as callers see it: what is listed, what a name means, and what changes without a restart."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.errors import InvalidParameter, UnknownModel, UnsupportedCheckpoint
+from app.store.checkpoint import Checkpoint, load_autoencoder
+from app.store.describe import Digest
+from app.store.store import ModelStore, Unreadable, sha256_of
+from tests.store.weights import as_diffusers, state_of, write, write_folder
+
+
+@pytest.fixture
+def store(tmp_path):
+    (tmp_path / "VAE").mkdir()
+    return ModelStore(tmp_path, "sd1")
+
+
+def put(store: ModelStore, name: str, seed: int = 0, family: str = "taesd") -> Path:
+    return write(store.folder / name, state_of(family, seed))
+
+
+def listed(store: ModelStore) -> dict[str, str]:
+    """{name: family, or what is wrong}."""
+    return {
+        entry.name: entry.family.name if isinstance(entry, Checkpoint) else entry.error for entry in store.entries()
+    }
+
+
+def test_an_empty_folder(store):
+    assert store.entries() == []
+    assert store.stale()
+    store.scan()
+    assert store.entries() == []
+    assert not store.stale()
+    with pytest.raises(UnknownModel, match="no usable model"):
+        store.resolve(None)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    store = ModelStore(tmp_path / "nothing", "sd1")
+    store.scan()
+    assert store.entries() == []
+
+
+def test_good_and_bad_files_are_listed(store):
+    put(store, "VAE/good.safetensors")
+    put(store, "VAE/b.pt", family="sd1")
+    (store.folder / "VAE/empty.ckpt").touch()
+    (store.folder / "VAE/text.safetensors").write_text("hello, this is text")
+    write(store.folder / "VAE/unet.safetensors", {"model.diffusion_model.out.2.weight": torch.zeros(3)})
+    write(store.folder / "VAE/lone_encoder.pth", {"0.weight": torch.zeros(3)})
+    put(store, "VAE/odd.pt")
+    (store.folder / "VAE/odd.json").write_text('{"family": "sd9"}')
+    store.scan()
+    entries = listed(store)
+    assert list(entries) == sorted(entries)
+    assert entries["good"] == "taesd"
+    assert entries["b"] == "sd1"
+    assert "not a checkpoint" in entries["empty"]
+    assert "not a safetensors file" in entries["text"]
+    assert "no VAE inside" in entries["unet"]
+    assert entries["lone_encoder"] == "only the encoder: lone_decoder.* is missing beside it"
+    assert "unknown family 'sd9'" in entries["odd"]
+
+
+def test_a_reason_is_one_line(store):
+    write(store.folder / "VAE/x.pt", state_of("sd1") | {"a\nb" * 1000: torch.zeros(1)})
+    store.scan()
+    entry = store.entries()[0]
+    assert isinstance(entry, Unreadable)
+    assert "\n" not in entry.error
+    assert len(entry.error) <= 500
+
+
+def test_by_name_by_hash_and_alone(store):
+    path = put(store, "VAE/a.safetensors")
+    store.scan()
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    for model in (None, "a", sha256, sha256[:8], sha256[:20].upper()):
+        assert store.resolve(model).sha256 == sha256
+    for model in ("A", "a.safetensors", sha256[:7], "0" * 64, ""):
+        with pytest.raises(UnknownModel, match="there are: a"):
+            store.resolve(model)
+
+
+def test_several_models(store):
+    put(store, "VAE/a.safetensors")
+    put(store, "VAE/b.safetensors", seed=1)
+    (store.folder / "VAE/broken.pt").touch()
+    store.scan()
+    with pytest.raises(InvalidParameter, match=r"model is required, as there are several: a, b$"):
+        store.resolve(None)
+    assert store.resolve(None, "b").name == "b"
+    assert store.resolve("a", "b").name == "a"
+    with pytest.raises(UnknownModel, match="'c'; there are: a, b, broken"):
+        store.resolve(None, "c")
+    with pytest.raises(UnsupportedCheckpoint, match="model broken: not a checkpoint"):
+        store.resolve("broken")
+
+
+def test_a_broken_file_does_not_make_the_only_model_ambiguous(store):
+    put(store, "VAE/a.safetensors")
+    (store.folder / "VAE/broken.pt").touch()
+    store.scan()
+    assert store.resolve(None).name == "a"
+
+
+def test_the_names_in_an_error_are_capped(store):
+    for index in range(25):
+        (store.folder / f"VAE/{index:02}.pt").touch()
+    store.scan()
+    with pytest.raises(UnknownModel, match=r"19 and 5 more$"):
+        store.resolve("nothing")
+
+
+def test_a_prefix_of_two_models_is_ambiguous_but_not_of_two_copies(store, monkeypatch):
+    monkeypatch.setattr("app.store.store.PREFIX", 0)
+    put(store, "VAE/a.pt")
+    shutil.copy(store.folder / "VAE/a.pt", store.folder / "VAE/copy.pt")
+    store.scan()
+    assert store.resolve("").name == "a"
+    put(store, "VAE/b.pt", seed=1)
+    store.scan()
+    with pytest.raises(InvalidParameter, match="sha256 of several models"):
+        store.resolve("")
+
+
+def test_pairs_and_folders(store):
+    state = state_of("taesd")
+    total = hashlib.sha256()
+    for half in ("encoder", "decoder"):
+        bare = {key.removeprefix(f"{half}."): value for key, value in state.items() if key.startswith(half)}
+        total.update(write(store.folder / f"VAE/tiny_{half}.pth", bare).read_bytes())
+    config = {"_class_name": "AutoencoderKL", "scaling_factor": 0.13025}
+    folder = write_folder(store.folder / "VAE/xl", state_of("sdxl"), config)
+    store.scan()
+    assert listed(store) == {"tiny": "taesd", "xl": "sdxl"}
+    assert store.resolve("tiny").sha256 == total.hexdigest()
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    assert store.resolve("xl").sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def test_files_added_replaced_and_removed(store):
+    path = put(store, "VAE/a.safetensors")
+    store.scan()
+    before = store.resolve("a")
+    assert not store.stale()
+
+    put(store, "VAE/b.pt", seed=1)
+    assert store.stale()
+    store.scan()
+    assert listed(store).keys() == {"a", "b"}
+
+    new = put(store, "new/a.safetensors", seed=2)
+    new.replace(path)
+    assert store.stale()
+    store.scan()
+    assert store.resolve("a").sha256 != before.sha256
+
+    path.unlink()
+    assert store.stale()
+    store.scan()
+    assert listed(store).keys() == {"b"}
+    assert not store.stale()
+
+
+def test_a_replacement_of_the_same_size_and_time_is_noticed(store):
+    path = put(store, "VAE/a.safetensors")
+    status = path.stat()
+    store.scan()
+    new = put(store, "new/a.safetensors", seed=2)
+    os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert new.stat().st_size == status.st_size
+    new.replace(path)
+    assert store.stale()
+
+
+def test_a_sidecar_takes_effect_and_lets_go(store):
+    put(store, "VAE/a.safetensors", family="sd1")
+    store.scan()
+    assert listed(store) == {"a": "sd1"}
+    (store.folder / "VAE/a.json").write_text('{"family": "sdxl"}')
+    assert store.stale()
+    store.scan()
+    assert store.resolve("a").family_source == "operator"
+    (store.folder / "VAE/a.json").unlink()
+    assert store.stale()
+    store.scan()
+    assert listed(store) == {"a": "sd1"}
+
+
+def test_a_file_being_copied_in_heals(store):
+    whole = put(store, "outside.safetensors").read_bytes()
+    path = store.folder / "VAE/a.safetensors"
+    path.write_bytes(whole[: len(whole) // 2])
+    store.scan()
+    assert "truncated" in listed(store)["a"]
+    with path.open("ab") as file:
+        file.write(whole[len(whole) // 2 :])
+    assert store.stale()
+    store.scan()
+    assert listed(store) == {"a": "taesd"}
+
+
+def test_only_new_files_are_read_again(store, monkeypatch):
+    put(store, "VAE/a.safetensors")
+    store.scan()
+    path = put(store, "VAE/b.safetensors", seed=1)
+    read: list[tuple[Path, ...]] = []
+
+    def count(files: tuple[Path, ...]) -> Digest:
+        read.append(files)
+        return sha256_of(files)
+
+    monkeypatch.setattr("app.store.store.sha256_of", count)
+    store.scan()
+    assert read == [(path,)]
+    assert store.resolve("b").sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_collision_renames_both_and_one_gone_renames_back(store):
+    put(store, "VAE/a.safetensors")
+    store.scan()
+    put(store, "checkpoints/a.safetensors", seed=1)
+    store.scan()
+    assert listed(store).keys() == {"VAE/a", "checkpoints/a"}
+    assert store.resolve("VAE/a").name == "VAE/a"
+    (store.folder / "checkpoints/a.safetensors").unlink()
+    store.scan()
+    assert listed(store).keys() == {"a"}
+
+
+def test_a_reader_keeps_its_checkpoint_while_the_folder_changes(store):
+    path = put(store, "VAE/a.safetensors")
+    store.scan()
+    checkpoint = store.resolve("a")
+    module = load_autoencoder(checkpoint, torch.float32, torch.device("cpu"))
+    path.unlink()
+    store.scan()
+    assert module.state_dict().keys() == state_of("taesd").keys()
+    assert store.entries() == []
+
+
+def test_linked_models(store, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    write(elsewhere / "blob", as_diffusers(state_of("taesd")))
+    (elsewhere / "blob").rename(elsewhere / "data.safetensors.blob")
+    write(elsewhere / "a.safetensors", state_of("taesd"))
+    (store.folder / "VAE/linked.safetensors").symlink_to(elsewhere / "a.safetensors")
+    store.scan()
+    assert listed(store) == {"linked": "taesd"}
+    write(elsewhere / "a.safetensors", state_of("taesd", seed=3))
+    assert store.stale()
+
+
+def test_16_channels_need_a_word(store):
+    put(store, "VAE/ae.safetensors", family="flux")
+    store.scan()
+    assert "could be sd3 or flux" in listed(store)["ae"]
+    (store.folder / "VAE/ae.json").write_text('{"family": "flux"}')
+    store.scan()
+    assert listed(store) == {"ae": "flux"}

@@ -1,0 +1,110 @@
+"""Small random autoencoders of every family, and the file forms that users keep theirs in."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from app.store.renames import diffusers_keys
+from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
+from app.vae.autoencoder_tiny import AutoencoderTiny, TinyConfig, TinyLayer
+from app.vae.families import FAMILIES
+
+State = dict[str, Tensor]
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+WIDTH = 32  # of every level: the default of 32 norm groups divides it
+
+
+def kl_config(family: str = "sd1", **changes: Any) -> KLConfig:
+    row = FAMILIES[family]
+    quant = family not in {"sd3", "flux"}
+    options: dict[str, Any] = {
+        "encoder_widths": (WIDTH,) * 4,
+        "decoder_widths": (WIDTH,) * 4,
+        "encoder_depth": 1,
+        "decoder_depth": 2,
+        "latent_channels": row.latent_channels,
+        "quant_conv": quant,
+        "post_quant_conv": quant,
+        "batch_norm": row.latent_format.statistics,
+    }
+    return KLConfig(**(options | changes))
+
+
+def tiny_config(family: str = "taesd", width: int = 4) -> TinyConfig:
+    """TAESD's layers, or the f32 variant's, one block a stage."""
+    row = FAMILIES[family]
+    pool, z, w = family == "taef2", row.latent_channels, width
+    encoder = [TinyLayer(0, 3, w), TinyLayer(1, w, w, block=True)]
+    if row.spatial_factor == 32:
+        encoder = [TinyLayer(0, 3, w, stride=2, relu=True), TinyLayer(2, w, w, stride=2, relu=True)]
+        encoder.append(TinyLayer(4, w, w, block=True))
+    for level in range(3):
+        after = encoder[-1].index + 1
+        encoder.append(TinyLayer(after, w, w, bias=False, stride=2))
+        encoder.append(TinyLayer(after + 1, w, w, block=True, pool=pool and level == 2))
+    encoder.append(TinyLayer(encoder[-1].index + 1, w, z))
+    decoder = [TinyLayer(1, z, w, relu=True), TinyLayer(3, w, w, block=True, pool=pool)]
+    while 1 << sum(layer.up for layer in decoder) < row.spatial_factor:
+        after = decoder[-1].index + 2
+        decoder += [TinyLayer(after, w, w, bias=False, up=True), TinyLayer(after + 1, w, w, block=True)]
+    decoder.append(TinyLayer(decoder[-1].index + 1, w, 3))
+    return TinyConfig(tuple(encoder), tuple(decoder))
+
+
+def module_of(family: str = "sd1", seed: int = 0, **changes: Any) -> AutoencoderKL | AutoencoderTiny:
+    """A random network; the same weights for the same arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    module: AutoencoderKL | AutoencoderTiny
+    if FAMILIES[family].architecture == "kl":
+        module = AutoencoderKL(kl_config(family, **changes))
+    else:
+        module = AutoencoderTiny(tiny_config(family, **changes))
+    for value in module.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+    if module.bn is not None:
+        module.bn.running_var = torch.rand(module.bn.num_features, generator=generator) + 0.5
+    return module.eval()
+
+
+def state_of(family: str = "sd1", seed: int = 0, **changes: Any) -> State:
+    """A random state dict with LDM names."""
+    return module_of(family, seed, **changes).state_dict()
+
+
+def as_diffusers(state: Mapping[str, Tensor]) -> State:
+    """The same tensors as diffusers saves them: its names, attention as linear layers."""
+    names = diffusers_keys(state)
+    linear = (".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")
+    return {names[key]: value.flatten(1) if key.endswith(linear) else value for key, value in state.items()}
+
+
+def under(prefix: str) -> Callable[[Mapping[str, Tensor]], State]:
+    """Puts a prefix before every key."""
+    return lambda state: {prefix + key: value for key, value in state.items()}
+
+
+def write(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """Saves a state dict in the form that the suffix says; a .ckpt has it one level down, as training left it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file({key: value.contiguous().clone() for key, value in state.items()}, path, metadata)
+    elif path.suffix == ".ckpt":
+        torch.save({"epoch": 3, "state_dict": dict(state)}, path)
+    else:
+        torch.save(dict(state), path, _use_new_zipfile_serialization=path.suffix != ".bin")  # .bin: the older form
+    return path
+
+
+def write_folder(
+    folder: Path, state: Mapping[str, Tensor], config: Mapping[str, object], name: str = "diffusion_pytorch_model"
+) -> Path:
+    """A diffusers folder."""
+    write(folder / f"{name}.safetensors", as_diffusers(state))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
