@@ -1,0 +1,1 @@
+"""One command each: `make bench` on a CPU, `make bench-gpu` on a GPU. Peers are measured in the same run."""
