@@ -1,0 +1,1 @@
+"""HTTP only: bytes in, bytes out, and the one table that turns errors into statuses."""

@@ -1,0 +1,106 @@
+"""What the handlers share, handed over by the composition root; and the keys that open them."""
+
+import hashlib
+import hmac
+from base64 import b64decode
+from dataclasses import dataclass
+from typing import Annotated, cast
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPBearer
+
+from app.api.errors import Forbidden, Unauthorized
+from app.engine.engine import Engine
+from app.errors import InvalidParameter
+from app.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may bring: more could never be queued, however long its client waited."""
+
+    body_bytes: int
+    pixels: int  # of one picture
+    items: int
+    total_pixels: int
+
+
+@dataclass(frozen=True)
+class Context:
+    """Built once by `main.create_app`."""
+
+    engine: Engine
+    metrics: Metrics
+    limits: Limits
+    api_keys: frozenset[str] = frozenset()
+    admin_key: str | None = None
+    metrics_public: bool = True
+
+
+def context(request: Request) -> Context:
+    """The app's context."""
+    return cast(Context, request.app.state.context)
+
+
+Shared = Annotated[Context, Depends(context)]
+
+# Says in the OpenAPI document that a key may be needed; the functions below read the header themselves.
+BEARER = HTTPBearer(auto_error=False, description="An API key; as the password of Basic it is taken too.")
+
+
+def require_key(request: Request, shared: Shared) -> None:
+    """Lets a request pass that brings an API key or the admin key, or any request where no API keys are set."""
+    if not shared.api_keys:
+        return
+    given = _given(request)
+    if given is None:
+        raise Unauthorized("a key is needed: Authorization: Bearer KEY, or KEY as the password of Basic")
+    keys = shared.api_keys | ({shared.admin_key} if shared.admin_key else set())
+    matches = [_same(given, key) for key in keys]  # every key is compared, whichever fits
+    if not any(matches):
+        raise Forbidden("this key is not known")
+
+
+def require_admin(request: Request, shared: Shared) -> None:
+    """Lets a request pass that brings the admin key."""
+    if shared.admin_key is None:
+        raise Forbidden("admin routes are off: set LATENTD_ADMIN_KEY to use them")
+    given = _given(request)
+    if given is None:
+        raise Unauthorized("the admin key is needed: Authorization: Bearer KEY")
+    if not _same(given, shared.admin_key):
+        raise Forbidden("this is not the admin key")
+
+
+def require_metrics_key(request: Request, shared: Shared) -> None:
+    """As `require_key`, unless the metrics are public."""
+    if not shared.metrics_public:
+        require_key(request, shared)
+
+
+def each_once(request: Request) -> None:
+    """Refuses a query that says one thing twice."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InvalidParameter(f"given more than once: {', '.join(twice)[:200]}")
+
+
+GUARD = [Depends(BEARER), Depends(require_key), Depends(each_once)]
+ADMIN = [Depends(BEARER), Depends(require_admin), Depends(each_once)]
+
+
+def _given(request: Request) -> bytes | None:
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip().encode("latin-1")  # the bytes of the header
+    if scheme.lower() == "basic":
+        try:
+            return b64decode(value.strip(), validate=True).partition(b":")[2]
+        except ValueError:
+            return None
+    return None
+
+
+def _same(given: bytes, key: str) -> bool:
+    """Constant-time equality, of hashes so that the lengths do not show either."""
+    return hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(key.encode()).digest())

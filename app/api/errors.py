@@ -1,0 +1,148 @@
+"""The one table error -> status, and the problem+json (RFC 9457) that every error becomes."""
+
+import logging
+import math
+from dataclasses import dataclass
+from http import HTTPStatus
+from urllib.parse import quote
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from app import errors
+from app.api.schemas import Problem
+from app.store.checkpoint import CheckpointChanged
+
+log = logging.getLogger("app.api")
+
+MEDIA = "application/problem+json"
+CLIENT_GONE = 499  # nginx's number: in the log and the metrics only, nobody is there to read it
+
+
+class Unauthorized(errors.ServiceError):
+    """No key, where one is needed."""
+
+
+class Forbidden(errors.ServiceError):
+    """A key that does not open this, or a route that is switched off."""
+
+
+class SlowBody(errors.ServiceError):
+    """The body did not arrive in time."""
+
+
+class ClientGone(errors.ServiceError):
+    """The client closed the connection; the answer goes nowhere and is only counted."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How an error looks on the wire."""
+
+    status: int
+    code: str
+    retryable: bool = False  # the same request may succeed later
+
+
+STATUS: dict[type[errors.ServiceError], Kind] = {
+    errors.MalformedBody: Kind(400, "malformed_body"),
+    Unauthorized: Kind(401, "unauthorized"),
+    Forbidden: Kind(403, "forbidden"),
+    errors.UnknownModel: Kind(404, "unknown_model"),
+    errors.NotAcceptable: Kind(406, "not_acceptable"),
+    SlowBody: Kind(408, "slow_body", retryable=True),
+    errors.FamilyMismatch: Kind(409, "family_mismatch"),
+    errors.ModelBusy: Kind(409, "model_busy", retryable=True),
+    errors.TooLarge: Kind(413, "too_large"),
+    errors.UnsupportedMedia: Kind(415, "unsupported_media"),
+    errors.InvalidParameter: Kind(422, "invalid_parameter"),
+    errors.InvalidImage: Kind(422, "invalid_image"),
+    errors.InvalidLatent: Kind(422, "invalid_latent"),
+    errors.UnsupportedCheckpoint: Kind(422, "unsupported_checkpoint"),
+    errors.InvalidInput: Kind(422, "invalid_input"),
+    errors.Overloaded: Kind(429, "overloaded", retryable=True),
+    ClientGone: Kind(CLIENT_GONE, "client_gone"),
+    errors.NonFiniteOutput: Kind(500, "non_finite_output"),
+    errors.ServiceError: Kind(500, "internal_error"),
+    CheckpointChanged: Kind(503, "model_changed", retryable=True),  # between the look at the folder and the load
+    errors.Unavailable: Kind(503, "unavailable", retryable=True),
+    errors.DeadlineExceeded: Kind(504, "deadline_exceeded", retryable=True),
+    errors.OutOfMemory: Kind(507, "out_of_memory"),
+}
+
+BUG = STATUS[errors.ServiceError]
+
+
+def kind_of(error: errors.ServiceError) -> Kind:
+    """The row of the error's own class, or of the nearest one above it."""
+    return next(STATUS[base] for base in type(error).__mro__ if base in STATUS)
+
+
+def problem(request: Request, kind: Kind, detail: str, headers: dict[str, str] | None = None) -> Response:
+    """The answer to a request that failed."""
+    body = Problem(
+        type=f"urn:latentd:problem:{kind.code}",
+        title="Client Closed Request" if kind.status == CLIENT_GONE else HTTPStatus(kind.status).phrase,
+        status=kind.status,
+        detail=detail,
+        instance=quote(request.scope["path"]),  # request.url would parse the Host header, whatever is in it
+        code=kind.code,
+        request_id=request_id(request),
+        retryable=kind.retryable,
+    )
+    return JSONResponse(body.model_dump(), kind.status, headers, media_type=MEDIA)
+
+
+def request_id(request: Request) -> str:
+    """The id that `Access` gave the request."""
+    return str(request.scope.get("state", {}).get("request_id", ""))
+
+
+async def _service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, errors.ServiceError)
+    kind = kind_of(error)
+    headers: dict[str, str] = {}
+    if isinstance(error, errors.Overloaded):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    elif kind.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["Retry-After"] = "1"
+    elif kind.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = 'Bearer, Basic realm="latentd"'
+    return problem(request, kind, str(error), headers)
+
+
+async def _invalid_query(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    details = []
+    for found in error.errors():
+        name = ".".join(map(str, found["loc"][1:]))[:80]
+        if found["type"] == "extra_forbidden":
+            details.append(f"{name}: there is no such parameter")
+        else:
+            details.append(f"{name}: {found['msg']}, got {str(found['input'])[:80]!r}")
+    return problem(request, STATUS[errors.InvalidParameter], "; ".join(details))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+    headers = dict(error.headers) if error.headers else None
+    return problem(request, Kind(error.status_code, code), str(error.detail), headers)
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    found_by = request_id(request)
+    log.error("unexpected error, request %s", found_by, exc_info=error, extra={"facts": {"request_id": found_by}})
+    # starlette answers from outside `Access`, which sets this header on everything else
+    headers = {"X-Request-Id": found_by}
+    return problem(request, BUG, "an unexpected error: the log has it under this request_id", headers)
+
+
+def install(app: FastAPI) -> None:
+    """Makes every error of the app a problem+json."""
+    app.add_exception_handler(errors.ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _invalid_query)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _bug)

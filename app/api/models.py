@@ -1,0 +1,122 @@
+"""The models: what there is, what would happen, and for the admin what is resident."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from app.api.context import ADMIN, GUARD, Context, Shared
+from app.api.openapi import PROBLEM
+from app.api.schemas import LoadQuery, Model, Models, NoQuery, Plan, PlanQuery, Resident
+from app.engine.jobs import Task
+from app.errors import UnknownModel
+from app.store.checkpoint import Checkpoint
+from app.store.store import Entry
+
+router = APIRouter(prefix="/models", tags=["models"], dependencies=GUARD, responses=PROBLEM)
+admin = APIRouter(prefix="/models", tags=["admin"], dependencies=ADMIN, responses=PROBLEM)
+Nothing = Annotated[NoQuery, Query()]
+
+
+def model_row(entry: Entry, shared: Context) -> Model:
+    """One entry of the store with what the engine knows of it."""
+    if not isinstance(entry, Checkpoint):
+        return Model(name=entry.name, path=str(entry.path), format=entry.format, error=entry.error)
+    family = entry.family
+    resident = [
+        Resident(device=r.device, dtype=r.dtype, bytes=r.bytes, in_use=r.in_use, pinned=r.pinned)
+        for r in shared.engine.residencies(entry.sha256)
+    ]
+    return Model(
+        name=entry.name,
+        path=str(entry.path),
+        family=family.name,
+        family_source=entry.family_source,
+        format=entry.format,
+        sha256=entry.sha256,
+        known_as=entry.known_as,
+        parameters=entry.parameters,
+        latent_channels=family.latent_channels,
+        spatial_factor=family.spatial_factor,
+        scaling_factor=family.latent_format.scaling_factor,
+        shift_factor=family.latent_format.shift_factor,
+        fp16=shared.engine.fp16(entry),
+        resident=resident,
+    )
+
+
+async def _row(name: str, shared: Context) -> Model:
+    """The row of a model that has just been changed, or is asked for; one with an error is shown, not raised."""
+    entries = await shared.engine.entries()
+    for entry in entries:
+        if entry.name == name:
+            return model_row(entry, shared)
+    return model_row(await shared.engine.resolve(name), shared)  # by hash, or UnknownModel
+
+
+@router.get("")
+async def list_models(_: Nothing, shared: Shared) -> Models:
+    """Every model file of the folder, unreadable ones with their error."""
+    return Models(models=[model_row(entry, shared) for entry in await shared.engine.entries()])
+
+
+@router.get("/{name:path}/plan")
+async def plan(name: str, query: Annotated[PlanQuery, Query()], shared: Shared) -> Plan:
+    """The forecast and the plan for a picture of this size, as things are now."""
+    checkpoint = await shared.engine.resolve(name)
+    family = checkpoint.family
+    multiple = family.size_multiple
+    height, width = (-(-side // multiple) * multiple for side in (query.height, query.width))
+    task = Task(query.op, checkpoint, "raw", query.precision, query.tiling)
+    if query.op == "encode":
+        shape: tuple[int, ...] = (height, width, 3)
+    else:
+        shape = (family.latent_channels, height // family.spatial_factor, width // family.spatial_factor)
+    answer = await shared.engine.plan(task, shape)
+    return Plan(
+        device=answer.device,
+        plan=answer.plan,
+        forecast_bytes=answer.forecast_bytes,
+        free_bytes=answer.free_bytes,
+        available_bytes=answer.available_bytes,
+        plans=answer.plans,
+    )
+
+
+@router.get("/{name:path}")
+async def one_model(name: str, _: Nothing, shared: Shared) -> Model:
+    """One row of the list."""
+    if not name:
+        raise UnknownModel("a model's name is missing")
+    return await _row(name, shared)
+
+
+@admin.post("/{name:path}/load")
+async def load(name: str, query: Annotated[LoadQuery, Query()], shared: Shared) -> Model:
+    """Brings the model to every device."""
+    checkpoint = await shared.engine.resolve(name)
+    await shared.engine.load(checkpoint, query.dtype)
+    return await _row(checkpoint.name, shared)
+
+
+@admin.post("/{name:path}/unload")
+async def unload(name: str, _: Nothing, shared: Shared) -> Model:
+    """Removes the model from every device; 409 while it is pinned or in use."""
+    checkpoint = await shared.engine.resolve(name)
+    shared.engine.unload(checkpoint)
+    return await _row(checkpoint.name, shared)
+
+
+@admin.post("/{name:path}/pin")
+async def pin(name: str, _: Nothing, shared: Shared) -> Model:
+    """Keeps the model on the device once it is there."""
+    checkpoint = await shared.engine.resolve(name)
+    shared.engine.pin(checkpoint, pinned=True)
+    return await _row(checkpoint.name, shared)
+
+
+@admin.post("/{name:path}/unpin")
+async def unpin(name: str, _: Nothing, shared: Shared) -> Model:
+    """Lets the model be evicted again."""
+    checkpoint = await shared.engine.resolve(name)
+    shared.engine.pin(checkpoint, pinned=False)
+    return await _row(checkpoint.name, shared)

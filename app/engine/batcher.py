@@ -1,0 +1,233 @@
+"""The bounded queue of one device: who gets in, who runs next, and with whom.
+
+No timers: a batch is whatever is queued with the head's key when the device can take one. Models take turns, so a
+hot one cannot starve another.
+"""
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from app.engine.jobs import Job, Op
+from app.errors import DeadlineExceeded, Overloaded, TooLarge
+from app.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class QueueLimits:
+    """What a queue may hold, and what one batch may."""
+
+    requests: int  # items waiting or being read
+    pixels: int
+    batch_pixels: int
+
+
+@dataclass(frozen=True, eq=False)
+class Ticket:
+    """Room in the queue, taken before a body's pixels are decoded and given back when its jobs leave the queue."""
+
+    items: int
+    pixels: int
+
+
+class Rate:
+    """Measured seconds per megapixel of a device by model and operation, exponential averages over its batches."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[str, Op] | None, float] = {}
+
+    def note(self, sha256: str, op: Op, pixels: int, seconds: float) -> None:
+        """Takes in one finished batch."""
+        value = seconds / (pixels / 1e6)
+        for key in ((sha256, op), None):
+            old = self._seconds.get(key, value)
+            self._seconds[key] = 0.7 * old + 0.3 * value
+
+    def seconds(self, sha256: str, op: Op, pixels: int) -> float:
+        """Expected seconds of so many pixels; 0 before anything was measured."""
+        rate = self._seconds.get((sha256, op), self._seconds.get(None, 0.0))
+        return rate * pixels / 1e6
+
+    def of(self, jobs: Iterable[Job]) -> float:
+        """Expected seconds of these jobs."""
+        return sum(self.seconds(job.task.checkpoint.sha256, job.task.op, job.pixels) for job in jobs)
+
+
+class Batcher:
+    """Jobs by model, each model's in order of arrival."""
+
+    def __init__(self, limits: QueueLimits, rate: Rate, metrics: Metrics) -> None:
+        self.limits = limits
+        self.rate = rate
+        self._metrics = metrics
+        self._queues: dict[str, deque[Job]] = {}  # by sha256; none is empty
+        self._served: dict[str, int] = {}  # the number of the last batch of each model
+        self._batches = 0
+        self._items = 0  # admitted and not yet taken, whether or not their pixels are read
+        self._pixels = 0
+        self._arrival = asyncio.Event()
+        self._unread: dict[Ticket, float] = {}  # admitted, bodies being read: expected seconds
+        self._staged = 0.0  # expected seconds of the batch that was taken and does not run yet
+        self._running_until = 0.0  # when the batch on the device should be done, by the rate
+
+    def admit(self, items: int, pixels: int, deadline: float | None, seconds: float) -> Ticket:
+        """Room for a request's items, whose own compute should take `seconds`.
+
+        Raises Overloaded when the queue is full or the deadline cannot be met, TooLarge for more items than the queue
+        ever holds.
+        """
+        if items > self.limits.requests:
+            raise TooLarge(f"{items} items in one request: the queue holds {self.limits.requests}")
+        wait = self.wait_seconds()
+        full = self._items + items > self.limits.requests or (
+            self._pixels + pixels > self.limits.pixels and self._items > 0
+        )
+        if full:
+            self._metrics.rejected.labels("queue_full").inc()
+            raise Overloaded(
+                f"the queue is full: {self._items} of {self.limits.requests} items, "
+                f"{self._pixels} of {self.limits.pixels} pixels",
+                retry_after=max(1.0, wait),
+            )
+        if deadline is not None and time.monotonic() + wait + seconds > deadline:
+            self._metrics.rejected.labels("deadline").inc()
+            raise Overloaded(
+                f"the deadline cannot be met: about {wait + seconds:.1f} s of work are before its end",
+                retry_after=max(1.0, wait),
+            )
+        self._items += items
+        self._pixels += pixels
+        ticket = Ticket(items, pixels)
+        self._unread[ticket] = seconds
+        return ticket
+
+    def give_back(self, ticket: Ticket) -> None:
+        """The request failed before its jobs were put: its room is free again."""
+        del self._unread[ticket]
+        self._items -= ticket.items
+        self._pixels -= ticket.pixels
+
+    def put(self, ticket: Ticket, jobs: Iterable[Job]) -> None:
+        """Queues admitted jobs, which take up their own room from here on instead of the ticket's."""
+        self.give_back(ticket)
+        for job in jobs:
+            self._items += 1
+            self._pixels += job.pixels
+            self._queues.setdefault(job.task.checkpoint.sha256, deque()).append(job)
+        self._arrival.set()
+
+    async def take(self) -> list[Job]:
+        """The next batch: the head of the model whose turn it is, and all with its key up to the pixel budget.
+
+        Jobs whose client has gone or whose deadline has passed are dropped on the way.
+        """
+        while True:
+            while not self._queues:
+                self._arrival.clear()
+                await self._arrival.wait()
+            if batch := self._next_batch():
+                self._staged = self.rate.of(batch)
+                return batch
+
+    def began(self, seconds: float) -> None:
+        """The batch taken last is on the device, and should take so long."""
+        self._staged = 0.0
+        self._running_until = time.monotonic() + seconds
+
+    def ended(self) -> None:
+        """Nothing is on the device."""
+        self._running_until = 0.0
+
+    def failed(self) -> None:
+        """The batch taken last did not come to run."""
+        self._staged = 0.0
+
+    def depths(self) -> dict[tuple[str, Op], int]:
+        """Queued jobs by (model name, op)."""
+        depths: dict[tuple[str, Op], int] = {}
+        for jobs in self._queues.values():
+            for job in jobs:
+                key = (job.task.checkpoint.name, job.task.op)
+                depths[key] = depths.get(key, 0) + 1
+        return depths
+
+    @property
+    def items(self) -> int:
+        """Items admitted and not yet on the device."""
+        return self._items
+
+    @property
+    def pixels(self) -> int:
+        """Pixels admitted and not yet on the device."""
+        return self._pixels
+
+    def oldest_age(self, now: float) -> float:
+        """Seconds that the oldest queued job has waited."""
+        return max((now - jobs[0].queued for jobs in self._queues.values()), default=0.0)
+
+    def wait_seconds(self) -> float:
+        """Seconds until all that was admitted should be done, by the measured rate."""
+        queued = sum(self.rate.of(jobs) for jobs in self._queues.values())
+        running = max(0.0, self._running_until - time.monotonic())
+        return sum(self._unread.values()) + queued + self._staged + running
+
+    def retry_after(self) -> int:
+        """Whole seconds for the Retry-After header, at least one."""
+        return max(1, math.ceil(self.wait_seconds()))
+
+    def drain(self, error: Exception) -> None:
+        """Fails everything queued."""
+        while self._queues:
+            _, jobs = self._queues.popitem()
+            for job in jobs:
+                self._forget(job)
+                if not job.gone:
+                    job.future.set_exception(error)
+
+    def _next_batch(self) -> list[Job]:
+        sha256 = min(self._queues, key=self._turn)
+        jobs = self._queues.pop(sha256)
+        batch: list[Job] = []
+        rest: deque[Job] = deque()
+        pixels = 0
+        now = time.monotonic()
+        for job in jobs:
+            if self._dropped(job, now):
+                continue
+            fits = not batch or (job.key == batch[0].key and pixels + job.pixels <= self.limits.batch_pixels)
+            if not fits:
+                rest.append(job)
+                continue
+            batch.append(job)
+            pixels += job.pixels
+            self._forget(job)
+        if rest:
+            self._queues[sha256] = rest
+        if batch:
+            self._batches += 1
+            self._served[sha256] = self._batches
+        return batch
+
+    def _turn(self, sha256: str) -> tuple[int, float]:
+        """The model served longest ago comes first; of several that never were, the one that waits longest."""
+        return self._served.get(sha256, 0), self._queues[sha256][0].queued
+
+    def _dropped(self, job: Job, now: float) -> bool:
+        if job.gone:
+            self._metrics.cancelled.labels("queue").inc()
+        elif job.late(now):
+            self._metrics.rejected.labels("deadline").inc()
+            job.future.set_exception(
+                DeadlineExceeded(f"the deadline passed after {now - job.queued:.1f} s in the queue")
+            )
+        else:
+            return False
+        self._forget(job)
+        return True
+
+    def _forget(self, job: Job) -> None:
+        self._items -= 1
+        self._pixels -= job.pixels

@@ -1,0 +1,180 @@
+"""The models on one device: least recently used by bytes, counted references, each loaded once at a time.
+
+Lives on the event loop: no locks. Precision is part of the key; a resident module is never cast.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import torch
+
+from app.engine.memory import DeviceMemory
+from app.engine.planning import TORCH_DTYPES, Dtype
+from app.errors import ModelBusy, OutOfMemory
+from app.metrics import Metrics
+from app.store.checkpoint import Autoencoder, Checkpoint
+
+Key = tuple[str, Dtype]
+Load = Callable[[Checkpoint, Dtype], Awaitable[Autoencoder]]
+
+
+@dataclass(eq=False)
+class Resident:
+    """A module on the device. `in_use` counts the batches that hold it; it is not evicted before they let go."""
+
+    checkpoint: Checkpoint
+    dtype: Dtype
+    module: Autoencoder
+    nbytes: int
+    in_use: int = 0
+
+
+class ModelCache:
+    """Modules by (sha256, dtype), oldest use first."""
+
+    def __init__(self, load: Load, memory: DeviceMemory, limit: int | None, metrics: Metrics) -> None:
+        self._load_module = load
+        self._memory = memory
+        self._limit = limit if limit is not None else memory.capacity()
+        self._metrics = metrics
+        self._residents: OrderedDict[Key, Resident] = OrderedDict()
+        self._loading: dict[Key, asyncio.Task[None]] = {}
+        self._promised = 0  # bytes of the weights being loaded
+        self._pinned: set[str] = set()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all resident weights."""
+        return sum(resident.nbytes for resident in self._residents.values())
+
+    @property
+    def free(self) -> int:
+        """Bytes of the device that nobody has, weights on their way counted as there."""
+        return self._memory.free(self.nbytes) - self._promised
+
+    @property
+    def evictable(self) -> int:
+        """Bytes of weights that nobody uses or has pinned."""
+        return sum(resident.nbytes for resident in self._residents.values() if self._idle(resident))
+
+    def residents(self) -> list[Resident]:
+        """All residents, oldest use first."""
+        return list(self._residents.values())
+
+    def holds(self, sha256: str) -> bool:
+        """Whether the checkpoint is resident in any precision."""
+        return any(sha == sha256 for sha, _ in self._residents)
+
+    def pinned(self, sha256: str) -> bool:
+        """Whether the checkpoint must not be evicted."""
+        return sha256 in self._pinned
+
+    async def acquire(self, checkpoint: Checkpoint, dtype: Dtype, reserved: int = 0) -> Resident:
+        """The module, loaded if need be; the caller must `release` it.
+
+        `reserved` bytes of free memory belong to somebody else. Concurrent calls load once, and share an error:
+        UnsupportedCheckpoint, or OutOfMemory when the weights do not fit beside what is in use.
+        """
+        key = (checkpoint.sha256, dtype)
+        while key not in self._residents:
+            if key not in self._loading:
+                self._loading[key] = asyncio.create_task(self._load(checkpoint, dtype, reserved))
+                self._loading[key].add_done_callback(_retrieve)
+            await asyncio.shield(self._loading[key])
+        resident = self._residents[key]
+        self._residents.move_to_end(key)
+        resident.in_use += 1
+        return resident
+
+    def release(self, resident: Resident) -> None:
+        """Lets go of what `acquire` gave."""
+        resident.in_use -= 1
+
+    def make_room(self, nbytes: int, reserved: int = 0, limit: int | None = None) -> bool:
+        """Evicts idle residents, oldest first, until `nbytes` are free (and weights stay within `limit`)."""
+
+        def enough() -> bool:
+            fits = self.free - reserved >= nbytes
+            return fits and (limit is None or self.nbytes + self._promised <= limit)
+
+        for resident in self.residents():
+            if enough():
+                break
+            if self._idle(resident):
+                self._evict(resident, "memory")
+        return enough()
+
+    def pin(self, sha256: str) -> None:
+        """Keeps the checkpoint resident once it is."""
+        self._pinned.add(sha256)
+
+    def unpin(self, sha256: str) -> None:
+        """Allows eviction again."""
+        self._pinned.discard(sha256)
+
+    def unload(self, sha256: str) -> int:
+        """Evicts a checkpoint in every precision; bytes freed. Raises ModelBusy when it is in use or pinned."""
+        mine = [resident for resident in self.residents() if resident.checkpoint.sha256 == sha256]
+        if sha256 in self._pinned:
+            raise ModelBusy("the model is pinned: unpin it first")
+        if any(resident.in_use for resident in mine):
+            raise ModelBusy("the model is in use: try again when its requests are done")
+        for resident in mine:
+            self._evict(resident, "unload")
+        return sum(resident.nbytes for resident in mine)
+
+    def _idle(self, resident: Resident) -> bool:
+        return not resident.in_use and resident.checkpoint.sha256 not in self._pinned
+
+    def _evict(self, resident: Resident, reason: str) -> None:
+        del self._residents[resident.checkpoint.sha256, resident.dtype]
+        self._metrics.evictions.labels(reason).inc()
+
+    async def _load(self, checkpoint: Checkpoint, dtype: Dtype, reserved: int) -> None:
+        key = (checkpoint.sha256, dtype)
+        nbytes = checkpoint.weight_bytes(TORCH_DTYPES[dtype])
+        started = time.monotonic()
+        try:
+            if not self.make_room(nbytes, reserved, self._limit - nbytes):
+                raise self._no_room(checkpoint, dtype, nbytes, reserved)
+            self._promised += nbytes
+            try:
+                module = await self._try(checkpoint, dtype)
+                if module is None:  # the forecast of free memory was wrong: once more, in all the room there is
+                    self.make_room(self._memory.capacity())
+                    self._memory.release()
+                    module = await self._try(checkpoint, dtype)
+            finally:
+                self._promised -= nbytes
+            if module is None:
+                raise self._no_room(checkpoint, dtype, nbytes, reserved)
+        except BaseException:
+            self._metrics.loads.labels("error").inc()
+            raise
+        finally:
+            del self._loading[key]
+        self._residents[key] = Resident(checkpoint, dtype, module, nbytes)
+        self._metrics.loads.labels("ok").inc()
+        self._metrics.load_seconds.observe(time.monotonic() - started)
+
+    async def _try(self, checkpoint: Checkpoint, dtype: Dtype) -> Autoencoder | None:
+        """The module; None where the device had no room for it."""
+        try:
+            return await self._load_module(checkpoint, dtype)
+        except torch.OutOfMemoryError:
+            return None  # what comes next must not run in this block: the traceback holds what was loaded so far
+
+    def _no_room(self, checkpoint: Checkpoint, dtype: Dtype, nbytes: int, reserved: int) -> OutOfMemory:
+        return OutOfMemory(
+            f"the weights of {checkpoint.name} take {nbytes} bytes in {dtype}; "
+            f"{max(0, self.free - reserved)} are free and nothing idle is left to evict"
+        )
+
+
+def _retrieve(loading: asyncio.Task[None]) -> None:
+    """Looks at the error of a load that nobody waits for any more, or asyncio would complain."""
+    if not loading.cancelled():
+        loading.exception()

@@ -1,0 +1,324 @@
+"""The engine: a store of checkpoints, some devices, and the way of a request between them."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Self, get_args
+
+import numpy as np
+import torch
+
+from app.engine.batcher import Batcher, QueueLimits, Ticket
+from app.engine.forecast import Forecaster
+from app.engine.jobs import Job, Op, Precision, Result, Task, picture_pixels
+from app.engine.memory import memory_of
+from app.engine.planner import PlanAnswer, Verdicts
+from app.engine.planning import Fp16, dtypes
+from app.engine.worker import Load, Worker, torch_device
+from app.errors import InvalidImage, InvalidLatent, Unavailable
+from app.metrics import Metrics
+from app.store.checkpoint import Checkpoint, load_autoencoder
+from app.store.store import Entry, ModelStore
+
+LOAD_SECONDS = 0.5
+"""What bringing a model to a device is taken to cost when devices are compared: a 335 MB file from the page cache."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the operator decided, as plain values."""
+
+    devices: tuple[str, ...]
+    limits: QueueLimits
+    default_model: str | None = None
+    cache_bytes: int | None = None
+    memory_limit_bytes: int | None = None
+    precision: Precision = "auto"
+
+
+@dataclass(frozen=True)
+class Residency:
+    """One copy of a model on one device."""
+
+    device: str
+    dtype: str
+    bytes: int
+    in_use: int
+    pinned: bool
+
+
+class Admission:
+    """Room in one device's queue for one request; its items are run by `run`, or the room is given back."""
+
+    def __init__(self, worker: Worker, ticket: Ticket, deadline: float | None) -> None:
+        self._worker = worker
+        self._ticket: Ticket | None = ticket
+        self._deadline = deadline
+
+    async def run(self, task: Task, arrays: Sequence[np.ndarray]) -> list[Result]:
+        """Queues one job an array and waits for all of them; the first error is raised, the others are dropped."""
+        for array in arrays:
+            check_shape(task, array.shape)
+        loop = asyncio.get_running_loop()
+        jobs = [Job(task, array, self._deadline, loop.create_future()) for array in arrays]
+        ticket, self._ticket = self._ticket, None  # from here on the jobs stand for it, each leaves by itself
+        assert ticket is not None, "an admission runs once"
+        self._worker.batcher.put(ticket, jobs)
+        try:
+            return list(await asyncio.gather(*(job.future for job in jobs)))
+        finally:
+            for job in jobs:
+                job.future.cancel()
+
+    def close(self) -> None:
+        """Gives the room back if no job took it."""
+        if self._ticket is not None:
+            self._worker.batcher.give_back(self._ticket)
+
+
+class Engine:
+    """`async with` starts the devices and ends them. All methods belong to the event loop."""
+
+    def __init__(
+        self, options: EngineOptions, store: ModelStore, metrics: Metrics, load: Load = load_autoencoder
+    ) -> None:
+        self.options = options
+        self.store = store
+        self.metrics = metrics
+        self.draining = False
+        self.scanned = False
+        self.self_tested = False
+        self._scan: asyncio.Task[None] | None = None
+        self._open = 0  # admitted requests that have not ended
+        self._idle = asyncio.Event()
+        self._idle.set()
+        verdicts = Verdicts()
+        self._verdicts = verdicts
+        names = device_names(options.devices)
+        forecasters = {kind: Forecaster(kind) for kind in {torch_device(name).type for name in names}}
+        hosts = sum(torch_device(name).type == "cpu" for name in names)
+        self.workers = [
+            Worker(
+                name,
+                memory_of(torch_device(name), options.memory_limit_bytes, hosts),
+                limits=options.limits,
+                cache_bytes=options.cache_bytes,
+                precision=options.precision,
+                forecaster=forecasters[torch_device(name).type],
+                verdicts=verdicts,
+                metrics=metrics,
+                load=load,
+            )
+            for name in names
+        ]
+
+    async def __aenter__(self) -> Self:
+        for worker in self.workers:
+            worker.start()
+        await asyncio.gather(*(worker.self_test() for worker in self.workers))
+        self.self_tested = True
+        await self.refresh()
+        self.scanned = True
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stop()
+
+    async def drain(self, seconds: float) -> None:
+        """Admits nothing more and waits until every admitted request has its end; after so long it makes one."""
+        self.draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            await self._stop()
+
+    # -- models -----------------------------------------------------------------------------------------------------
+
+    async def refresh(self) -> None:
+        """Scans the folder if it has changed since the last scan; concurrent calls share one scan."""
+        if self._scan is None:
+            self._scan = asyncio.create_task(asyncio.to_thread(self._rescan))
+            self._scan.add_done_callback(lambda _: setattr(self, "_scan", None))
+        await asyncio.shield(self._scan)
+
+    async def resolve(self, model: str | None) -> Checkpoint:
+        """The checkpoint of a name, a hash prefix or None (the default, or the only one)."""
+        await self.refresh()
+        return self.store.resolve(model, self.options.default_model)
+
+    async def entries(self) -> list[Entry]:
+        """All models of the folder as it is now, unreadable ones included."""
+        await self.refresh()
+        return self.store.entries()
+
+    def residencies(self, sha256: str) -> list[Residency]:
+        """Where a checkpoint is resident."""
+        return [
+            Residency(worker.name, resident.dtype, resident.nbytes, resident.in_use, worker.cache.pinned(sha256))
+            for worker in self.workers
+            for resident in worker.cache.residents()
+            if resident.checkpoint.sha256 == sha256
+        ]
+
+    def fp16(self, checkpoint: Checkpoint) -> Fp16:
+        """What is known of the checkpoint in half precision, runs of this process included."""
+        return self._verdicts.of(checkpoint)
+
+    async def load(self, checkpoint: Checkpoint, precision: Precision) -> None:
+        """Makes a checkpoint resident on every device, in the first precision that a request would get."""
+        for worker in self.workers:
+            dtype = dtypes(precision, self.options.precision, worker.device.type, self.fp16(checkpoint))[0]
+            worker.cache.release(await worker.cache.acquire(checkpoint, dtype))
+
+    def unload(self, checkpoint: Checkpoint) -> int:
+        """Evicts a checkpoint everywhere; bytes freed. Raises ModelBusy when it is pinned or in use."""
+        return sum(worker.cache.unload(checkpoint.sha256) for worker in self.workers)
+
+    def pin(self, checkpoint: Checkpoint, pinned: bool) -> None:
+        """Keeps a checkpoint from eviction on every device, or no longer."""
+        for worker in self.workers:
+            (worker.cache.pin if pinned else worker.cache.unpin)(checkpoint.sha256)
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def admit(
+        self, task: Task, shapes: Sequence[tuple[int, ...]], deadline: float | None
+    ) -> AsyncIterator[Admission]:
+        """Room for a request's arrays, before any of them is decoded.
+
+        Raises Unavailable while draining, Overloaded when the queue is full or the deadline cannot be met, and
+        InvalidLatent or InvalidImage when the shapes do not fit the model.
+        """
+        if self.draining:
+            self.metrics.rejected.labels("draining").inc()
+            raise Unavailable("the service is shutting down")
+        for shape in shapes:
+            check_shape(task, shape)
+        pixels = sum(picture_pixels(task, shape) for shape in shapes)
+        worker = self._worker_for(task, pixels)
+        seconds = worker.rate.seconds(task.checkpoint.sha256, task.op, pixels)
+        admission = Admission(worker, worker.batcher.admit(len(shapes), pixels, deadline, seconds), deadline)
+        self._open += 1
+        self._idle.clear()
+        try:
+            yield admission
+        finally:
+            admission.close()
+            self._open -= 1
+            if not self._open:
+                self._idle.set()
+
+    def retry_after(self) -> int:
+        """Seconds until the least busy device should be free."""
+        return min(worker.batcher.retry_after() for worker in self.workers)
+
+    async def plan(self, task: Task, shape: tuple[int, ...]) -> PlanAnswer:
+        """What the device that would get such a job would do with it now."""
+        check_shape(task, shape)
+        worker = self._worker_for(task, picture_pixels(task, shape))
+        return await worker.answer(task, shape)
+
+    def _worker_for(self, task: Task, pixels: int) -> Worker:
+        """The device that would finish the job first; one that must load the model first starts later."""
+        working = [worker for worker in self.workers if worker.lost is None]
+        if not working:
+            raise Unavailable("every device is lost")
+
+        def finish(worker: Worker) -> tuple[float, bool, int]:
+            sha256 = task.checkpoint.sha256
+            resident = worker.cache.holds(sha256)
+            load = 0.0 if resident else LOAD_SECONDS
+            seconds = worker.batcher.wait_seconds() + load + worker.rate.seconds(sha256, task.op, pixels)
+            return (seconds, not resident, worker.batcher.items)
+
+        return min(working, key=finish)
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """False when a device is lost or its thread is stuck."""
+        return all(worker.alive for worker in self.workers)
+
+    @property
+    def lost(self) -> str | None:
+        """Why a device is lost, if one is."""
+        return next((worker.lost for worker in self.workers if worker.lost is not None), None)
+
+    @property
+    def ready(self) -> bool:
+        """Scanned, tested, not draining and with every device working; overload does not matter."""
+        return self.scanned and self.self_tested and not self.draining and self.lost is None
+
+    def gauges(self) -> Iterator[tuple[str, str, dict[str, str], float]]:
+        """The state as Prometheus gauges: (name, help, labels, value)."""
+        now = time.monotonic()
+        names = [entry.name for entry in self.store.entries() if isinstance(entry, Checkpoint)]
+        depths: dict[tuple[str, Op], int] = {(name, op): 0 for name in names for op in get_args(Op)}
+        for worker in self.workers:
+            for key, depth in worker.batcher.depths().items():
+                depths[key] = depths.get(key, 0) + depth
+        for (model, op), depth in depths.items():
+            yield "queue_depth", "Jobs waiting.", {"op": op, "model": model}, depth
+        batchers: list[Batcher] = [worker.batcher for worker in self.workers]
+        yield "queue_pixels", "Pixels admitted and waiting.", {}, sum(batcher.pixels for batcher in batchers)
+        oldest = max(batcher.oldest_age(now) for batcher in batchers)
+        yield "queue_oldest_age_seconds", "Age of the oldest waiting job.", {}, oldest
+        yield "requests_in_flight", "Requests admitted and not ended.", {}, self._open
+        yield "draining", "Shutting down.", {}, self.draining
+        for worker in self.workers:
+            yield from worker.gauges()
+
+    async def _stop(self) -> None:
+        await asyncio.gather(*(worker.stop() for worker in self.workers))
+
+    def _rescan(self) -> None:
+        if not self.scanned or self.store.stale():
+            self.store.scan()
+
+
+def device_names(devices: Sequence[str]) -> list[str]:
+    """One name per device: several "cpu" become cpu:0, cpu:1, so that each has its own worker and label."""
+    if list(devices) == ["auto"]:
+        devices = ["cuda:0" if torch.cuda.is_available() else "cpu"]
+    counts: dict[str, int] = {}
+    names = []
+    for device in devices:
+        name = "cuda:0" if device == "cuda" else device
+        if list(devices).count("cpu") > 1 and name == "cpu":
+            counts[name] = counts.get(name, 0) + 1
+            name = f"cpu:{counts[name] - 1}"
+        names.append(name)
+    return names
+
+
+def check_shape(task: Task, shape: tuple[int, ...]) -> None:
+    """Whether one item's array fits the model.
+
+    Raises InvalidImage for a picture (H, W, 3) that is no multiple of the family's, InvalidLatent for a latent
+    (C, h, w) of other channels than the convention has.
+    """
+    family = task.checkpoint.family
+    if task.op == "encode":
+        multiple = family.size_multiple
+        if shape[0] % multiple or shape[1] % multiple:
+            raise InvalidImage(f"{shape[1]}x{shape[0]} is not a multiple of {multiple} as {family.name} needs it")
+        return
+    patch = family.latent_format.patch
+    expected = family.latent_channels * (patch * patch if task.latents == "scaled" else 1)
+    if shape[-3] != expected:
+        raise InvalidLatent(
+            f"{task.checkpoint.name} ({family.name}) takes {task.latents} latents of {expected} channels, "
+            f"(N, {expected}, h, w); this one has shape {tuple(shape)}{_hint(task, shape[-3])}"
+        )
+
+
+def _hint(task: Task, channels: int) -> str:
+    family = task.checkpoint.family
+    if family.latent_format.patch > 1 and channels in (family.latent_channels, family.latent_channels * 4):
+        other: Callable[[str], str] = {"scaled": "raw", "raw": "scaled"}.__getitem__
+        return f": are they latents={other(task.latents)}?"
+    return ""

@@ -1,0 +1,157 @@
+"""How much memory a plan will take, before a byte of it is allocated.
+
+The network itself runs on torch's `meta` device, where tensors have shapes but no storage, under a mode that counts
+the bytes that would be alive. What was measured on the device afterwards corrects the next forecast.
+"""
+
+import threading
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from app.engine.jobs import Op
+from app.engine.planning import TORCH_DTYPES, ExecutionPlan
+from app.store.checkpoint import Checkpoint, blank
+from app.vae.execution import Whole
+from app.vae.strips import Banded, forecast_bytes
+
+MARGIN = 1.08
+"""Over the counted bytes: the allocator's rounding and fragmentation."""
+
+OVERHEAD = 16 << 20
+"""Over all: scratch memory of threads and libraries, whatever the size of the picture."""
+
+REMEMBERED = 4096  # forecasts kept: the shapes come from requests, so there is no end to them
+
+TELLING = 256 << 20
+"""A measured peak above the overhead corrects others if the forecast is at least so large."""
+
+CORRECTION_RANGE = (0.8, 2.0)
+
+
+class CountingMode(TorchDispatchMode):
+    """Counts the bytes of all tensors made under it that are still alive, and the most there ever were.
+
+    While a convolution runs, its kernel's own copy of the weights counts too.
+    """
+
+    def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.alive = 0
+        self.peak = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in ignored}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        if func is torch.ops.aten.convolution.default:
+            weight: Tensor = args[1]
+            self.peak = max(self.peak, self.alive + weight.nbytes)  # oneDNN and cuDNN reorder it for each call
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._known:
+            self._known.add(key)
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._free, key, storage.nbytes())
+
+    def _free(self, key: int, nbytes: int) -> None:
+        self._known.discard(key)
+        self.alive -= nbytes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides a forecast: the network, the direction, and one item's array on the network's side."""
+
+    config: Any  # KLConfig | TinyConfig
+    op: Op
+    channels: int
+    height: int
+    width: int
+
+
+def network_shape(checkpoint: Checkpoint, op: Op, height: int, width: int) -> Shape:
+    """The shape of a picture of height x width pixels as the network takes it."""
+    if op == "encode":
+        return Shape(checkpoint.config, op, 3, height, width)
+    side = checkpoint.family.spatial_factor
+    return Shape(checkpoint.config, op, checkpoint.family.latent_channels, height // side, width // side)
+
+
+class Forecaster:
+    """Peaks by shape and plan on one kind of device; safe to call from any thread."""
+
+    def __init__(self, device: str) -> None:
+        self._lock = threading.Lock()  # of the corrections
+        self._corrections: dict[tuple[Any, Op, str], float] = {}
+        self._counted = lru_cache(REMEMBERED)(lambda shape, plan: count(shape, plan, torch.device(device)))
+
+    def peak(self, shape: Shape, plan: ExecutionPlan) -> int:
+        """Bytes of working memory, weights not included; of recompute, the least."""
+        return int(self._counted(shape, plan) * self._factor(shape, plan)) + OVERHEAD
+
+    def budget(self, shape: Shape, plan: ExecutionPlan, available: int) -> int:
+        """The bytes that an execution may count on, for its peak to be `available`."""
+        ends = _ends(shape, plan) + _workspace(shape, plan)
+        return int((available - OVERHEAD) / self._factor(shape, plan)) - ends
+
+    def measured(self, shape: Shape, plan: ExecutionPlan, peak: int) -> None:
+        """Takes note of a real peak: later forecasts of the same network and mode follow it upwards at once.
+
+        Small ones say nothing (there the overhead is most of it), nor do those of recompute with a budget.
+        """
+        counted = self._counted(shape, plan) if plan.budget is None else 0
+        if counted < TELLING:
+            return
+        seen = (peak - OVERHEAD) / (counted * MARGIN)
+        low, high = CORRECTION_RANGE
+        key = (shape.config, shape.op, str(plan))
+        with self._lock:
+            old = self._corrections.get(key, 1.0)
+            self._corrections[key] = min(high, max(low, seen if seen > old else 0.9 * old + 0.1 * seen))
+
+    def _factor(self, shape: Shape, plan: ExecutionPlan) -> float:
+        return MARGIN * self._corrections.get((shape.config, shape.op, str(plan)), 1.0)
+
+
+def count(shape: Shape, plan: ExecutionPlan, device: torch.device) -> int:
+    """Peak bytes of a plan: Whole by running it on `meta`, the banded executions by their own arithmetic."""
+    dtype = TORCH_DTYPES[plan.dtype]
+    module = blank(shape.config)
+    network = module.encode if shape.op == "encode" else module.decode
+    size = (plan.batch, shape.channels, shape.height, shape.width)
+    if plan.execution != "whole":
+        maps = forecast_bytes(Banded(plan.execution), network, size, dtype, device)
+        return maps + _ends(shape, plan) + _workspace(shape, plan)
+    module.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.empty(size, dtype=dtype, device="meta", memory_format=torch.channels_last)
+    mode = CountingMode()
+    with mode, torch.inference_mode():
+        network(Whole(), x)
+    return mode.peak + _ends(shape, plan)
+
+
+def _ends(shape: Shape, plan: ExecutionPlan) -> int:
+    """Bytes of a picture to encode, which stays to the end: as bytes, and as numbers in the network's dtype."""
+    if shape.op == "decode":
+        return 0  # latents are small, and the picture is written when the large maps have gone
+    numbers = plan.batch * shape.height * shape.width * shape.channels
+    cast = 0 if plan.dtype == "fp32" else torch.float32.itemsize
+    return numbers * (1 + TORCH_DTYPES[plan.dtype].itemsize + cast)
+
+
+def _workspace(shape: Shape, plan: ExecutionPlan) -> int:
+    """Bytes of a kernel's own copy of the largest weights; Whole's count has it where it is due."""
+    return max(weight.numel() for weight in blank(shape.config).parameters()) * TORCH_DTYPES[plan.dtype].itemsize

@@ -1,0 +1,89 @@
+"""What is asked of a device: one picture to encode or one latent to decode, and what came of it."""
+
+import asyncio
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:  # at run time it would load torch, which the command line does only when it must
+    from app.store.checkpoint import Checkpoint
+
+Op = Literal["encode", "decode"]
+Convention = Literal["scaled", "raw"]
+Precision = Literal["auto", "fp16", "bf16", "fp32"]
+Tiling = Literal["auto", "never", "always"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to do with the arrays of one request; jobs with equal tasks and shapes may share a batch."""
+
+    op: Op
+    checkpoint: "Checkpoint"
+    latents: Convention = "scaled"
+    precision: Precision = "auto"
+    tiling: Tiling = "auto"
+    deterministic: bool = False
+    bits: Literal[8, 16] = 8  # of a decoded picture
+    seed: int | None = None  # encode: draw from the posterior; None takes its mode
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished item and what happened to it."""
+
+    array: np.ndarray  # encode: float16 (C, h, w); decode: uint8 or uint16 (H, W, 3)
+    plan: str  # "fp16/whole"
+    reason: str | None  # why the plan was not the first choice
+    device: str
+    batch: int  # items in the forward that gave this one
+    seconds: dict[str, float]  # queue, load, compute
+
+
+@dataclass(eq=False)
+class Job:
+    """One item on its way: its array, its future and its clock."""
+
+    task: Task
+    array: np.ndarray  # encode: uint8 (H, W, 3); decode: float16 or float32 (C, h, w)
+    deadline: float | None  # on time.monotonic()
+    future: "asyncio.Future[Result]"
+    queued: float = field(default_factory=time.monotonic)
+    seconds: dict[str, float] = field(default_factory=dict)
+    # Why the item no longer runs as first planned; the worker's own note.
+    reason: str | None = None
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of the picture, whichever side of the job it is on."""
+        return picture_pixels(self.task, self.array.shape)
+
+    @property
+    def key(self) -> Hashable:
+        """Jobs of equal keys may share a forward; a deterministic job shares with nobody."""
+        task = self.task
+        alone = id(self) if task.deterministic else None
+        wishes = (task.latents, task.precision, task.tiling, task.bits)
+        # The family too: the same bytes may lie in the folder twice, declared as two families.
+        return (task.op, task.checkpoint.sha256, task.checkpoint.family, self.array.shape, wishes, alone)
+
+    @property
+    def gone(self) -> bool:
+        """Nobody waits for the result any more."""
+        return self.future.done()
+
+    def late(self, now: float) -> bool:
+        """The deadline has passed."""
+        return self.deadline is not None and now >= self.deadline
+
+
+def picture_pixels(task: Task, shape: tuple[int, ...]) -> int:
+    """Pixels of the picture side, from the shape of one item's array."""
+    if task.op == "encode":
+        return shape[0] * shape[1]
+    family = task.checkpoint.family
+    side = family.spatial_factor * (family.latent_format.patch if task.latents == "scaled" else 1)
+    return shape[-2] * shape[-1] * side * side

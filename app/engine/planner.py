@@ -1,0 +1,136 @@
+"""Plans for one device: what fits now, by forecast and free memory, and why something does not."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from app.engine.cache import ModelCache
+from app.engine.forecast import Forecaster, Shape, network_shape
+from app.engine.jobs import Precision, Task, picture_pixels
+from app.engine.memory import DeviceMemory
+from app.engine.planning import Dtype, ExecutionPlan, Fp16, after, candidates, choose, dtypes
+from app.errors import OutOfMemory
+from app.store.checkpoint import Checkpoint
+
+
+class Verdicts:
+    """What is known of checkpoints in fp16: seen in this process, else the known table. Shared by all devices."""
+
+    def __init__(self) -> None:
+        self._overflowed: set[str] = set()
+
+    def of(self, checkpoint: Checkpoint) -> Fp16:
+        """ok, overflows or unknown."""
+        return "overflows" if checkpoint.sha256 in self._overflowed else checkpoint.fp16
+
+    def overflows(self, checkpoint: Checkpoint) -> None:
+        """Half precision gave NaN or Inf where a wider one did not."""
+        self._overflowed.add(checkpoint.sha256)
+
+
+@dataclass(frozen=True)
+class PlanAnswer:
+    """What would happen to a picture of some size now. Bytes of working memory, weights not included."""
+
+    device: str
+    plan: str | None  # None: does not fit
+    forecast_bytes: int | None
+    free_bytes: int
+    available_bytes: int  # with idle models evicted
+    plans: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Joins the arithmetic of `planning` with one device's memory and cache."""
+
+    device: str  # cpu | cuda
+    memory: DeviceMemory
+    cache: ModelCache
+    forecaster: Forecaster
+    verdicts: Verdicts
+    precision: Precision
+
+    def order(self, task: Task) -> tuple[Dtype, ...]:
+        """The precisions to try."""
+        return dtypes(task.precision, self.precision, self.device, self.verdicts.of(task.checkpoint))
+
+    def demoted(self, task: Task) -> bool:
+        """Whether a known overflow in fp16 keeps the task from its first precision."""
+        return self.order(task)[0] != dtypes(task.precision, self.precision, self.device, "ok")[0]
+
+    def unusual(self, task: Task, plan: ExecutionPlan) -> bool:
+        """Whether a request's own wish led to another plan than the first choice for everybody."""
+        usual = dtypes("auto", self.precision, self.device, self.verdicts.of(task.checkpoint))[0]
+        wished = task.precision != "auto" or task.tiling == "always"
+        return wished and (plan.dtype, plan.execution) != (usual, "whole")
+
+    def available(self, task: Task) -> int:
+        """Bytes of working memory that a batch may take, idle models evicted.
+
+        A deterministic task is planned for an otherwise empty device: its plan must not depend on the moment.
+        """
+        if task.deterministic:
+            return self.memory.capacity() - task.checkpoint.weight_bytes(torch.float32)
+        return self.cache.free + self.cache.evictable
+
+    def choose(
+        self,
+        task: Task,
+        shape: tuple[int, ...],
+        items: int,
+        dtype: Dtype,
+        available: int,
+        failed: ExecutionPlan | None = None,
+    ) -> tuple[ExecutionPlan, int]:
+        """The first plan that fits after the one that `failed`, and its forecast peak in bytes.
+
+        Blocking: a new shape takes some 50 ms to count. Raises OutOfMemory, with the smallest plan's bytes, when
+        nothing fits.
+        """
+        pixels = picture_pixels(task, shape)
+        network = shape_of(task, shape)
+        plans = candidates(dtype, task.tiling, items, pixels, self.device)
+        plan = choose(
+            plans if failed is None else after(plans, failed),
+            lambda plan: self.forecaster.peak(network, plan),
+            available,
+        )
+        if plan is not None and plan.execution == "recompute" and failed is None:
+            # There is more room than the leanest way needs: it may be the fastest way that fits.
+            return replace(plan, budget=self.forecaster.budget(network, plan, available)), available
+        if plan is not None:
+            return plan, self.forecaster.peak(network, plan)
+        smallest = list(candidates(dtype, task.tiling, 1, pixels, self.device))[-1:]
+        hint = "; tiling=never forbids smaller plans" if task.tiling == "never" else ""
+        if not smallest:
+            raise OutOfMemory(f"{pixels} pixels are too many for one whole forward on {self.device}{hint}")
+        needs = self.forecaster.peak(network, smallest[0])
+        if failed is not None:
+            raise OutOfMemory(
+                f"{pixels} pixels ran out of memory in {failed}, the last plan there was; "
+                f"the forecast was {needs} bytes, and {max(0, available)} seemed to be available{hint}"
+            )
+        raise OutOfMemory(
+            f"{pixels} pixels need {needs} bytes in the smallest plan, {smallest[0]}; "
+            f"{max(0, available)} bytes are available{hint}"
+        )
+
+    def answer(self, name: str, task: Task, shape: tuple[int, ...], free: int, available: int) -> PlanAnswer:
+        """What would be planned for one item. Blocking; `free` and `available` are read on the event loop before."""
+        pixels = picture_pixels(task, shape)
+        network = shape_of(task, shape)
+        plans = candidates(self.order(task)[0], task.tiling, 1, pixels, self.device)
+        peaks = {str(plan): self.forecaster.peak(network, plan) for plan in plans}
+        chosen = next((plan for plan, peak in peaks.items() if peak <= available), None)
+        return PlanAnswer(name, chosen, peaks[chosen] if chosen else None, free, available, peaks)
+
+
+def shape_of(task: Task, shape: tuple[int, ...]) -> Shape:
+    """The network-side shape of one item's array."""
+    if task.op == "encode":
+        return network_shape(task.checkpoint, "encode", *shape[:2])
+    side = task.checkpoint.family.spatial_factor
+    if task.latents == "scaled":
+        side *= task.checkpoint.family.latent_format.patch
+    return network_shape(task.checkpoint, "decode", shape[-2] * side, shape[-1] * side)

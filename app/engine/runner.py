@@ -1,0 +1,303 @@
+"""Takes one staged batch through precisions and executions until every item has its end.
+
+Two loops: non-finite output walks dtypes, memory pressure walks executions. They live on the event loop; only whole
+blocking steps go to the device thread. Failures come back as values, so that no traceback keeps a forward's tensors
+alive.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from app.engine import compute
+from app.engine.cache import ModelCache
+from app.engine.jobs import Job, Result
+from app.engine.memory import DeviceMemory
+from app.engine.planner import Planner, shape_of
+from app.engine.planning import Dtype, ExecutionPlan
+from app.errors import DeadlineExceeded, NonFiniteOutput, OutOfMemory, ServiceError, Unavailable
+from app.metrics import Metrics
+from app.store.checkpoint import Autoencoder
+
+log = logging.getLogger("app.engine")
+T = TypeVar("T")
+
+
+class Cancelled(Exception):
+    """Everyone who waited for the batch has gone."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a forward gave nothing."""
+
+    kind: Literal["oom", "cancelled", "lost", "error"]
+    error: Exception
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A batch whose arrays are on the device."""
+
+    jobs: list[Job]
+    inputs: dict[Job, Tensor]
+
+
+async def on(thread: ThreadPoolExecutor, function: Callable[..., T], *args: object) -> T:
+    """The result of a blocking call on one thread."""
+    return await asyncio.get_running_loop().run_in_executor(thread, function, *args)
+
+
+class Runner:
+    """Runs batches on one device, one at a time."""
+
+    def __init__(
+        self,
+        name: str,
+        device: torch.device,
+        cache: ModelCache,
+        memory: DeviceMemory,
+        planner: Planner,
+        metrics: Metrics,
+    ) -> None:
+        self.name = name
+        self.progress = time.monotonic()  # of the running batch, from the device thread
+        self.reserved = 0  # forecast bytes of the running forward
+        self.lost: str | None = None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-compute")
+        self._device = device
+        self._cache = cache
+        self._memory = memory
+        self._planner = planner
+        self._metrics = metrics
+
+    async def run(self, staged: Staged) -> None:
+        """Ends every job of the batch, with a result or an error. Raises nothing but cancellation."""
+        jobs = staged.jobs
+        task = jobs[0].task
+        tried: list[Dtype] = []
+        try:
+            if self._planner.demoted(task):
+                _because(jobs, "non_finite")
+            for dtype in self._planner.order(task):
+                if tried:
+                    self._fall_back(jobs, tried[-1], dtype)
+                jobs = await self._walk_executions(jobs, staged.inputs, dtype, after_fp16="fp16" in tried)
+                if not jobs:
+                    return
+                tried.append(dtype)
+            name = task.checkpoint.name
+            self.fail(jobs, NonFiniteOutput(f"the output of {name} has NaN or Inf in {', '.join(tried)}"), "nan")
+        except asyncio.CancelledError:
+            self.fail(jobs, Unavailable("the service is shutting down"), "stopped")
+            raise
+        except Exception as error:  # noqa: BLE001  the batch boundary: whatever it was, it is these jobs' own
+            await self.reject(jobs, error)
+        finally:
+            self.reserved = 0
+
+    async def reject(self, jobs: Sequence[Job], error: Exception) -> None:
+        """Ends jobs with what an error outside a forward means for them."""
+        failure = Failure("error", error)
+        if not isinstance(error, ServiceError):
+            failure = await on(self.thread, self._classify, error)
+        self._end(jobs, failure)
+
+    async def _walk_executions(
+        self, jobs: list[Job], inputs: dict[Job, Tensor], dtype: Dtype, *, after_fp16: bool
+    ) -> list[Job]:
+        """Runs the jobs in one precision and returns those whose output was not finite."""
+        resident = await self._cache.acquire(jobs[0].task.checkpoint, dtype)
+        overflowed: list[Job] = []
+        groups: deque[tuple[list[Job], ExecutionPlan | None]] = deque([(jobs, None)])
+        try:
+            while groups:
+                group, failed = groups.popleft()
+                group = [job for job in group if not self._dropped(job)]
+                if not group:
+                    continue
+                try:
+                    plan = await self._plan(group, dtype, failed)
+                except OutOfMemory as error:
+                    self.fail(group, error, "oom")
+                    continue
+                if len(group) > plan.batch:
+                    groups.appendleft((group[plan.batch :], failed))
+                    group = group[: plan.batch]
+                outcome = await self._forward(resident.module, group, inputs, plan)
+                if isinstance(outcome, Failure):
+                    groups.extendleft(self._after(outcome, group, plan))
+                    continue
+                for job, array, finite in zip(group, outcome.arrays, outcome.finite, strict=True):
+                    if not finite:
+                        overflowed.append(job)
+                        continue
+                    if after_fp16:
+                        self._planner.verdicts.overflows(job.task.checkpoint)
+                    self._finish(job, array, plan, len(group))
+        finally:
+            self._cache.release(resident)
+        self._metrics.nonfinite.inc(len(overflowed))
+        return overflowed
+
+    async def _plan(self, group: list[Job], dtype: Dtype, failed: ExecutionPlan | None) -> ExecutionPlan:
+        """The plan for a group; idle models make way for it. Raises OutOfMemory."""
+        task, shape = group[0].task, group[0].array.shape
+        available = self._planner.available(task)
+        plan, peak = await on(self.thread, self._planner.choose, task, shape, len(group), dtype, available, failed)
+        self._cache.make_room(peak)
+        self.reserved = peak
+        if failed is not None and plan.execution != failed.execution:
+            self._metrics.fallbacks.labels(failed.execution, plan.execution, "oom").inc()
+        if failed is None and plan.execution != "whole" and task.tiling != "always":
+            self._metrics.fallbacks.labels("whole", plan.execution, "low_vram").inc()
+            _because(group, "low_memory")
+        return plan
+
+    async def _forward(
+        self, module: Autoencoder, group: list[Job], inputs: dict[Job, Tensor], plan: ExecutionPlan
+    ) -> compute.Outcome | Failure:
+        task = group[0].task
+        started = time.monotonic()
+        outcome = await on(self.thread, self._attempt, module, group, inputs, plan)
+        seconds = time.monotonic() - started
+        for job in group:
+            job.seconds["compute"] = job.seconds.get("compute", 0.0) + seconds
+        self._metrics.batches.inc()
+        self._metrics.items.inc(len(group))
+        self._metrics.executions.labels(str(plan)).inc()
+        self._metrics.batch_size.labels(task.op, task.checkpoint.name).observe(len(group))
+        peak = self._memory.peak()
+        if peak is not None and not isinstance(outcome, Failure):
+            self._planner.forecaster.measured(shape_of(task, group[0].array.shape), plan, peak)
+        return outcome
+
+    def _attempt(
+        self, module: Autoencoder, group: list[Job], inputs: dict[Job, Tensor], plan: ExecutionPlan
+    ) -> compute.Outcome | Failure:
+        """On the device thread: a forward that returns its failure instead of raising it."""
+
+        def check() -> None:
+            now = self.progress = time.monotonic()
+            if all(job.gone or job.late(now) for job in group):
+                raise Cancelled
+
+        self._memory.start_peak()
+        try:
+            check()
+            return compute.run(module, [inputs[job] for job in group], [job.task for job in group], plan, check)
+        except Exception as error:  # noqa: BLE001  the batch boundary: only classified here, `_after` decides
+            failure = self._classify(error)
+        finally:
+            self.progress = time.monotonic()
+        if failure.kind == "oom":
+            self._memory.release()  # here, where the traceback no longer holds the forward's tensors
+        return failure
+
+    def _classify(self, error: Exception) -> Failure:
+        """What a failure means. On the device thread: whether the device is lost is asked of the device itself."""
+        kind: Literal["oom", "cancelled", "lost", "error"] = "error"
+        if isinstance(error, Cancelled):
+            kind = "cancelled"
+        elif _out_of_memory(error):
+            kind = "oom"
+        elif isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
+            kind = "lost" if self._broken() else "error"
+        if kind in {"lost", "error"} and not isinstance(error, ServiceError):
+            log.error("a batch failed on %s", self.name, exc_info=error)
+        return Failure(kind, error.with_traceback(None))
+
+    def _broken(self) -> bool:
+        try:
+            compute.probe(self._device)
+        except (RuntimeError, Unavailable):
+            return True
+        return False
+
+    def _after(
+        self, failure: Failure, group: list[Job], plan: ExecutionPlan
+    ) -> list[tuple[list[Job], ExecutionPlan | None]]:
+        """What to run instead of a failed forward; jobs for which nothing is left end here."""
+        if failure.kind == "oom":
+            log.warning("out of memory in %s, batch %d: %s", plan, plan.batch, failure.error)
+            self._metrics.oom.inc()
+            self._metrics.retries.labels("oom").inc()
+            _because(group, "oom")
+            return [(group, plan)]
+        if failure.kind == "error" and len(group) > 1:
+            self._metrics.retries.labels("isolate").inc()  # one of them is to blame: each runs alone
+            return [([job], None) for job in reversed(group)]
+        self._end(group, failure)
+        return []
+
+    def _end(self, jobs: Sequence[Job], failure: Failure) -> None:
+        """Ends jobs that failed for good."""
+        if failure.kind == "cancelled":
+            for job in jobs:
+                self._dropped(job)
+        elif failure.kind == "oom":
+            self.fail(jobs, OutOfMemory(f"{self.name} ran out of memory: {failure.error}"), "oom")
+        elif failure.kind == "lost":
+            self.lost = str(failure.error)
+            log.critical("device %s is lost: %s", self.name, failure.error)
+            self.fail(jobs, Unavailable(f"the device {self.name} is lost; the service restarts"), "lost")
+        else:
+            self.fail(jobs, failure.error, "error")
+
+    def fail(self, jobs: Sequence[Job], error: Exception, reason: str) -> None:
+        """Ends jobs with an error, those that have not ended yet."""
+        for job in jobs:
+            if job.gone:
+                continue
+            self._metrics.item_failures.labels(reason).inc()
+            if isinstance(error, OutOfMemory):
+                self._metrics.rejected.labels("vram").inc()
+            job.future.set_exception(error)
+
+    def _fall_back(self, jobs: list[Job], before: Dtype, dtype: Dtype) -> None:
+        name = jobs[0].task.checkpoint.name
+        log.warning("%s: %d items are not finite in %s, running them in %s", name, len(jobs), before, dtype)
+        self._metrics.retries.labels("nan").inc()
+        self._metrics.fallbacks.labels(before, dtype, "nonfinite").inc(len(jobs))
+        _because(jobs, "non_finite")
+
+    def _dropped(self, job: Job) -> bool:
+        """Whether nobody needs the job's result any more; counts why."""
+        now = time.monotonic()
+        if not job.gone and job.late(now):
+            self._metrics.rejected.labels("deadline").inc()
+            waited = now - job.queued
+            job.future.set_exception(DeadlineExceeded(f"the deadline passed after {waited:.1f} s, before the result"))
+        elif job.future.cancelled():
+            self._metrics.cancelled.labels("compute").inc()
+        return job.gone
+
+    def _finish(self, job: Job, array: np.ndarray, plan: ExecutionPlan, batch: int) -> None:
+        if not job.gone:
+            reason = job.reason or ("requested" if self._planner.unusual(job.task, plan) else None)
+            job.future.set_result(Result(array, str(plan), reason, self.name, batch, job.seconds))
+
+
+def _because(jobs: list[Job], reason: str) -> None:
+    """Notes why the jobs do not run as first planned."""
+    for job in jobs:
+        job.reason = reason
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Of torch's allocators, of numpy, and of the CUDA libraries, which say it in words only."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        words in text for words in ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    )

@@ -1,0 +1,121 @@
+"""Whole folders through /encode and /decode: of a running service, or of the same app inside this process."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+from tqdm import tqdm
+
+from app.errors import InvalidInput, ServiceError
+from app.main import create_app
+from app.settings import Settings
+
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+LATENTS = frozenset({".npy", ".npz", ".safetensors"})
+AT_ONCE = 4  # requests in flight: one computes while others are read and written
+
+
+def send_files(
+    op: Literal["encode", "decode"],
+    inputs: list[Path],
+    output: Path,
+    query: dict[str, Any],
+    settings: Settings,
+    *,
+    url: str | None,
+    key: str | None,
+    resume: bool,
+) -> int:
+    """Encodes pictures to .npy or decodes latents to .png, one file each; 0, or 1 when any of them failed.
+
+    Raises InvalidInput, as `walk` and for an address that is none.
+    """
+    suffixes, suffix = (PICTURES, ".npy") if op == "encode" else (LATENTS, ".png")
+    work = [(source, output / target) for source, target in walk(inputs, suffixes, suffix)]
+    if resume:
+        work = [(source, target) for source, target in work if not target.exists()]
+    if not work:
+        return 0
+    return asyncio.run(_send(op, work, query, settings.model_copy(update={"api_keys": None}), url, key))
+
+
+def walk(inputs: list[Path], suffixes: frozenset[str], suffix: str) -> list[tuple[Path, Path]]:
+    """(file, relative output path) of each input; folders are walked and keep their layout.
+
+    Raises InvalidInput when there is nothing to do, or two inputs would be written to one file.
+    """
+    found: list[tuple[Path, Path]] = []
+    for path in inputs:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+            found += [(file, file.relative_to(path).with_suffix(suffix)) for file in inside]
+        else:
+            found.append((path, Path(path.name).with_suffix(suffix)))
+    targets = [target for _, target in found]
+    if twice := sorted({str(target) for target in targets if targets.count(target) > 1}):
+        raise InvalidInput(f"several inputs would be written to {', '.join(twice[:3])}: give them different names")
+    if not found:
+        raise InvalidInput(f"no files of {', '.join(sorted(suffixes))} in {', '.join(map(str, inputs))}")
+    return found
+
+
+async def _send(
+    op: str, work: list[tuple[Path, Path]], query: dict[str, Any], settings: Settings, url: str | None, key: str | None
+) -> int:
+    room = asyncio.Semaphore(AT_ONCE)
+    failures = 0
+    async with _connect(url, key, settings) as client:
+        with tqdm(total=len(work), unit="file", disable=None) as bar:
+
+            async def one(source: Path, target: Path) -> None:
+                nonlocal failures
+                async with room:
+                    try:
+                        await _convert(client, op, query, source, target)
+                    except (ServiceError, OSError, httpx.HTTPError) as error:
+                        failures += 1
+                        reason = " ".join(str(error).split()) or type(error).__name__
+                        tqdm.write(f"latentd: {source}: {reason}", file=sys.stderr)
+                    bar.update()
+
+            await asyncio.gather(*(one(source, target) for source, target in work))
+    return 1 if failures else 0
+
+
+@asynccontextmanager
+async def _connect(url: str | None, key: str | None, settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+    if url is not None:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            remote = httpx.AsyncClient(base_url=url, headers=headers, timeout=None)
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise InvalidInput(f"cannot use --url {url}: {error}") from None
+        async with remote as client:
+            yield client
+        return
+    app = create_app(settings)
+    transport = httpx.ASGITransport(app=app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://latentd", timeout=None) as client,
+    ):
+        yield client
+
+
+async def _convert(client: httpx.AsyncClient, op: str, query: dict[str, Any], source: Path, target: Path) -> None:
+    media = "application/x-npy" if op == "encode" else "image/png"
+    content = await asyncio.to_thread(source.read_bytes)
+    response = await client.post(f"/{op}", params=query, content=content, headers={"Accept": media})
+    came = response.headers.get("content-type", "")
+    if came == "application/problem+json":
+        raise ServiceError(response.json()["detail"])
+    if response.status_code != httpx.codes.OK or came != media:  # somebody else's service
+        raise ServiceError(f"expected {media}, got HTTP {response.status_code} {came}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.part")  # --resume must never meet half a file
+    partial.write_bytes(response.content)
+    partial.replace(target)

@@ -1,0 +1,167 @@
+"""The composition root: reads Settings, builds the engine and the app, and serves. Nothing else reads Settings."""
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from types import FrameType
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, Info
+
+from app import __version__
+from app.api import errors, health, models, openapi, routes
+from app.api.access import Access
+from app.api.context import Context, Limits
+from app.engine.batcher import QueueLimits
+from app.engine.engine import Engine, EngineOptions
+from app.metrics import Metrics, StateCollector
+from app.settings import InvalidSetting, Settings
+from app.store.store import ModelStore
+from app.vae.families import FAMILIES
+
+DEVICE_LOST_STATUS = 70  # EX_SOFTWARE: a supervisor starts a fresh process with a fresh context
+
+
+def build_engine(settings: Settings, registry: CollectorRegistry) -> Engine:
+    """The engine as the settings want it, not started. Raises InvalidSetting."""
+    _check(settings)
+    metrics = Metrics(registry)
+    options = EngineOptions(
+        devices=settings.devices,
+        limits=QueueLimits(settings.queue_size, settings.queue_pixels, settings.batch_pixels),
+        default_model=settings.default_model,
+        cache_bytes=settings.cache_bytes,
+        memory_limit_bytes=settings.memory_limit_bytes,
+        precision=settings.precision,
+    )
+    engine = Engine(options, ModelStore(settings.models, settings.default_family), metrics)
+    registry.register(StateCollector(engine.gauges))
+    build = Info("vae_build", "What is running.", registry=registry)
+    build.info({"version": __version__, "torch": torch.__version__, "cuda": torch.version.cuda or ""})
+    return engine
+
+
+def _check(settings: Settings) -> None:
+    """What a setting alone does not show to be wrong."""
+    if settings.default_family not in FAMILIES:
+        raise InvalidSetting(f"default_family: {settings.default_family!r} is none of {', '.join(FAMILIES)}")
+    cards = torch.cuda.device_count()
+    for name in settings.devices:
+        if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= cards:
+            raise InvalidSetting(f"device: {name} is not there; torch finds {cards} CUDA devices")
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The ASGI app; `uvicorn --factory app.main:create_app` works too."""
+    settings = settings or Settings()
+    engine = build_engine(settings, CollectorRegistry())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with engine:
+            yield
+            await engine.drain(settings.drain_seconds)
+
+    app = FastAPI(
+        title="latentd",
+        version=__version__,
+        summary="Turns pictures into VAE latents and latents into pictures.",
+        lifespan=lifespan,
+        openapi_url=None,  # FastAPI's own routes for it would be open to everybody: see api/openapi.py
+    )
+    app.state.context = Context(
+        engine=engine,
+        metrics=engine.metrics,
+        limits=Limits(
+            body_bytes=settings.max_body_bytes,
+            pixels=settings.max_pixels,
+            items=settings.queue_size,
+            total_pixels=max(settings.queue_pixels, settings.max_pixels),
+        ),
+        api_keys=settings.keys,
+        admin_key=settings.admin_key.get_secret_value() if settings.admin_key else None,
+        metrics_public=settings.metrics_public,
+    )
+    for router in (routes.router, models.admin, models.router, health.router, openapi.router):
+        app.include_router(router)
+    errors.install(app)
+    app.add_middleware(Access, metrics=engine.metrics)
+    return app
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which turns readiness red at the signal and stops by itself when a device is lost."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self.engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """SIGTERM and SIGINT: no new work, what was accepted is finished, and the exit status is 0.
+
+        uvicorn's own would raise the signal anew at the end, and the process would seem killed.
+        """
+        self.engine.draining = True
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ends the process once a device is lost: only a new one helps."""
+        return await super().on_tick(counter) or self.engine.lost is not None
+
+
+def serve(settings: Settings, host: str, port: int) -> int:
+    """Runs the service until a signal; the exit status."""
+    configure_logging(settings.log_format)
+    app = create_app(settings)
+    context: Context = app.state.context
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        timeout_keep_alive=30,
+    )
+    server = Server(config, context.engine)
+    with suppress(SystemExit):  # uvicorn's way of saying that it could not start; the log has the reason
+        server.run()
+    if context.engine.lost is not None:
+        sys.stderr.write(f"latentd: the device is lost: {context.engine.lost}\n")
+        sys.stderr.flush()
+        os._exit(DEVICE_LOST_STATUS)  # a thread may hang in the driver; an ordinary exit would wait for it
+    return 0 if server.started else 1
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record, with the facts that an access line carries."""
+        line: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def configure_logging(log_format: str) -> None:
+    """Logs to stderr, as text or JSON."""
+    handler = logging.StreamHandler()
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(JsonFormatter() if log_format == "json" else text)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
