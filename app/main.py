@@ -1,9 +1,11 @@
 """The composition root: reads Settings, builds the engine and the app, and serves. Nothing else reads Settings."""
 
+import asyncio
 import json
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -27,6 +29,9 @@ from app.store.store import ModelStore
 from app.vae.families import FAMILIES
 
 DEVICE_LOST_STATUS = 70  # EX_SOFTWARE: a supervisor starts a fresh process with a fresh context
+
+CLOSING_SECONDS = 5
+"""What connections have for their last answers once draining is over; then uvicorn cuts them."""
 
 
 def build_engine(settings: Settings, registry: CollectorRegistry) -> Engine:
@@ -99,9 +104,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 class Server(uvicorn.Server):
     """uvicorn, which turns readiness red at the signal and stops by itself when a device is lost."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float) -> None:
         super().__init__(config)
         self.engine = engine
+        self.drain_seconds = drain_seconds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM and SIGINT: no new work, what was accepted is finished, and the exit status is 0.
@@ -117,11 +123,17 @@ class Server(uvicorn.Server):
         """Ends the process once a device is lost: only a new one helps."""
         return await super().on_tick(counter) or self.engine.lost is not None
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends what was accepted: with its answer, or with a 503 after `drain_seconds`."""
+        draining = asyncio.ensure_future(self.engine.drain(self.drain_seconds))
+        await super().shutdown(sockets)
+        draining.cancel()
+
 
 def serve(settings: Settings, host: str, port: int) -> int:
     """Runs the service until a signal; the exit status."""
-    configure_logging(settings.log_format)
     app = create_app(settings)
+    configure_logging(settings.log_format)
     context: Context = app.state.context
     config = uvicorn.Config(
         app,
@@ -129,10 +141,10 @@ def serve(settings: Settings, host: str, port: int) -> int:
         port=port,
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        timeout_graceful_shutdown=round(settings.drain_seconds) + CLOSING_SECONDS,
         timeout_keep_alive=30,
     )
-    server = Server(config, context.engine)
+    server = Server(config, context.engine, settings.drain_seconds)
     with suppress(SystemExit):  # uvicorn's way of saying that it could not start; the log has the reason
         server.run()
     if context.engine.lost is not None:

@@ -57,8 +57,6 @@ class Access:
             self.metrics.request_seconds.labels(op, model).observe(seconds)
         if status == 413:
             self.metrics.rejected.labels("too_large").inc()
-        elif status == 507:
-            self.metrics.rejected.labels("vram").inc()
         elif status == CLIENT_GONE:
             self.metrics.cancelled.labels("request").inc()
         facts = {

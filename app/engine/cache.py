@@ -68,6 +68,11 @@ class ModelCache:
         """Whether the checkpoint is resident in any precision."""
         return any(sha == sha256 for sha, _ in self._residents)
 
+    def kept(self, sha256: str, dtype: Dtype) -> bool:
+        """Whether the module is resident and not to be evicted now."""
+        resident = self._residents.get((sha256, dtype))
+        return resident is not None and not self._idle(resident)
+
     def pinned(self, sha256: str) -> bool:
         """Whether the checkpoint must not be evicted."""
         return sha256 in self._pinned

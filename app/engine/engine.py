@@ -198,7 +198,7 @@ class Engine:
         for shape in shapes:
             check_shape(task, shape)
         pixels = sum(picture_pixels(task, shape) for shape in shapes)
-        worker = self._worker_for(task, pixels)
+        worker = self._worker_for(task)
         seconds = worker.rate.seconds(task.checkpoint.sha256, task.op, pixels)
         admission = Admission(worker, worker.batcher.admit(len(shapes), pixels, deadline, seconds), deadline)
         self._open += 1
@@ -218,23 +218,21 @@ class Engine:
     async def plan(self, task: Task, shape: tuple[int, ...]) -> PlanAnswer:
         """What the device that would get such a job would do with it now."""
         check_shape(task, shape)
-        worker = self._worker_for(task, picture_pixels(task, shape))
+        worker = self._worker_for(task)
         return await worker.answer(task, shape)
 
-    def _worker_for(self, task: Task, pixels: int) -> Worker:
-        """The device that would finish the job first; one that must load the model first starts later."""
+    def _worker_for(self, task: Task) -> Worker:
+        """The device that would come to the job first; one that must load the model comes later."""
         working = [worker for worker in self.workers if worker.lost is None]
         if not working:
             raise Unavailable("every device is lost")
 
-        def finish(worker: Worker) -> tuple[float, bool, int]:
-            sha256 = task.checkpoint.sha256
-            resident = worker.cache.holds(sha256)
+        def begin(worker: Worker) -> tuple[float, bool, int]:
+            resident = worker.cache.holds(task.checkpoint.sha256)
             load = 0.0 if resident else LOAD_SECONDS
-            seconds = worker.batcher.wait_seconds() + load + worker.rate.seconds(sha256, task.op, pixels)
-            return (seconds, not resident, worker.batcher.items)
+            return (worker.batcher.wait_seconds() + load, not resident, worker.batcher.items)
 
-        return min(working, key=finish)
+        return min(working, key=begin)
 
     # -- state ------------------------------------------------------------------------------------------------------
 

@@ -148,8 +148,7 @@ def _ends(shape: Shape, plan: ExecutionPlan) -> int:
     if shape.op == "decode":
         return 0  # latents are small, and the picture is written when the large maps have gone
     numbers = plan.batch * shape.height * shape.width * shape.channels
-    cast = 0 if plan.dtype == "fp32" else torch.float32.itemsize
-    return numbers * (1 + TORCH_DTYPES[plan.dtype].itemsize + cast)
+    return numbers * (1 + TORCH_DTYPES[plan.dtype].itemsize)
 
 
 def _workspace(shape: Shape, plan: ExecutionPlan) -> int:

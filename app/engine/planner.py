@@ -8,7 +8,7 @@ from app.engine.cache import ModelCache
 from app.engine.forecast import Forecaster, Shape, network_shape
 from app.engine.jobs import Precision, Task, picture_pixels
 from app.engine.memory import DeviceMemory
-from app.engine.planning import Dtype, ExecutionPlan, Fp16, after, candidates, choose, dtypes
+from app.engine.planning import TORCH_DTYPES, Dtype, ExecutionPlan, Fp16, after, candidates, choose, dtypes
 from app.errors import OutOfMemory
 from app.store.checkpoint import Checkpoint
 
@@ -73,6 +73,13 @@ class Planner:
         if task.deterministic:
             return self.memory.capacity() - task.checkpoint.weight_bytes(torch.float32)
         return self.cache.free + self.cache.evictable
+
+    def prospect(self, task: Task) -> int:
+        """`available` to a task whose weights may not be there yet, or are among those that could be evicted."""
+        available, dtype = self.available(task), self.order(task)[0]
+        if task.deterministic or self.cache.kept(task.checkpoint.sha256, dtype):
+            return available
+        return available - task.checkpoint.weight_bytes(TORCH_DTYPES[dtype])
 
     def choose(
         self,

@@ -86,6 +86,7 @@ class Runner:
         task = jobs[0].task
         tried: list[Dtype] = []
         try:
+            self.check_device()
             if self._planner.demoted(task):
                 _because(jobs, "non_finite")
             for dtype in self._planner.order(task):
@@ -104,6 +105,11 @@ class Runner:
             await self.reject(jobs, error)
         finally:
             self.reserved = 0
+
+    def check_device(self) -> None:
+        """Raises Unavailable once the device is lost: nothing more is sent to it."""
+        if self.lost is not None:
+            raise Unavailable(f"the device {self.name} is lost; the service restarts")
 
     async def reject(self, jobs: Sequence[Job], error: Exception) -> None:
         """Ends jobs with what an error outside a forward means for them."""

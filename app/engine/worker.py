@@ -105,7 +105,7 @@ class Worker:
 
     async def answer(self, task: Task, shape: tuple[int, ...]) -> PlanAnswer:
         """What would be planned now for one item of `shape`."""
-        free, available = self.cache.free, self.planner.available(task)
+        free, available = self.cache.free, self.planner.prospect(task)
         return await asyncio.to_thread(self.planner.answer, self.name, task, shape, free, available)
 
     def gauges(self) -> Iterator[tuple[str, str, dict[str, str], float]]:
@@ -126,8 +126,7 @@ class Worker:
         while True:
             jobs = await self.batcher.take()
             try:
-                if self.lost is not None:
-                    raise Unavailable(f"the device {self.name} is lost; the service restarts")
+                self._runner.check_device()
                 staged = await self._stage(jobs)
                 if self._running is not None:
                     await asyncio.wait([self._running])

@@ -1,0 +1,119 @@
+import numpy as np
+import pytest
+import torch
+
+from app.engine import compute
+from app.engine.jobs import Task
+from app.engine.planning import ExecutionPlan
+from app.errors import Unavailable
+from app.vae.execution import Whole
+from tests.fakes import FAMILY, checkpoint, latent, load, picture
+
+TOY = checkpoint("toy")
+WHOLE = ExecutionPlan("fp32", "whole", 2)
+PLANS = [WHOLE, ExecutionPlan("fp32", "strips", 1), ExecutionPlan("fp32", "recompute", 1)]
+
+
+def nothing():
+    pass
+
+
+@pytest.fixture(scope="module")
+def module():
+    return load(TOY, torch.float32, torch.device("cpu"))
+
+
+def run(module, arrays, tasks, plan=WHOLE, check=nothing):
+    return compute.run(module, [torch.tensor(array) for array in arrays], tasks, plan, check)
+
+
+def decoded(module, arrays):
+    """What the network itself says, in [-1, 1]."""
+    with torch.inference_mode():
+        z = torch.stack([torch.tensor(array).float() for array in arrays]) / FAMILY.latent_format.scaling_factor
+        return module.decode(Whole(), z.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize(("bits", "levels", "dtype"), [(8, 255, np.uint8), (16, 65535, np.uint16)])
+def test_a_picture_is_the_output_rounded_to_its_levels(module, plan, bits, levels, dtype):
+    arrays = [latent(seed=seed) for seed in range(2)]
+    outcome = run(module, arrays, [Task("decode", TOY, bits=bits)] * 2, plan)
+    expected = np.clip((decoded(module, arrays).astype(np.float64) + 1) / 2 * levels, 0, levels)
+    for array, right in zip(outcome.arrays, expected, strict=True):
+        assert (array.dtype, array.shape) == (dtype, (16, 16, 3))
+        assert np.abs(array - right).max() <= 0.5 + levels * 1e-5
+    assert outcome.finite == [True, True]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_a_latent_is_the_scaled_mean_or_a_draw_that_its_seed_repeats(module, plan):
+    arrays = [picture(seed=seed) for seed in range(3)]
+    tasks = [Task("encode", TOY), Task("encode", TOY, seed=1), Task("encode", TOY, seed=1)]
+    outcome = run(module, [arrays[0], arrays[0], arrays[1]], tasks, plan)
+    with torch.inference_mode():
+        pixels = torch.tensor(arrays[0]).permute(2, 0, 1)[None] / 127.5 - 1
+        mean = module.encode(Whole(), pixels).chunk(2, dim=1)[0][0] * FAMILY.latent_format.scaling_factor
+    assert {array.dtype for array in outcome.arrays} == {np.dtype(np.float16)}
+    assert np.abs(outcome.arrays[0] - mean.numpy()).max() <= np.spacing(np.float16(mean.abs().max()))
+    assert np.abs(outcome.arrays[0] - outcome.arrays[1]).max() > 0.01
+    again = run(module, [arrays[0]], tasks[1:2], plan)
+    assert np.abs(again.arrays[0].astype(float) - outcome.arrays[1]).max() <= 1e-3
+
+
+def test_raw_latents_are_scaled_ones_without_the_factor(module):
+    scaled, raw = (
+        run(module, [picture()], [Task("encode", TOY, latents=each)]).arrays[0] for each in ("scaled", "raw")
+    )
+    assert np.allclose(scaled, raw.astype(float) * FAMILY.latent_format.scaling_factor, atol=1e-3)
+    again = run(module, [raw.astype(np.float32)], [Task("decode", TOY, latents="raw")]).arrays[0]
+    expected = run(module, [scaled.astype(np.float32)], [Task("decode", TOY)]).arrays[0]
+    assert np.abs(again.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_number_that_is_not_finite_marks_its_item_only(module, plan, bad):
+    arrays = [latent(seed=seed).astype(np.float32) for seed in range(2)]
+    arrays[1][0, 0, 0] = bad
+    assert run(module, arrays, [Task("decode", TOY)] * 2, plan).finite == [True, False]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize(("op", "array"), [("decode", latent()), ("encode", picture())])
+def test_check_is_called_all_along_and_ends_the_run_by_raising(module, plan, op, array):
+    calls = []
+    run(module, [array], [Task(op, TOY)], plan, lambda: calls.append(1))
+    assert len(calls) > 5
+
+    def enough():
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(module, [array], [Task(op, TOY)], plan, enough)
+    assert len(calls) == 1
+
+
+def test_no_gradients_and_channels_last_from_end_to_end(module, monkeypatch):
+    seen = []
+    conv = torch.nn.functional.conv2d
+
+    def watched(x, weight, *args, **kwargs):
+        out = conv(x, weight, *args, **kwargs)
+        seen.append((out.is_inference(), x.is_contiguous(memory_format=torch.channels_last)))
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
+    run(module, [latent()], [Task("decode", TOY)])
+    run(module, [picture()], [Task("encode", TOY)])
+    assert len(seen) > 10
+    assert set(seen) == {(True, True)}
+
+
+def test_the_probe_believes_a_device_that_computes(monkeypatch):
+    compute.probe(torch.device("cpu"))
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lambda x, weight: x.sum() + 1)
+    with pytest.raises(Unavailable, match="computes wrongly"):
+        compute.probe(torch.device("cpu"))
