@@ -79,9 +79,9 @@ def test_weights_dropped_into_the_folder_are_served_at_once(client, folder):
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [
-        ("/encode", PICTURE.read_bytes()[:5000], 400),
-        ("/encode", b"this is no picture", 415),
-        ("/decode", b"neither is this an array", 415),
+        ("/encode?model=latentd-small", PICTURE.read_bytes()[:5000], 400),
+        ("/encode?model=latentd-small", b"this is no picture", 415),
+        ("/decode?model=latentd-small", b"neither is this an array", 415),
         ("/decode?model=nobody", b"", 404),
     ],
 )

@@ -1,0 +1,108 @@
+from base64 import b64encode
+
+import pytest
+from fastapi.routing import APIRoute
+
+from tests.service import array_of, picture, refused, serving
+
+HEALTH = {
+    *("/healthz/live", "/healthz/ready", "/healthz/startup", "/health", "/livez", "/readyz"),
+    *("/v2/health/live", "/v2/health/ready"),
+}
+
+
+def basic(text: str) -> str:
+    return f"Basic {b64encode(text.encode()).decode()}"
+
+
+@pytest.fixture(scope="module")
+async def service(models):
+    keys = "first, zweiter-schlüssel"
+    async with serving(models, default_model="kl", api_keys=keys, admin_key="root", metrics_public=False) as service:
+        yield service
+
+
+def routes(app) -> list[tuple[str, str]]:
+    """Every (method, path), with a name where a path needs one."""
+    mine = [route for included in app.routes for route in included.original_router.routes]
+    return [
+        (method, route.path_format.replace("{name}", "kl"))
+        for route in mine
+        if isinstance(route, APIRoute)
+        for method in route.methods or ()
+    ]
+
+
+async def test_every_route_but_health_is_guarded(service):
+    seen = routes(service.app)
+    assert {path for _, path in seen} >= HEALTH | {"/encode", "/models", "/models/kl/load", "/docs", "/openapi.json"}
+    for method, path in seen:
+        answer = await service.request(method, path)
+        if path in HEALTH:
+            assert answer.status_code == 200
+        else:
+            refused(answer, 401, "unauthorized")
+            assert answer.headers["WWW-Authenticate"] == 'Bearer, Basic realm="latentd"'
+            wrong = await service.request(method, path, headers={"Authorization": "Bearer wrong"})
+            refused(wrong, 403, "forbidden")
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        "Bearer first",
+        "bearer  first ",
+        "Bearer zweiter-schlüssel",
+        "Bearer root",
+        basic("first:first"),
+        basic(":first"),
+        basic("user:zweiter-schlüssel"),
+    ],
+)
+async def test_a_key_opens(service, authorization):
+    headers = {"Authorization": authorization.encode()}
+    array_of(await service.post("/encode", content=picture(), headers=headers))
+    for path in ("/models", "/metrics", "/docs", "/openapi.json"):
+        assert (await service.get(path, headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "authorization", ["", "first", "Bearer", "Digest first", "Basic first", "Basic é", "Basic !", basic("first")]
+)
+async def test_what_is_no_key_is_401_or_403(service, authorization):
+    answer = await service.get("/models", headers={"Authorization": authorization.encode("latin-1")})
+    assert answer.status_code == (403 if authorization in ("Bearer", basic("first")) else 401)
+    refused(answer, answer.status_code, "forbidden" if answer.status_code == 403 else "unauthorized")
+
+
+async def test_the_key_is_looked_at_before_the_body(service):
+    refused(await service.post("/encode?unknown=1", content=b"no picture"), 401, "unauthorized")
+
+
+async def test_admin_routes_want_the_admin_key(service):
+    for what in ("load", "pin", "unload", "unpin"):
+        path = f"/models/tiny/{what}"
+        refused(await service.post(path), 401, "unauthorized")
+        refused(await service.post(path, headers={"Authorization": "Bearer first"}), 403, "forbidden")
+        for authorization in ("Bearer root", basic("admin:root")):
+            answer = await service.post(path, headers={"Authorization": authorization})
+            assert answer.status_code == (409 if what == "unload" else 200), answer.text
+
+
+async def test_without_keys_the_service_is_open_and_its_admin_routes_are_shut(models):
+    async with serving(models) as service:
+        assert (await service.get("/models")).status_code == 200
+        assert (await service.get("/metrics")).status_code == 200
+        for headers in ({}, {"Authorization": "Bearer "}, {"Authorization": "Bearer root"}):
+            for what in ("load", "unload", "pin", "unpin"):
+                answer = await service.post(f"/models/kl/{what}", headers=headers)
+                assert "LATENTD_ADMIN_KEY" in refused(answer, 403, "forbidden")
+
+
+async def test_metrics_are_public_unless_they_are_not(models):
+    async with serving(models, api_keys="first") as service:
+        assert (await service.get("/metrics")).status_code == 200
+
+
+def test_no_route_is_fastapis_own(service):
+    assert all(hasattr(route, "original_router") for route in service.app.routes)

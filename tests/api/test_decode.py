@@ -1,0 +1,227 @@
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from app.wire.tensors import write_safetensors
+from tests.service import SIDE, array_of, latent, npy, picture, picture_of, refused, serving
+
+NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
+PNG, JPEG, WEBP, ZIP = "image/png", "image/jpeg", "image/webp", "application/zip"
+
+
+@pytest.fixture(scope="module")
+async def service(models):
+    async with serving(models, default_model="kl") as service:
+        yield service
+
+
+async def test_a_latent_becomes_a_png_and_the_headers_say_how(service):
+    answer = await service.post("/decode", content=npy(latent()))
+    image = picture_of(answer)
+    assert (image.format, image.mode, image.size) == ("PNG", "RGB", (SIDE, SIDE))
+    headers = answer.headers
+    assert headers["content-type"] == PNG
+    assert headers["X-Model"] == "kl"
+    assert len(headers["X-Model-SHA256"]) == 64
+    assert headers["X-Plan"] == "fp32/whole"
+    assert headers["X-Latents"] == "scaled"
+    assert headers["X-Image-Size"] == f"{SIDE}x{SIDE}"
+    assert headers["X-Request-Id"]
+    assert [part.split(";")[0] for part in headers["Server-Timing"].split(", ")] == [
+        "read",
+        "queue",
+        "load",
+        "compute",
+        "write",
+    ]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, ">f4"])
+@pytest.mark.parametrize("shape", [(4, 4, 4), (1, 4, 4, 4)])
+async def test_shapes_and_dtypes_of_npy(service, dtype, shape):
+    image = picture_of(await service.post("/decode", content=npy(latent(*shape, dtype=dtype))))
+    assert image.size == (SIDE, SIDE)
+
+
+async def test_npz_and_safetensors_are_sniffed(service):
+    file = io.BytesIO()
+    np.savez(file, a=latent(seed=1), b=latent(seed=2))
+    for body in (file.getvalue(), write_safetensors(np.concatenate([latent(seed=1), latent(seed=2)]), {})):
+        headers = {"Accept": NPY, "Content-Type": "text/plain"}
+        pictures = array_of(await service.post("/decode", content=body, headers=headers))
+        assert pictures.shape == (2, SIDE, SIDE, 3)
+        assert pictures.dtype == np.uint8
+
+
+async def test_bfloat16_in_safetensors(service):
+    values = np.full((1, 4, 4, 4), 0.5, np.float32)
+    header = {"latents": {"dtype": "BF16", "shape": [1, 4, 4, 4], "data_offsets": [0, 128]}}
+    text = json.dumps(header).encode()
+    body = len(text).to_bytes(8, "little") + text + (values.view(np.uint32) >> 16).astype("<u2").tobytes()
+    answer = await service.post("/decode", content=body)
+    assert answer.content == (await service.post("/decode", content=npy(values))).content
+
+
+@pytest.mark.parametrize(("media", "kind"), [(PNG, "PNG"), (JPEG, "JPEG"), (WEBP, "WEBP")])
+async def test_picture_types(service, media, kind):
+    answer = await service.post("/decode", content=npy(latent()), headers={"Accept": media})
+    assert answer.headers["content-type"] == media
+    assert picture_of(answer).format == kind
+
+
+async def test_png_and_npy_hold_the_same_pixels(service):
+    array = array_of(await service.post("/decode", content=npy(latent()), headers={"Accept": NPY}))
+    assert array.shape == (1, SIDE, SIDE, 3)
+    assert array.dtype == np.uint8
+    image = picture_of(await service.post("/decode", content=npy(latent())))
+    np.testing.assert_array_equal(np.asarray(image), array[0])
+
+
+async def test_several_pictures_come_as_zip(service):
+    batch = latent(2, 4, 4, 4)
+    for accept in (ZIP, "*/*"):
+        answer = await service.post("/decode", content=npy(batch), headers={"Accept": accept})
+        assert answer.headers["content-type"] == ZIP
+        with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+            images = [Image.open(archive.open(name)) for name in sorted(archive.namelist())]
+            assert [(image.format, image.size) for image in images] == [("PNG", (SIDE, SIDE))] * 2
+            for image, one in zip(images, batch, strict=True):
+                alone = picture_of(await service.post("/decode", content=npy(one)))
+                difference = np.asarray(image).astype(int) - np.asarray(alone)
+                assert abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("accept", [PNG, JPEG, f"{WEBP}, {PNG}", "image/*"])
+async def test_several_pictures_do_not_fit_in_one(service, accept):
+    answer = await service.post("/decode", content=npy(latent(2, 4, 4, 4)), headers={"Accept": accept})
+    detail = refused(answer, 406, "not_acceptable")
+    assert ZIP in detail
+    assert NPY in detail
+
+
+async def test_a_refused_type_is_passed_over(service):
+    headers = {"Accept": "image/png;q=0, */*"}
+    answer = await service.post("/decode", content=npy(latent()), headers=headers)
+    assert answer.headers["content-type"] == JPEG
+
+
+async def test_size_crops_the_padding_away(service):
+    encoded = await service.post("/encode", content=picture(35, 33))
+    answer = await service.post("/decode", content=encoded.content, params={"size": encoded.headers["X-Image-Size"]})
+    assert picture_of(answer).size == (35, 33)
+    assert answer.headers["X-Image-Size"] == "35x33"
+    whole = await service.post("/decode", content=encoded.content)
+    np.testing.assert_array_equal(np.asarray(picture_of(answer)), np.asarray(picture_of(whole))[:33, :35])
+
+
+async def test_quality_matters(service):
+    bodies = [
+        (await service.post(f"/decode?quality={quality}", content=npy(latent()), headers={"Accept": JPEG})).content
+        for quality in (10, 95)
+    ]
+    assert len(bodies[0]) < len(bodies[1])
+
+
+async def test_sixteen_bits(service):
+    answer = await service.post("/decode?bits=16", content=npy(latent()))
+    assert answer.content[24] == 16  # the depth in a PNG's header
+    eight = picture_of(await service.post("/decode?bits=8", content=npy(latent())))
+    assert eight.mode == "RGB"
+
+
+async def test_raw_is_another_reading_of_the_same_numbers(service):
+    array = latent(dtype=np.float32)
+    scaled = await service.post("/decode", content=npy(array * np.float32(0.18215)), headers={"Accept": NPY})
+    raw = await service.post("/decode?latents=raw", content=npy(array), headers={"Accept": NPY})
+    assert raw.headers["X-Latents"] == "raw"
+    assert abs(array_of(raw).astype(int) - array_of(scaled)).max() <= 1
+
+
+async def test_a_file_that_says_what_it_is_need_not_be_asked(service):
+    raw = (await service.post("/encode?latents=raw", content=picture(), headers={"Accept": SAFETENSORS})).content
+    answer = await service.post("/decode", content=raw)
+    assert answer.headers["X-Latents"] == "raw"
+    refused(await service.post("/decode?latents=scaled", content=raw), 422, "invalid_parameter")
+
+
+async def test_a_latent_of_another_family_is_a_conflict_that_names_both(service):
+    tiny = await service.post("/encode?model=tiny", content=picture(), headers={"Accept": SAFETENSORS})
+    detail = refused(await service.post("/decode?model=kl", content=tiny.content), 409, "family_mismatch")
+    assert "taesd" in detail
+    assert "sd1" in detail
+    picture_of(await service.post("/decode?model=tiny", content=tiny.content))
+
+
+@pytest.mark.parametrize(
+    ("query", "plan"), [("precision=bf16", "bf16/whole"), ("tiling=always", "fp32/strips"), ("deterministic=1", None)]
+)
+async def test_plans_that_are_asked_for(service, query, plan):
+    answer = await service.post(f"/decode?{query}", content=npy(latent()))
+    picture_of(answer)
+    assert answer.headers["X-Plan"] == (plan or "fp32/whole")
+    assert answer.headers.get("X-Plan-Reason") == ("requested" if plan else None)
+
+
+@pytest.mark.parametrize(
+    ("query", "accept"),
+    [
+        ("size=32", PNG),
+        ("size=0x32", PNG),
+        ("size=-1x32", PNG),
+        ("size=33x32", PNG),  # larger than the picture
+        ("size=32x1e1", PNG),
+        ("size=٣x٣", PNG),
+        ("size=9999999999x1", PNG),
+        ("quality=0", JPEG),
+        ("quality=101", JPEG),
+        ("quality=90", PNG),
+        ("bits=12", PNG),
+        ("bits=16", JPEG),
+        ("bits=16", NPY),
+        ("posterior=sample", PNG),  # parameters of /encode
+        ("seed=1", PNG),
+        ("fit=pad", PNG),
+        ("size=8x8&size=16x16", PNG),
+    ],
+)
+async def test_parameters_out_of_range_or_unknown_are_refused_by_name(service, query, accept):
+    answer = await service.post(f"/decode?{query}", content=npy(latent()), headers={"Accept": accept})
+    assert query.partition("=")[0] in refused(answer, 422, "invalid_parameter")
+
+
+def objects() -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+def with_nan() -> np.ndarray:
+    array = latent()
+    array[0, 1, 2, 3] = np.nan
+    return array
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "names"),
+    [
+        (objects(), 422, "invalid_latent", "objects"),
+        (npy(latent(1, 3, 4, 4)), 422, "invalid_latent", "4 channels"),
+        (npy(latent(0, 4, 4, 4)), 422, "invalid_latent", "(0, 4, 4, 4)"),
+        (npy(latent(1, 4, 0, 4)), 422, "invalid_latent", "(1, 4, 0, 4)"),
+        (npy(latent(4, 4)), 422, "invalid_latent", "(4, 4)"),
+        (npy(latent().astype(np.float64)), 422, "invalid_latent", "float64"),
+        (npy(latent().astype(np.uint8)), 422, "invalid_latent", "uint8"),
+        (npy(with_nan()), 422, "invalid_latent", "(0, 1, 2, 3)"),
+        (npy(latent())[:-1], 400, "malformed_body", "bytes"),
+        (npy(latent())[:40], 400, "malformed_body", "truncated"),
+        (picture(), 415, "unsupported_media", "PNG"),
+        (b"", 415, "unsupported_media", "empty"),
+    ],
+)
+async def test_what_is_no_latent_is_refused_with_its_reason_and_the_service_goes_on(service, body, status, code, names):
+    assert names in refused(await service.post("/decode", content=body), status, code)
+    picture_of(await service.post("/decode", content=npy(latent())))

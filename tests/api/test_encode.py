@@ -1,0 +1,251 @@
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.service import SIDE, array_of, latent, npy, picture, pixels, refused, serving
+
+NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
+
+
+@pytest.fixture(scope="module")
+async def service(models):
+    async with serving(models, default_model="kl") as service:
+        yield service
+
+
+def form(*pictures):
+    return [("image", (f"{index}.png", body)) for index, body in enumerate(pictures)]
+
+
+def png(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+def metadata_of(body: bytes) -> dict[str, str]:
+    length = int.from_bytes(body[:8], "little")
+    metadata: dict[str, str] = json.loads(body[8 : 8 + length])["__metadata__"]
+    return metadata
+
+
+async def test_a_picture_becomes_float16_npy_and_the_headers_say_how(service):
+    answer = await service.post("/encode", content=picture(), headers={"X-Request-Id": "a-1"})
+    latents = array_of(answer)
+    assert latents.dtype == np.float16
+    assert latents.shape == (1, 4, SIDE // 8, SIDE // 8)
+    headers = answer.headers
+    assert headers["content-type"] == NPY
+    row = (await service.get("/models/kl")).json()
+    assert headers["X-Model"] == "kl"
+    assert headers["X-Model-SHA256"] == row["sha256"]
+    assert headers["X-Plan"] == "fp32/whole"
+    assert "X-Plan-Reason" not in headers
+    assert headers["X-Latents"] == "scaled"
+    assert headers["X-Image-Size"] == f"{SIDE}x{SIDE}"
+    assert headers["X-Request-Id"] == "a-1"
+    stages = dict(part.split(";dur=") for part in headers["Server-Timing"].split(", "))
+    assert list(stages) == ["read", "queue", "load", "compute", "write"]
+    assert all(float(ms) >= 0 for ms in stages.values())
+    assert float(stages["compute"]) > 0
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WebP"])
+@pytest.mark.parametrize("content_type", ["text/plain", "application/json", "image/gif"])
+async def test_the_format_is_sniffed_whatever_the_content_type_says(service, kind, content_type):
+    answer = await service.post("/encode", content=picture(kind=kind), headers={"Content-Type": content_type})
+    assert array_of(answer).shape == (1, 4, SIDE // 8, SIDE // 8)
+
+
+async def test_a_form_of_one_picture_is_that_picture(service):
+    raw = await service.post("/encode", content=picture())
+    formed = await service.post("/encode", files=form(picture()))
+    assert formed.content == raw.content
+
+
+async def test_a_part_without_a_file_name_keeps_its_bytes(service):
+    body = b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\n' + picture() + b"\r\n--b--\r\n"
+    headers = {"Content-Type": "Multipart/Form-Data; boundary=b"}
+    answer = await service.post("/encode", content=body, headers=headers)
+    assert answer.content == (await service.post("/encode", content=picture())).content
+
+
+async def test_pictures_of_one_size_become_one_batch_in_order(service):
+    first, second = picture(seed=1), picture(seed=2)
+    latents = array_of(await service.post("/encode", files=form(first, second)))
+    assert latents.shape == (2, 4, SIDE // 8, SIDE // 8)
+    for index, body in enumerate((first, second)):
+        alone = array_of(await service.post("/encode", content=body))
+        np.testing.assert_allclose(latents[index], alone[0], atol=2e-3)
+
+
+async def test_pictures_of_different_sizes_become_npz(service):
+    answer = await service.post("/encode", files=form(picture(), picture(SIDE * 2, SIDE)))
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == NPZ
+    assert answer.headers["X-Image-Size"] == f"{SIDE}x{SIDE}, {SIDE * 2}x{SIDE}"
+    with np.load(io.BytesIO(answer.content)) as arrays:
+        assert [array.shape for array in arrays.values()] == [(1, 4, 4, 4), (1, 4, 4, 8)]
+        assert {array.dtype for array in arrays.values()} == {np.dtype(np.float16)}
+    asked = await service.post("/encode", files=form(picture(), picture(64, 32)), headers={"Accept": NPY})
+    assert NPZ in refused(asked, 406, "not_acceptable")
+
+
+async def test_npz_can_be_asked_for(service):
+    answer = await service.post("/encode", content=picture(), headers={"Accept": NPZ})
+    with np.load(io.BytesIO(answer.content)) as arrays:
+        assert [array.shape for array in arrays.values()] == [(1, 4, 4, 4)]
+
+
+async def test_safetensors_says_what_it_holds(service):
+    answer = await service.post("/encode", content=picture(30, 25), headers={"Accept": SAFETENSORS})
+    assert answer.headers["content-type"] == SAFETENSORS
+    assert metadata_of(answer.content) == {
+        "model": "kl",
+        "sha256": answer.headers["X-Model-SHA256"],
+        "family": "sd1",
+        "convention": "scaled",
+        "image_size": "30x25",
+    }
+
+
+async def test_safetensors_of_sizes_that_differ_names_none_and_decodes(service):
+    files = form(picture(30, 25), picture(31, 26))
+    answer = await service.post("/encode", files=files, headers={"Accept": SAFETENSORS})
+    assert answer.headers["X-Image-Size"] == "30x25, 31x26"
+    assert "image_size" not in metadata_of(answer.content)
+    again = await service.post("/decode", content=answer.content, headers={"Accept": NPY})
+    assert array_of(again).shape == (2, 32, 32, 3)
+
+
+async def test_raw_latents_are_unscaled(service):
+    scaled = array_of(await service.post("/encode?latents=scaled", content=picture()))
+    answer = await service.post("/encode?latents=raw", content=picture())
+    assert answer.headers["X-Latents"] == "raw"
+    np.testing.assert_allclose(array_of(answer) * 0.18215, scaled, rtol=2e-3, atol=1e-3)
+
+
+async def test_a_sample_is_repeatable_by_its_seed_alone(service):
+    async def sample(query):
+        return (await service.post(f"/encode?{query}", content=picture())).content
+
+    mode, explicit = await sample(""), await sample("posterior=mode")
+    first, again = await sample("posterior=sample&seed=7"), await sample("posterior=sample&seed=7")
+    other, unseeded = await sample("posterior=sample&seed=8"), await sample("posterior=sample")
+    assert mode == explicit
+    assert first == again
+    assert len({mode, first, other, unseeded}) == 4
+
+
+async def test_deterministic_is_repeatable(service):
+    answers = [await service.post("/encode?deterministic=true", content=picture()) for _ in range(2)]
+    assert answers[0].status_code == 200
+    assert answers[0].content == answers[1].content
+
+
+@pytest.mark.parametrize(
+    ("query", "plan", "reason"),
+    [
+        ("precision=fp32", "fp32/whole", None),  # the first choice anyway
+        ("precision=bf16", "bf16/whole", "requested"),
+        ("tiling=always", "fp32/strips", "requested"),
+        ("tiling=never", "fp32/whole", None),
+        ("precision=auto&tiling=auto", "fp32/whole", None),
+    ],
+)
+async def test_precision_and_tiling_are_honoured(service, query, plan, reason):
+    answer = await service.post(f"/encode?{query}", content=picture())
+    assert answer.status_code == 200, answer.text
+    assert (answer.headers["X-Plan"], answer.headers.get("X-Plan-Reason")) == (plan, reason)
+
+
+@pytest.mark.parametrize(("mode", "side"), [("pad", 5), ("crop", 4), ("resize", 4)])
+async def test_odd_sizes_are_made_to_fit(service, mode, side):
+    answer = await service.post(f"/encode?fit={mode}", content=picture(35, 33))
+    assert array_of(answer).shape == (1, 4, 5 if mode == "pad" else 4, side)
+    assert answer.headers["X-Image-Size"] == "35x33"
+
+
+async def test_the_padding_repeats_the_edge_and_is_the_default(service):
+    padded = np.pad(pixels(35, 33), ((0, 7), (0, 5), (0, 0)), mode="edge")
+    by_hand = array_of(await service.post("/encode", content=png(padded)))
+    np.testing.assert_array_equal(array_of(await service.post("/encode", content=picture(35, 33))), by_hand)
+
+
+async def test_odd_sizes_can_be_refused(service):
+    answer = await service.post("/encode?fit=error", content=picture(35, 33))
+    assert "35x33" in refused(answer, 422, "invalid_image")
+
+
+async def test_the_background_shows_through_alpha_and_is_white_by_default(service):
+    clear = png(np.zeros((SIDE, SIDE, 4), np.uint8))
+    for query, colour in (("", (255, 255, 255)), ("?background=ff8000", (255, 128, 0))):
+        flat = png(np.full((SIDE, SIDE, 3), colour, np.uint8))
+        seen = array_of(await service.post(f"/encode{query}", content=clear))
+        np.testing.assert_array_equal(seen, array_of(await service.post("/encode", content=flat)))
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "latents=half",
+        "posterior=mean",
+        "seed=-1",
+        "seed=9223372036854775808",
+        "seed=x",
+        "fit=stretch",
+        "background=white",
+        "background=%23ffffff",
+        "background=fffff",
+        "precision=fp8",
+        "tiling=yes",
+        "deterministic=perhaps",
+        "model=",
+        "size=32x32",  # a parameter of /decode
+        "quality=90",
+        "Model=kl",
+        "unknown=1",
+        "%00=1",
+        "seed=1&seed=2",
+    ],
+)
+async def test_parameters_out_of_range_or_unknown_are_refused_by_name(service, query):
+    detail = refused(await service.post(f"/encode?{query}", content=picture()), 422, "invalid_parameter")
+    assert query.partition("=")[0].replace("%00", "\0") in detail
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (picture()[:-30], 400, "malformed_body"),
+        (picture()[:20], 400, "malformed_body"),
+        (b"this is no picture", 415, "unsupported_media"),
+        (b"", 415, "unsupported_media"),
+        (npy(latent()), 415, "unsupported_media"),
+        (b"GIF89a" + bytes(100), 415, "unsupported_media"),
+    ],
+)
+async def test_what_is_no_picture_is_refused_and_the_service_goes_on(service, body, status, code):
+    refused(await service.post("/encode", content=body), status, code)
+    array_of(await service.post("/encode", content=picture()))
+
+
+async def test_one_bad_picture_of_a_form_is_the_requests_own_fault(service):
+    refused(await service.post("/encode", files=form(picture(), b"no")), 415, "unsupported_media")
+
+
+async def test_accept_is_honoured_and_weighed_over_several_headers(service):
+    headers = [("Accept", f"{NPY};q=0.1"), ("Accept", SAFETENSORS)]
+    answer = await service.post("/encode", content=picture(), headers=headers)
+    assert answer.headers["content-type"] == SAFETENSORS
+    nothing = await service.post("/encode", content=picture(), headers={"Accept": "text/html"})
+    assert NPY in refused(nothing, 406, "not_acceptable")
+
+
+async def test_a_tiny_model_encodes_too(service):
+    answer = await service.post("/encode?model=tiny", content=picture())
+    assert array_of(answer).shape == (1, 4, SIDE // 8, SIDE // 8)
+    assert answer.headers["X-Model"] == "tiny"

@@ -1,0 +1,86 @@
+import asyncio
+
+import httpx
+import pytest
+
+from app.main import create_app
+from app.settings import Settings
+from tests.service import occupied, picture, refused, serving
+
+LIVE = ("/healthz/live", "/health", "/livez", "/v2/health/live")
+READY = ("/healthz/ready", "/readyz", "/v2/health/ready")
+
+
+@pytest.mark.parametrize("path", [*LIVE, *READY, "/healthz/startup"])
+async def test_green(models, path):
+    async with serving(models) as service:
+        answer = await service.get(path)
+        assert (answer.status_code, answer.json()["status"]) == (200, "ok")
+
+
+async def test_before_the_first_scan_it_lives_and_is_not_ready(models):
+    app = create_app(Settings(models=models, device="cpu"))  # not started
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
+        assert {(await client.get(path)).status_code for path in LIVE} == {200}
+        assert {(await client.get(path)).status_code for path in (*READY, "/healthz/startup")} == {503}
+
+
+async def test_while_draining_it_lives_and_refuses_work(models):
+    async with serving(models, default_model="kl") as service:
+        service.engine.draining = True
+        assert {(await service.get(path)).status_code for path in LIVE} == {200}
+        assert {(await service.get(path)).status_code for path in READY} == {503}
+        answer = await service.post("/encode", content=picture())
+        refused(answer, 503, "unavailable")
+        assert int(answer.headers["Retry-After"]) >= 1
+        assert answer.json()["retryable"] is True
+        assert service.count("vae_rejected_total", reason="draining") == 1
+        assert "vae_draining 1.0" in (await service.get("/metrics")).text
+
+
+async def test_a_lost_device_turns_both_red(models):
+    async with serving(models) as service:
+        service.engine.workers[0]._runner.lost = "an illegal memory access"
+        for path in (*LIVE, *READY):
+            answer = await service.get(path)
+            assert (answer.status_code, answer.json()["status"]) == (503, "failing")
+        assert "illegal" in (await service.get("/healthz/live")).json()["lost"]
+
+
+async def test_a_full_queue_touches_neither(models):
+    async with serving(models, default_model="kl", queue_size=1) as service:
+        with occupied(service.engine):
+            waiting = [asyncio.ensure_future(service.post("/encode", content=picture())) for _ in range(6)]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            answer = next(task.result() for task in waiting if task.done())
+            refused(answer, 429, "overloaded")
+            assert {(await service.get(path)).status_code for path in (*LIVE, *READY)} == {200}
+        assert {(await task).status_code for task in waiting} == {200, 429}
+
+
+async def test_the_metrics_say_what_was_done(models):
+    async with serving(models, default_model="kl") as service:
+        await service.post("/encode", content=picture())
+        await service.post("/encode", content=b"no")
+        await service.post("/encode?model=nobody", content=picture())
+        await service.get("/models")
+        count = service.count
+        assert count("vae_requests_total", op="encode", model="kl", status="200") == 1
+        assert count("vae_requests_total", op="encode", model="kl", status="415") == 1
+        assert count("vae_requests_total", op="encode", model="", status="404") == 1  # no label from a request
+        assert count("vae_request_duration_seconds_count", op="encode", model="kl") == 2
+        for stage in ("read", "queue", "load", "compute", "write"):
+            assert count("vae_stage_duration_seconds_count", op="encode", stage=stage) == 1
+        assert count("vae_batch_items_total") == 1
+        assert count("vae_model_loads_total", result="ok") == 1
+        answer = await service.get("/metrics")
+        assert answer.headers["content-type"].startswith("text/plain")
+        for name in (
+            "vae_queue_pixels 0.0",
+            "vae_requests_in_flight 0.0",
+            "vae_draining 0.0",
+            'vae_worker_up{device="cpu"} 1.0',
+            'vae_model_resident{device="cpu",dtype="fp32",model="kl"} 1.0',
+            "vae_build_info{",
+        ):
+            assert name in answer.text

@@ -1,0 +1,32 @@
+"""Fixtures of every test: a folder of small random models, and an environment without settings."""
+
+import os
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from tests.store.weights import state_of
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """One event loop for fixtures of any scope."""
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("LATENTD_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, `kl` (sd1 by default, with a posterior) and `tiny` (taesd); not to be written to."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "VAE").mkdir()
+    save_file(state_of("sd1"), folder / "VAE" / "kl.safetensors")
+    save_file(state_of("taesd"), folder / "VAE" / "tiny.safetensors")
+    return folder

@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import pytest
+
+from app.errors import InvalidInput
+from app.files import LATENTS, PICTURES, send_files, walk
+from app.settings import Settings
+
+
+def touched(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_folders_are_walked_and_keep_their_layout(tmp_path):
+    folder = touched(tmp_path, "b.PNG", "a/c.jpg", "a/d.jpeg", "a/deep/e.webp", "a/notes.txt", ".c.npy.part")
+    found = walk([folder], PICTURES, ".npy")
+    assert [str(target) for _, target in found] == ["a/c.npy", "a/d.npy", "a/deep/e.npy", "b.npy"]
+    assert all(source.is_file() for source, _ in found)
+
+
+def test_a_file_is_taken_whatever_it_is_called(tmp_path):
+    assert walk([tmp_path / "x.y.bmp"], PICTURES, ".npy") == [(tmp_path / "x.y.bmp", Path("x.y.npy"))]
+
+
+def test_latents_are_npy_npz_and_safetensors(tmp_path):
+    folder = touched(tmp_path, "a.npy", "b.safetensors", "c.npz", "d.png")
+    assert [target.name for _, target in walk([folder], LATENTS, ".png")] == ["a.png", "b.png", "c.png"]
+
+
+def test_two_inputs_for_one_output_are_refused(tmp_path):
+    folder = touched(tmp_path, "a.png", "a.jpg")
+    with pytest.raises(InvalidInput, match=r"a\.npy"):
+        walk([folder], PICTURES, ".npy")
+    with pytest.raises(InvalidInput, match=r"a\.npy"):
+        walk([Path("x/a.png"), Path("y/a.png")], PICTURES, ".npy")
+
+
+def test_a_folder_without_files_is_an_error(tmp_path):
+    with pytest.raises(InvalidInput, match=r"\.jpeg, \.jpg, \.png, \.webp"):
+        walk([tmp_path], PICTURES, ".npy")
+
+
+def test_nothing_left_to_do_needs_no_service(tmp_path, monkeypatch):
+    monkeypatch.setattr("app.files.create_app", None)
+    touched(tmp_path, "in/a.png", "out/a.npy")
+    inputs, output = [tmp_path / "in"], tmp_path / "out"
+    assert send_files("encode", inputs, output, {}, Settings(), url=None, key=None, resume=True) == 0

@@ -1,0 +1,293 @@
+import asyncio
+import json
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import httpx
+import pytest
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from app.main import JsonFormatter, Server, build_engine, create_app
+from app.settings import InvalidSetting, Settings
+from tests.service import SIDE, latent, listening, npy, occupied, picture, refused, serving, until
+
+
+@pytest.fixture(scope="module")
+def server(models):
+    with listening(models, default_model="kl", max_body_bytes=1_000_000) as (server, port):
+        yield server.engine, port
+
+
+@pytest.fixture
+def talk(server):
+    """Sends bytes over one connection and returns the answers: (status, headers, body) each."""
+    with socket.create_connection(("127.0.0.1", server[1]), timeout=60) as connection:
+        incoming = connection.makefile("rb")
+
+        def talk(*requests: bytes) -> list[tuple[int, dict[str, str], bytes]]:
+            answers = []
+            for request in requests:
+                connection.sendall(request)
+                answers.append(read_answer(incoming))
+            return answers
+
+        yield talk
+        incoming.close()
+
+
+def read_answer(incoming) -> tuple[int, dict[str, str], bytes]:
+    while True:
+        status = int(incoming.readline().split()[1])
+        headers = {}
+        while line := incoming.readline().strip():
+            name, _, value = line.decode("latin-1").partition(": ")
+            headers[name.lower()] = value
+        if status != 100:
+            return status, headers, incoming.read(int(headers.get("content-length", 0)))
+
+
+def post(path: str, body: bytes = b"", *headers: str, length: int | None = None, version: str = "1.1") -> bytes:
+    announced = len(body) if length is None else length
+    head = [f"POST {path} HTTP/{version}", "Host: x", f"Content-Length: {announced}", *headers]
+    return "\r\n".join([*head, "", ""]).encode("latin-1") + body
+
+
+GET = b"GET /healthz/live HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def test_a_connection_serves_on_after_a_request(talk):
+    answers = talk(post("/encode", picture()), GET, post("/encode", picture()))
+    assert [status for status, _, _ in answers] == [200, 200, 200]
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (post("/encode", bytes(1_000_001)), 413),  # refused before its body is read
+        (post("/encode?model=nobody", picture()), 404),
+        (post("/nothing", bytes(300_000)), 404),
+        (post("/encode?x=1", bytes(300_000)), 422),
+        (post("/encode", b"no picture"), 415),
+    ],
+)
+def test_a_connection_serves_on_after_an_error_whose_body_was_still_coming(talk, request_, status):
+    answers = talk(request_, GET, request_, GET)
+    assert [answer[0] for answer in answers] == [status, 200, status, 200]
+    assert json.loads(answers[0][2])["status"] == status
+
+
+def test_a_chunked_body_over_the_limit_is_refused(talk):
+    chunk = b"10000\r\n" + bytes(0x10000) + b"\r\n"
+    head = b"POST /encode HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    (first, _, _), (second, _, _) = talk(head + chunk * 17 + b"0\r\n\r\n", GET)
+    assert (first, second) == (413, 200)
+
+
+def test_a_huge_announcement_is_refused_without_waiting_for_it(server):
+    with socket.create_connection(("127.0.0.1", server[1]), timeout=60) as connection:
+        connection.sendall(post("/encode", b"", "Expect: 100-continue", length=10**17))
+        with connection.makefile("rb") as incoming:
+            assert incoming.readline().split()[1] == b"413"  # and no 100 before it
+
+
+def test_http_1_0_is_answered_and_closed(server):
+    with socket.create_connection(("127.0.0.1", server[1]), timeout=60) as connection:
+        connection.sendall(post("/encode", picture(), version="1.0"))
+        with connection.makefile("rb") as incoming:
+            status, headers, _ = read_answer(incoming)
+            assert status == 200
+            assert headers["x-model"] == "kl"
+            assert incoming.read() == b""
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"garbage\r\n\r\n",
+        post("/encode", b"", "Content-Length: 5"),
+        post("/encode").replace(b"Content-Length: 0", b"Content-Length: -1"),
+        post("/encode").replace(b"Content-Length: 0", b"Content-Length: \xb2"),
+    ],
+)
+def test_what_is_no_http_is_refused_and_the_service_goes_on(server, request_):
+    _, port = server
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(request_)
+        assert b" 400 " in connection.recv(4096).splitlines()[0]
+    assert httpx.get(f"http://127.0.0.1:{port}/healthz/live").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/encode?model=%ff%fe", "/encode?%ff=1", "/models/%ff", "/%00", "/encode?model=%zz"])
+def test_what_is_no_utf8_is_an_honest_error(talk, path):
+    ((status, headers, body),) = talk(post(path, picture()))
+    assert status in (404, 405, 422)
+    assert headers["content-type"] == "application/problem+json"
+    assert json.loads(body)["status"] == status
+
+
+def test_a_client_that_leaves_is_not_computed_for(server):
+    engine, port = server
+    worker = engine.workers[0]
+
+    def value(name: str, **labels: str) -> float:
+        return engine.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    def waits_until(true) -> None:
+        asyncio.run(until(true))
+
+    with ThreadPoolExecutor(2) as pool, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        assert client.post("/encode", content=picture()).status_code == 200
+        items = value("vae_batch_items_total")
+        with occupied(engine):
+            # One on the device and one staged behind it; what comes then stays in the queue.
+            busy = [pool.submit(client.post, "/encode", content=picture(side, SIDE)) for side in (32, 32)]
+            waits_until(lambda: engine._open == 2)
+            assert not any(answer.done() for answer in busy)
+            with closing(socket.create_connection(("127.0.0.1", port))) as leaving:
+                leaving.sendall(post("/encode", picture(64, 32)))
+                waits_until(lambda: engine._open == 3)
+            waits_until(lambda: engine._open == 2)
+        assert [answer.result().status_code for answer in busy] == [200, 200]
+        waits_until(lambda: worker.batcher.items == 0)
+        assert client.post("/encode", content=picture()).status_code == 200
+    assert value("vae_batch_items_total") == items + 3  # the two, and the one after
+    assert value("vae_cancelled_total", stage="request") >= 1
+    assert value("vae_requests_total", op="encode", model="kl", status="499") == 1
+
+
+def test_a_client_that_leaves_within_its_body_is_noticed(server):
+    engine, port = server
+
+    def gone() -> float:
+        return engine.metrics.registry.get_sample_value("vae_cancelled_total", {"stage": "request"}) or 0.0
+
+    before = gone()
+    with closing(socket.create_connection(("127.0.0.1", port))) as leaving:
+        leaving.sendall(post("/encode", picture()[:50], length=1000))
+    asyncio.run(until(lambda: gone() == before + 1))
+
+
+def test_sigterm_finishes_what_was_accepted(models):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "app", "serve", "--models", str(models), "--default-model", "kl"]
+    command += ["--device", "cpu", "--port", str(port), "--log-format", "json", "--drain-seconds", "300"]
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        try:
+            while True:
+                assert process.poll() is None
+                try:
+                    if client.get("/healthz/ready").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    time.sleep(0.1)
+            body = npy(latent(1, 4, 32, 32))  # 256 pixels a side: long enough to be in flight
+            assert client.post("/decode", content=body).status_code == 200  # loaded and forecast
+            answers = [pool.submit(client.post, "/decode", content=body) for _ in range(6)]
+            while "vae_requests_in_flight 6.0" not in client.get("/metrics").text:
+                assert not all(answer.done() for answer in answers)
+            process.send_signal(signal.SIGTERM)
+            assert [answer.result().status_code for answer in answers] == [200] * 6
+            log = process.stderr.read() if process.stderr else ""
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert sum(line.get("path") == "/decode" and line["status"] == 200 for line in lines) == 7
+    assert not any("error" in line for line in lines)
+
+
+def test_what_does_not_end_in_time_is_told_to_come_back(models):
+    with listening(models, default_model="kl", drain_seconds=0.2) as (server, port), ThreadPoolExecutor(1) as pool:
+        url = f"http://127.0.0.1:{port}/encode"
+        assert httpx.post(url, content=picture(), timeout=60).status_code == 200  # started
+        with occupied(server.engine):
+            waiting = pool.submit(httpx.post, url, content=picture(), timeout=60)
+            asyncio.run(until(lambda: server.engine._open == 1))
+            server.handle_exit(signal.SIGTERM, None)
+            answer = waiting.result()
+        assert "shutting down" in refused(answer, 503, "unavailable")
+        assert answer.headers["Retry-After"]
+
+
+def test_a_signal_turns_readiness_red_and_a_second_interrupt_forces(models):
+    app = create_app(Settings(models=models, device="cpu"))
+    engine = app.state.context.engine
+    server = Server(uvicorn.Config(app), engine, 30)
+    server.handle_exit(signal.SIGTERM, None)
+    assert (engine.draining, server.should_exit, server.force_exit) == (True, True, False)
+    server.handle_exit(signal.SIGTERM, None)
+    assert not server.force_exit
+    server.handle_exit(signal.SIGINT, None)
+    assert server.force_exit
+    assert server._captured_signals == []  # uvicorn would raise them again, for an exit status of 143
+
+
+async def test_a_lost_device_ends_the_server(models):
+    app = create_app(Settings(models=models, device="cpu"))
+    engine = app.state.context.engine
+    server = Server(uvicorn.Config(app), engine, 30)
+    assert await server.on_tick(1) is False
+    engine.workers[0]._runner.lost = "gone"
+    assert await server.on_tick(2) is True
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"), [({"default_family": "sd9"}, "default_family"), ({"device": "cuda:999"}, "device")]
+)
+def test_a_setting_that_the_machine_contradicts_is_named(settings, name):
+    with pytest.raises(InvalidSetting, match=f"^{name}: "):
+        create_app(Settings(**settings))
+
+
+async def test_every_setting_reaches_its_reader(tmp_path):
+    settings = Settings(
+        models=tmp_path,
+        default_model="a",
+        default_family="sdxl",
+        device="cpu,cpu",
+        cache_bytes=1,
+        memory_limit_bytes=2 << 20,
+        precision="bf16",
+        queue_size=3,
+        queue_pixels=4,
+        batch_pixels=5,
+    )
+    engine = build_engine(settings, CollectorRegistry())
+    options, limits = engine.options, engine.options.limits
+    assert (engine.store.folder, options.default_model, options.precision) == (tmp_path, "a", "bf16")
+    assert (limits.requests, limits.pixels, limits.batch_pixels) == (3, 4, 5)
+    assert (options.cache_bytes, options.memory_limit_bytes) == (1, 2 << 20)
+    assert [worker.name for worker in engine.workers] == ["cpu:0", "cpu:1"]
+    app = create_app(Settings(models=tmp_path, device="cpu", max_body_bytes=6, max_pixels=7, queue_pixels=4))
+    assert app.state.context.limits.body_bytes == 6
+    assert app.state.context.limits.pixels == 7
+    assert app.state.context.limits.total_pixels == 7  # one picture may always come
+
+
+async def test_the_default_family_stands_in_where_nothing_says(models):
+    async with serving(models, default_family="sdxl", precision="bf16", default_model="kl") as service:
+        row = (await service.get("/models/kl")).json()
+        assert (row["family"], row["family_source"]) == ("sdxl", "default")
+        assert (await service.post("/encode", content=picture())).headers["X-Plan"] == "bf16/whole"
+
+
+def test_a_log_line_is_one_json_object():
+    record = logging.LogRecord("a", logging.INFO, "f", 1, "two\nlines %s", ("x",), None)
+    record.facts = {"status": 200}
+    text = JsonFormatter().format(record)
+    assert "\n" not in text
+    line = json.loads(text)
+    assert (line["message"], line["status"], line["level"]) == ("two\nlines x", 200, "info")
