@@ -166,13 +166,14 @@ def _print(line: str) -> None:
 def describe(entry: Any) -> dict[str, Any]:
     """What a file is, as plain values."""
     from app.store.checkpoint import Checkpoint
+    from app.store.folder import shown
 
     if not isinstance(entry, Checkpoint):
-        return {"name": entry.name, "path": str(entry.path), "format": entry.format, "error": entry.error}
+        return {"name": entry.name, "path": shown(entry.path), "format": entry.format, "error": entry.error}
     family = entry.family
     return {
         "name": entry.name,
-        "path": str(entry.path),
+        "path": shown(entry.path),
         "family": family.name,
         "family_source": entry.family_source,
         "format": entry.format,

@@ -10,6 +10,7 @@ from app.api.schemas import LoadQuery, Model, Models, NoQuery, Plan, PlanQuery, 
 from app.engine.jobs import Task
 from app.errors import UnknownModel
 from app.store.checkpoint import Checkpoint
+from app.store.folder import shown
 from app.store.store import Entry
 
 router = APIRouter(prefix="/models", tags=["models"], dependencies=GUARD, responses=PROBLEM)
@@ -20,7 +21,7 @@ Nothing = Annotated[NoQuery, Query()]
 def model_row(entry: Entry, shared: Context) -> Model:
     """One entry of the store with what the engine knows of it."""
     if not isinstance(entry, Checkpoint):
-        return Model(name=entry.name, path=str(entry.path), format=entry.format, error=entry.error)
+        return Model(name=entry.name, path=shown(entry.path), format=entry.format, error=entry.error)
     family = entry.family
     resident = [
         Resident(device=r.device, dtype=r.dtype, bytes=r.bytes, in_use=r.in_use, pinned=r.pinned)
@@ -28,7 +29,7 @@ def model_row(entry: Entry, shared: Context) -> Model:
     ]
     return Model(
         name=entry.name,
-        path=str(entry.path),
+        path=shown(entry.path),
         family=family.name,
         family_source=entry.family_source,
         format=entry.format,

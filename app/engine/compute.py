@@ -63,6 +63,16 @@ def probe(device: torch.device) -> None:
         raise Unavailable(f"the device {device} computes wrongly")
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device is full, as torch's allocators, numpy, and (in words only) the CUDA libraries say it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        words in text for words in ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    )
+
+
 @torch.inference_mode()
 def run(module: Autoencoder, inputs: list[Tensor], tasks: list[Task], plan: ExecutionPlan, check: Check) -> Outcome:
     """One forward of items that share a batch key.

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Self, get_args
@@ -12,12 +12,12 @@ import torch
 
 from app.engine.batcher import Batcher, QueueLimits, Ticket
 from app.engine.forecast import Forecaster
-from app.engine.jobs import Job, Op, Precision, Result, Task, picture_pixels
+from app.engine.jobs import Job, Op, Precision, Result, Task, check_shape, picture_pixels
 from app.engine.memory import memory_of
 from app.engine.planner import PlanAnswer, Verdicts
 from app.engine.planning import Fp16, dtypes
 from app.engine.worker import Load, Worker, torch_device
-from app.errors import InvalidImage, InvalidLatent, Unavailable
+from app.errors import Unavailable
 from app.metrics import Metrics
 from app.store.checkpoint import Checkpoint, load_autoencoder
 from app.store.store import Entry, ModelStore
@@ -291,32 +291,3 @@ def device_names(devices: Sequence[str]) -> list[str]:
             name = f"cpu:{counts[name] - 1}"
         names.append(name)
     return names
-
-
-def check_shape(task: Task, shape: tuple[int, ...]) -> None:
-    """Whether one item's array fits the model.
-
-    Raises InvalidImage for a picture (H, W, 3) that is no multiple of the family's, InvalidLatent for a latent
-    (C, h, w) of other channels than the convention has.
-    """
-    family = task.checkpoint.family
-    if task.op == "encode":
-        multiple = family.size_multiple
-        if shape[0] % multiple or shape[1] % multiple:
-            raise InvalidImage(f"{shape[1]}x{shape[0]} is not a multiple of {multiple} as {family.name} needs it")
-        return
-    patch = family.latent_format.patch
-    expected = family.latent_channels * (patch * patch if task.latents == "scaled" else 1)
-    if shape[-3] != expected:
-        raise InvalidLatent(
-            f"{task.checkpoint.name} ({family.name}) takes {task.latents} latents of {expected} channels, "
-            f"(N, {expected}, h, w); this one has shape {tuple(shape)}{_hint(task, shape[-3])}"
-        )
-
-
-def _hint(task: Task, channels: int) -> str:
-    family = task.checkpoint.family
-    if family.latent_format.patch > 1 and channels in (family.latent_channels, family.latent_channels * 4):
-        other: Callable[[str], str] = {"scaled": "raw", "raw": "scaled"}.__getitem__
-        return f": are they latents={other(task.latents)}?"
-    return ""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from app.errors import InvalidImage, InvalidLatent
+
 if TYPE_CHECKING:  # at run time it would load torch, which the command line does only when it must
     from app.store.checkpoint import Checkpoint
 
@@ -87,3 +89,32 @@ def picture_pixels(task: Task, shape: tuple[int, ...]) -> int:
     family = task.checkpoint.family
     side = family.spatial_factor * (family.latent_format.patch if task.latents == "scaled" else 1)
     return shape[-2] * shape[-1] * side * side
+
+
+def check_shape(task: Task, shape: tuple[int, ...]) -> None:
+    """Whether one item's array fits the model.
+
+    Raises InvalidImage for a picture (H, W, 3) that is no multiple of the family's, InvalidLatent for a latent
+    (C, h, w) of other channels than the convention has.
+    """
+    family = task.checkpoint.family
+    if task.op == "encode":
+        multiple = family.size_multiple
+        if shape[0] % multiple or shape[1] % multiple:
+            raise InvalidImage(f"{shape[1]}x{shape[0]} is not a multiple of {multiple} as {family.name} needs it")
+        return
+    patch = family.latent_format.patch
+    expected = family.latent_channels * (patch * patch if task.latents == "scaled" else 1)
+    if shape[-3] != expected:
+        raise InvalidLatent(
+            f"{task.checkpoint.name} ({family.name}) takes {task.latents} latents of {expected} channels, "
+            f"(N, {expected}, h, w); this one has shape {tuple(shape)}{_hint(task, shape[-3])}"
+        )
+
+
+def _hint(task: Task, channels: int) -> str:
+    family = task.checkpoint.family
+    if family.latent_format.patch > 1 and channels in (family.latent_channels, family.latent_channels * 4):
+        other = "raw" if task.latents == "scaled" else "scaled"
+        return f": are they latents={other}?"
+    return ""

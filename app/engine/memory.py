@@ -11,8 +11,9 @@ from app.allocator import give_back
 CUDA_HEADROOM = 512 << 20
 """Left to the driver, to convolution workspaces outside torch's allocator and to fragmentation."""
 
-HOST_SHARE = 0.75
-"""Of the machine's (or the container's) memory, what a CPU device may use."""
+HOST_SHARE = 0.5
+"""Of the machine's (or the container's) memory, what tensors may take: with `allocator.keep_pages` the heap of the
+process was measured at up to 1.8 times its tensors (docs/engine.md)."""
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 

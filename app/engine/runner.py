@@ -214,7 +214,7 @@ class Runner:
         kind: Literal["oom", "cancelled", "lost", "error"] = "error"
         if isinstance(error, Cancelled):
             kind = "cancelled"
-        elif _out_of_memory(error):
+        elif compute.out_of_memory(error):
             kind = "oom"
         elif isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
             kind = "lost" if self._broken() else "error"
@@ -297,13 +297,3 @@ def _because(jobs: list[Job], reason: str) -> None:
     """Notes why the jobs do not run as first planned."""
     for job in jobs:
         job.reason = reason
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Of torch's allocators, of numpy, and of the CUDA libraries, which say it in words only."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        words in text for words in ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
-    )

@@ -148,10 +148,16 @@ def names_of(found: Iterable[Source]) -> dict[Source, str]:
     return names
 
 
-def _choices(source: Source) -> tuple[str, str, str, str, str]:
+def _choices(source: Source) -> tuple[str, ...]:
     file, parent = source.path, source.path.parent.name
     name = source.stem + ("" if source.format == "diffusers" else file.suffix)
-    return source.stem, f"{parent}/{source.stem}", name, f"{parent}/{name}", file.as_posix().lstrip("/")
+    choices = (source.stem, f"{parent}/{source.stem}", name, f"{parent}/{name}", file.as_posix().lstrip("/"))
+    return tuple(shown(choice) for choice in choices)
+
+
+def shown(path: Path | str) -> str:
+    """A name or path as text that any encoding can carry: bytes that are not UTF-8 become escapes."""
+    return str(path).encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _files(place: Path, weights: set[str], names: set[str]) -> list[Source]:

@@ -1,5 +1,6 @@
 """Which files make which models, and what they are called."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,10 @@ def test_source_of_a_file_its_pair_and_folders(tmp_path):
         assert source.stem == "sd"
     with pytest.raises(FileNotFoundError, match="does not exist"):
         source_of(tmp_path / "nothing.pt")
+
+
+def test_a_name_that_is_not_utf_8_is_shown_with_escapes(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.safetensors")).write_bytes(b"")
+    (name,) = names_of(sources(walk(tmp_path), tmp_path)).values()
+    assert name == "caf\\xe9"
+    assert name.encode() == b"caf\\xe9"
