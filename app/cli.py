@@ -142,7 +142,7 @@ def _models(args: argparse.Namespace) -> int:
             rows.append((entry.name, "-", "-", entry.format or "-", "-", "-", f"ERROR: {entry.error}"))
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
     for row in rows:
-        _print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[6]]).rstrip())
+        _print("  ".join([*(cell.ljust(width) for cell, width in zip(row[:6], widths, strict=True)), row[6]]).rstrip())
     return 0
 
 
