@@ -1,17 +1,21 @@
 """Forecast peaks beside measured ones, on this CPU: `python -m benchmarks.forecast`, by default up to 1024 px.
 
-Each run is a process of its own, so that the kernel's high-water mark of its memory (VmHWM, reset through
-/proc/self/clear_refs; Linux only) is that run's: the whole way from an array to an array, as the service goes it.
+Each run is a process of its own and goes the whole way from an array to an array, as the service does. Two things are
+measured. Allocated: the bytes that malloc has handed out, tensors and kernels' scratch memory alike, sampled all along
+(mallinfo2; glibc only). Resident: the high-water mark of the process's pages (VmHWM, reset through
+/proc/self/clear_refs; Linux only), which has the gaps of the heap too.
 """
 
 import argparse
+import ctypes
 import datetime
 import gc
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast, get_args
+from typing import Self, cast, get_args
 
 import numpy as np
 import torch
@@ -27,7 +31,8 @@ from benchmarks.cpu import processor
 from benchmarks.pairs import table
 from benchmarks.peer import NETWORKS, Network, ours, peer
 
-HEADER = ("network", "op", "px", "plan", "forecast, MB", "measured, MB", "forecast / measured")
+HEADER = ("network", "op", "px", "plan", "forecast, MB", "allocated, MB", "resident, MB", "forecast / allocated")
+SAMPLE_SECONDS = 0.0005
 FAMILY = {"kl": "sd1", "tiny": "taesd"}
 WARM_SIDE = 64
 OPS: tuple[Op, ...] = ("encode", "decode")
@@ -39,6 +44,54 @@ def resident(key: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))
 
 
+class MallInfo2(ctypes.Structure):
+    """struct mallinfo2 of <malloc.h>."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
+
+
+class Allocated:
+    """Samples the bytes that malloc has handed out, in a thread; `peak` counts from the beginning's level."""
+
+    def __init__(self) -> None:
+        self._ask = ctypes.CDLL(None).mallinfo2
+        self._ask.restype = MallInfo2
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self.peak = 0
+
+    def _now(self) -> int:
+        info = self._ask()
+        return int(info.uordblks) + int(info.hblkhd)
+
+    def _sample(self) -> None:
+        while not self._done.wait(SAMPLE_SECONDS):
+            self.peak = max(self.peak, self._now() - self._level)
+
+    def __enter__(self) -> Self:
+        self._level = self._now()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
 def picture(op: Op, side: int) -> np.ndarray:
     """One item's array."""
     generator = np.random.default_rng(0)
@@ -47,8 +100,8 @@ def picture(op: Op, side: int) -> np.ndarray:
     return generator.standard_normal((4, side // 8, side // 8), np.float32)
 
 
-def measure(network: Network, op: Op, side: int, batch: int, plan: ExecutionPlan) -> tuple[int, int]:
-    """(forecast, measured) bytes of one run in this process."""
+def measure(network: Network, op: Op, side: int, batch: int, plan: ExecutionPlan) -> tuple[int, int, int]:
+    """(forecast, allocated, resident) bytes of one run in this process."""
     module = ours(network, peer(network)).to(TORCH_DTYPES[plan.dtype])
     checkpoint = cast(Checkpoint, SimpleNamespace(config=module.config, family=FAMILIES[FAMILY[network]]))
     task = Task(op, checkpoint)
@@ -62,8 +115,9 @@ def measure(network: Network, op: Op, side: int, batch: int, plan: ExecutionPlan
     give_back()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = resident("VmRSS")
-    run(side)
-    return forecast, resident("VmHWM") - before
+    with Allocated() as allocated:
+        run(side)
+    return forecast, allocated.peak, resident("VmHWM") - before
 
 
 def main() -> int:
@@ -94,11 +148,11 @@ def main() -> int:
         command += ["--sides", str(side), "--executions", plan.execution]
         command += ["--dtype", plan.dtype, "--batch", str(plan.batch)]
         answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        forecast, measured = map(int, answer.stdout.split())
-        ratio = forecast / measured
+        forecast, allocated, in_pages = map(int, answer.stdout.split())
+        ratio = forecast / allocated
         bad += not 1 <= ratio <= 1.25
         name = f"{plan} x{plan.batch}" if plan.batch > 1 else str(plan)
-        megabytes = [f"{value / 1e6:.0f}" for value in (forecast, measured)]
+        megabytes = [f"{value / 1e6:.0f}" for value in (forecast, allocated, in_pages)]
         rows.append([NETWORKS[network], op, str(side), name, *megabytes, f"{ratio:.2f}"])
         print(*rows[-1], flush=True)
     print(f"\n{datetime.date.today()}, {processor()}, torch {torch.__version__}\n")

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from app.allocator import keep_pages
+from app.engine.forecast import CountingMode
 from app.vae.execution import Whole
 from app.vae.strips import RECOMPUTE, STRIPS, AnyExecution, Banded, execute, forecast_bytes, run
-from benchmarks.live import LiveBytes
 from benchmarks.pairs import alternate, table
 from benchmarks.peer import SPATIAL_FACTOR, Op, inputs, ours, peer, run_peer
 
@@ -101,9 +101,9 @@ def deviation(found: Tensor, truth: Tensor) -> tuple[float, float, float]:
 
 
 def counted(work: Callable[[], Tensor], networks: dict[str, Any], x: Tensor) -> tuple[Tensor, int]:
-    """What `work` gives, and the peak bytes of the tensors that it makes, the joined output included."""
+    """What `work` gives, and the peak bytes of its tensors: joined output and the kernels' copies of weights too."""
     gc.collect()
-    live = LiveBytes([x, *(p for model in networks.values() for p in model.parameters())])
+    live = CountingMode([x, *(p for model in networks.values() for p in model.parameters())])
     with torch.inference_mode(), live:
         out = work()
     return out, live.peak

@@ -4,11 +4,20 @@ Everything is counted in numbers, not bytes, so that one forecast serves every p
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from app.vae.passes import Pass, band_rows
 from app.vae.program import Conv, Node, Program
 
 SMALL = 1 << 11  # statistics, scales and shifts: a few numbers per channel
+
+
+@dataclass(frozen=True)
+class WorkingSet:
+    """Numbers alive in the bands of a pass, beside the kept maps."""
+
+    first: int  # while it prepares and computes its first band
+    later: int  # in any other band; 0 where there is none
 
 
 def whole_elements(program: Program) -> int:
@@ -36,15 +45,16 @@ def peak_elements(
     start: Node,
     passes: Sequence[Pass],
     band_elements: int,
-    working_set_of: Callable[[Pass], int],
+    working_set_of: Callable[[Pass], WorkingSet],
 ) -> int:
     """Numbers alive at once in `passes`, which start from `start` alone; `working_set_of` is `working_set`, cached."""
     kept = {start: 0 if start is program.input else start.elements}
     peak = 0
     for each in passes:
         working = working_set_of(each)
+        later = working.later
         if program.output in each.targets:  # whoever takes the bands may hold one while the next is computed
-            working += program.output.elements // program.output.shape[2] * each.rows
+            later += program.output.elements // program.output.shape[2] * each.rows
         stays = sum(size for node, size in kept.items() if node not in each.frees)
         freed = sum(kept[node] for node in each.frees)
         # A band is freed when it has been read to its end, so up to one is still held in part.
@@ -58,37 +68,36 @@ def peak_elements(
         # Concave in the number of bands done: the peak is at an end or where the first whole band is freed.
         turn = min(bands - 1, held / freed_step if freed_step else 0)
         sizes = [min(freed, freed - t * freed_step + held) + t * written_step for t in (0, turn, bands - 1)]
-        peak = max(peak, stays + int(max(sizes)) + working + SMALL)
+        peak = max(peak, stays + freed + working.first + SMALL, stays + int(max(sizes)) + later + SMALL)
         for node in each.frees:
             kept.pop(node)
         kept.update(written)
     return peak
 
 
-def working_set(each: Pass) -> int:
-    """Numbers alive in the largest band of a pass, beside the kept maps: the walk of `bands`, in sizes only."""
+def working_set(each: Pass) -> WorkingSet:
+    """Numbers alive in the largest bands of a pass, beside the kept maps: the walk of `bands`, in sizes only."""
     (target, *_) = each.targets
     if target.attends:
         chunk = target.elements // target.shape[2] * each.rows
-        return 2 * target.elements + 4 * chunk  # k, v; a normed band, its q, what it attends to, its projection
+        size = 2 * target.elements + 4 * chunk  # k, v; a normed band, its q, what it attends to, its projection
+        return WorkingSet(size, size)
     rows = _rows_read(each, each.rows)
-    first = _Rehearsal(each, {node: max(read) for node, read in rows.items()})
-    peak = first.band()
-    if each.rows < target.shape[2]:
-        later = {node: max(1, max(read) - first.rows[node]) for node, read in _rows_read(each, 2 * each.rows).items()}
-        left = sum(
-            node.elements // node.shape[2] * (max(read) - min(read))
-            for node, read in rows.items()
-            if node in each.nodes
-        )
-        peak = max(peak, _Rehearsal(each, later, first.carried + left).band())
+    # What the fastest reader of a map has read and the slowest has not stays for the next band.
+    left = {
+        node: node.elements // node.shape[2] * (max(read) - min(read))
+        for node, read in rows.items()
+        if node in each.nodes
+    }
+    first = _Rehearsal(each, {node: max(read) for node, read in rows.items()}, left)
     # The weights of enlarging convolutions are merged for the pass, from sums that need as much again.
-    merged = sum(
-        16 * node.shape[1] * node.x.shape[1]
-        for node in each.nodes
-        if isinstance(node.op, Conv) and node.op.up == 2 and node.x is not None
-    )
-    return max(peak + merged, 2 * merged)
+    merged = sum(_workspace(node) * 2 for node in each.nodes if isinstance(node.op, Conv) and node.op.up == 2)
+    beginning = max(2 * merged, merged + first.band())
+    if each.rows >= target.shape[2]:
+        return WorkingSet(beginning, 0)
+    later = {node: max(1, max(read) - first.rows[node]) for node, read in _rows_read(each, 2 * each.rows).items()}
+    carried = first.carried + sum(left.values())
+    return WorkingSet(beginning, merged + _Rehearsal(each, later, {}, carried).band())
 
 
 def _rows_read(each: Pass, stop: int) -> dict[Node, list[int]]:
@@ -103,10 +112,14 @@ def _rows_read(each: Pass, stop: int) -> dict[Node, list[int]]:
 
 
 class _Rehearsal:
-    """One band of a pass: `rows` of each map are computed; `carried` numbers are left over from the band before."""
+    """One band of a pass: `rows` of each map are computed.
 
-    def __init__(self, each: Pass, rows: dict[Node, int], carried: int = 0) -> None:
+    Of the first, `left` numbers of each map stay; of a later one, `carried` numbers are there from the band before.
+    """
+
+    def __init__(self, each: Pass, rows: dict[Node, int], left: dict[Node, int], carried: int = 0) -> None:
         self.rows = rows
+        self._left = left
         self.carried = carried  # of a first band, afterwards: what its windows leave to the next
         self._nodes = frozenset(each.nodes)
         self._first = carried == 0
@@ -139,8 +152,10 @@ class _Rehearsal:
             self.carried += carry
             self._take(carry)
         self._take(self._size(node))
+        dealt = 0
         if op.up == 2:  # one parity of its rows, with a column to spare, before they are dealt out
-            self._peak = max(self._peak, self._live + self._size(node) * (x.shape[3] + 1) // (2 * x.shape[3]))
+            dealt = self._size(node) * (x.shape[3] + 1) // (2 * x.shape[3])
+        self._peak = max(self._peak, self._live + dealt + _workspace(node))
         self._live -= window
         if node.add is not None:
             self._make(node.add)
@@ -162,7 +177,14 @@ class _Rehearsal:
     def _read(self, source: Node) -> None:
         self._unread[source] -= 1
         if self._unread[source] == 0 and source in self._nodes:
-            self._live -= self._size(source)
+            self._live -= self._size(source) - self._left.get(source, 0)
+
+
+def _workspace(node: Node) -> int:
+    """Numbers of the kernel's own copy of a convolution's weights: oneDNN and cuDNN reorder them for each call."""
+    assert isinstance(node.op, Conv) and node.x is not None
+    kernel_h, kernel_w = (2, 2) if node.op.up == 2 else node.op.conv.kernel_size
+    return (2 if node.op.up == 2 else 1) * node.shape[1] * node.x.shape[1] * kernel_h * kernel_w // node.op.conv.groups
 
 
 def _window_row(op: Conv, x: Node) -> int:

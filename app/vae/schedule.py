@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain, combinations
 
-from app.vae.footprint import peak_elements, working_set
+from app.vae.footprint import WorkingSet, peak_elements, working_set
 from app.vae.passes import Pass, passes_between
 from app.vae.program import Node, Program
 
@@ -50,7 +50,7 @@ def _segment(
     inner: tuple[Node, ...],
     end: Node,
     band_elements: int,
-    working_set_of: Callable[[Pass], int],
+    working_set_of: Callable[[Pass], WorkingSet],
 ) -> Iterator[Plan]:
     """The ways from one cut to a later one: nothing between them kept, or some of it where it is little."""
     if any(node.attends for node in inner) or (end.attends and inner):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from app.engine.forecast import CountingMode
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
 from app.vae.autoencoder_tiny import AutoencoderTiny, TinyConfig, TinyLayer
 from app.vae.execution import Whole
 from app.vae.program import record
 from app.vae.strips import RECOMPUTE, STRIPS, Banded, execute, forecast_bytes, run
-from benchmarks.live import LiveBytes
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -143,11 +143,11 @@ def test_forecast_holds(kind, half, name):
 
 
 def count(execution, network, x, vae):
-    live = LiveBytes([x, *vae.parameters()])
+    live = CountingMode([x, *vae.parameters()])
     with torch.inference_mode(), live:
         for _, band in execute(execution, network, x):
             del band
-    assert live.now == 0
+    assert live.alive == 0
     return live.peak
 
 
@@ -190,7 +190,7 @@ class Gone(Exception):
 def test_cancelled_between_bands_and_freed(kind):
     vae = kl()
     x = torch.randn(1, 4, 16, 16)
-    live = LiveBytes([x, *vae.parameters()])
+    live = CountingMode([x, *vae.parameters()])
     calls = 0
 
     def check():
@@ -205,7 +205,7 @@ def test_cancelled_between_bands_and_freed(kind):
         gc.collect()
     assert calls == 40
     assert live.peak > 0
-    assert live.now == 0
+    assert live.alive == 0
 
 
 def test_a_consumer_that_stops_frees_the_rest():
