@@ -1,24 +1,23 @@
 """The file formats of weights: what is in a file without reading its tensors, and the tensors one by one.
 
 safetensors is parsed and read here with plain reads: no mapping, so a file truncated under our feet is an error and
-never a SIGBUS. Format: github.com/huggingface/safetensors, README, "Format". Pickles go through torch's restricted
-unpickler (`weights_only=True`), which runs no code of the file.
+never a SIGBUS. Format: github.com/huggingface/safetensors, README, "Format". What torch.save writes is the business of
+`archives` and `pickles`, which run no code of the file.
 """
 
 import json
 import math
-import re
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from app.errors import UnsupportedCheckpoint
+from app.store.archives import Archive, check_there, read_archive, read_tensor
+from app.store.rebuilds import TensorRef, kind, one_line
 
 Format = Literal["safetensors", "ckpt", "pt", "pth", "bin", "diffusers"]
 
@@ -53,23 +52,7 @@ DTYPES = {
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 HEADER_LIMIT = 100_000_000  # bytes of a safetensors header, the limit of the reference implementation
-ZIP_MAGIC = b"PK\x03\x04"  # of torch.save since 1.6; before, a plain pickle followed by the storages
-
-BROKEN = (
-    UnpicklingError,
-    RuntimeError,  # also torch's archive reader, and RecursionError
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-    MemoryError,
-    struct.error,
-)
-"""What a pickle that is not one, or not all there, raises on its way through torch.load."""
+MOST_LEVELS = 16  # of dicts around a state dict; a pickle may hold itself
 
 
 @dataclass(frozen=True)
@@ -87,6 +70,8 @@ class Header:
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
+    """What a pickle has under its other keys, as `a sparse tensor`: what cannot be read is no fault until needed."""
 
 
 def read_header(path: Path) -> Header:
@@ -97,26 +82,24 @@ def read_header(path: Path) -> Header:
     try:
         if _is_safetensors(path):
             return _safetensors_header(path)
-        tensors = _unwrap(_unpickle(path, map_location="meta"))
+        with path.open("rb") as file:
+            archive = read_archive(file)
     except OSError as error:
         raise UnsupportedCheckpoint(f"cannot be read: {error.strerror or error}") from error
-    return Header({key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()})
+    tensors, others = _unwrap(archive)
+    return Header({key: TensorInfo(ref.dtype, ref.shape) for key, ref in tensors.items()}, others=others)
 
 
 def read_tensors(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """(key, tensor on the host) one at a time; a pickle's tensors are views of the mapped file: copy, do not keep.
+    """(key, tensor on the host) one at a time, each in memory of its own; no other key's bytes are read.
 
-    Raises UnsupportedCheckpoint when a key is not there or the file cannot be read.
+    Raises UnsupportedCheckpoint when a key is not there, is no dense tensor, or the file cannot be read.
     """
     try:
         if _is_safetensors(path):
             yield from _read_safetensors(path, keys)
         else:
-            tensors = _unwrap(_unpickle(path, map_location="cpu"))
-            for key in keys:
-                if key not in tensors:
-                    raise UnsupportedCheckpoint(f"{key} is not in the file any more")
-                yield key, tensors[key]
+            yield from _read_archive(path, keys)
     except OSError as error:
         raise UnsupportedCheckpoint(f"cannot be read: {error.strerror or error}") from error
 
@@ -141,7 +124,9 @@ def _safetensors_header(path: Path) -> Header:
     try:
         entries = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UnsupportedCheckpoint(f"not a safetensors file: its header is no JSON ({_line(error)})") from error
+        raise UnsupportedCheckpoint(
+            f"not a safetensors file: its header is no JSON ({type(error).__name__})"
+        ) from error
     if not isinstance(entries, dict):
         raise UnsupportedCheckpoint("not a safetensors file: its header is no JSON object")
     metadata = entries.pop("__metadata__", None) or {}
@@ -163,6 +148,10 @@ def _safetensors_header(path: Path) -> Header:
 
 def _span(key: str, entry: object) -> tuple[int, int]:
     """(begin, end) of a tensor's bytes after the header; raises UnsupportedCheckpoint unless all fields agree."""
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedCheckpoint(f"not a safetensors file: {one_line(key)} is no UTF-8") from error
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
             if dtype not in DTYPES:
@@ -189,50 +178,39 @@ def _read_safetensors(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Te
             yield key, flat.reshape(info.shape)
 
 
-def _unpickle(path: Path, map_location: str) -> object:
+def _read_archive(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     with path.open("rb") as file:
-        mapped = file.read(4) == ZIP_MAGIC  # the older form cannot be mapped and is read whole
-    try:
-        return torch.load(path, map_location=map_location, mmap=mapped, weights_only=True)
-    except UnpicklingError as error:
-        if blocked := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UnsupportedCheckpoint(
-                f"refused: the pickle asks for {blocked[1].rstrip('.,')}, and a file that names functions or classes "
-                "could run code here; save its tensors alone, best as .safetensors"
-            ) from error
-        raise UnsupportedCheckpoint(f"not a checkpoint of torch.save: {_line(error)}") from error
-    except BROKEN as error:
-        raise UnsupportedCheckpoint(f"not a checkpoint of torch.save, or truncated: {_line(error)}") from error
+        archive = read_archive(file)
+        tensors, others = _unwrap(archive)
+        for key in keys:
+            if key in others:
+                raise UnsupportedCheckpoint(f"{one_line(key)} is {others[key]}; a dense tensor was expected")
+            if key not in tensors:
+                raise UnsupportedCheckpoint(f"{one_line(key)} is not in the file any more")
+            yield key, read_tensor(file, archive, key, tensors[key])
 
 
-def _unwrap(content: object) -> dict[str, Tensor]:
-    """The tensors of a pickled dict, of its `state_dict`, or of the one dict that is all it holds."""
-    while isinstance(content, dict):
-        tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+def _unwrap(archive: Archive) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    """The tensors of a pickled dict, of its `state_dict`, or of the one dict that is all it holds; the other keys."""
+    content = archive.content
+    for _ in range(MOST_LEVELS):
+        if not isinstance(content, dict):
+            break
         inner = content.get("state_dict", next(iter(content.values())) if len(content) == 1 else None)
         if isinstance(inner, dict):
             content = inner
-        elif tensors:
-            for key, tensor in tensors.items():
-                _check_dense(key, tensor)
-            return tensors
-        else:
+            continue
+        tensors = {key: value for key, value in content.items() if isinstance(value, TensorRef)}
+        others = {key: kind(value) for key, value in content.items() if key not in tensors}
+        if not tensors:
             break
-    raise UnsupportedCheckpoint(f"holds no tensors by name: {type(content).__name__} where a state dict was expected")
-
-
-def _check_dense(key: str, tensor: Tensor) -> None:
-    if tensor.layout is not torch.strided or tensor.is_quantized:
-        raise UnsupportedCheckpoint(f"{key} is sparse or quantised; dense weights were expected")
-    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-        raise UnsupportedCheckpoint(f"{key} claims shape {tuple(tensor.shape)}, more than the file holds")
-
-
-def _line(error: BaseException) -> str:
-    """The last words of an error, on one line: torch puts the cause of an UnpicklingError after its advice."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "http" not in line]
-    text = lines[-1] if isinstance(error, UnpicklingError) and lines else " ".join(lines)
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+        for key, ref in tensors.items():
+            check_there(archive, key, ref)
+        return tensors, others
+    held = kind(content)
+    if isinstance(content, dict) and content:
+        held += f" with {', '.join(f'{one_line(key)} ({kind(value)})' for key, value in [*content.items()][:3])}"
+    raise UnsupportedCheckpoint(f"holds no tensors by name: {held} where a state dict was expected")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

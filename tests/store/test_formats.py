@@ -129,15 +129,6 @@ def test_a_plain_pickle_does_not_run_either(tmp_path):
     assert not proof.exists()
 
 
-class Callback:
-    """Stands for the trainer's objects that people save beside their weights."""
-
-
-def test_a_blocked_class_is_named(tmp_path):
-    torch.save({"state_dict": STATE, "callbacks": Callback()}, tmp_path / "x.ckpt")
-    assert "Callback" in refusal(tmp_path / "x.ckpt")
-
-
 def test_a_pickle_without_tensors(tmp_path):
     contents: list[Any] = [{}, {"epoch": 1, "lr": 0.1}, [1, 2], {"state_dict": {}}]
     for content in contents:
@@ -147,7 +138,7 @@ def test_a_pickle_without_tensors(tmp_path):
 
 def test_tensors_that_are_larger_than_the_file(tmp_path):
     torch.save({"x": torch.zeros(1).expand(1 << 20, 1 << 20)}, tmp_path / "x.pt")
-    assert "more than the file holds" in refusal(tmp_path / "x.pt")
+    assert "claims more than the 4 bytes of its storage" in refusal(tmp_path / "x.pt")
 
 
 def test_sparse_tensors(tmp_path):
@@ -186,6 +177,7 @@ def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) ->
         ({"x": entry(shape=[4], offsets=[0, 16])}, "truncated"),
         ({"x": entry(shape=[1], offsets=[0, 4])}, "too long"),
         ({"__metadata__": [1], "x": entry()}, "metadata"),
+        (b'{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "no UTF-8"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
