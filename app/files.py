@@ -17,6 +17,8 @@ from app.settings import Settings
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 LATENTS = frozenset({".npy", ".npz", ".safetensors"})
 AT_ONCE = 4  # requests in flight: one computes while others are read and written
+AGAIN = 5  # times that a request is repeated after a 429
+LONGEST = 60.0  # seconds that a Retry-After may make us wait
 
 
 def send_files(
@@ -68,7 +70,7 @@ async def _send(
 ) -> int:
     room = asyncio.Semaphore(AT_ONCE)
     failures = 0
-    async with _connect(url, key, settings) as client:
+    async with connect(url, key, settings) as client:
         with tqdm(total=len(work), unit="file", disable=None) as bar:
 
             async def one(source: Path, target: Path) -> None:
@@ -87,7 +89,8 @@ async def _send(
 
 
 @asynccontextmanager
-async def _connect(url: str | None, key: str | None, settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+async def connect(url: str | None, key: str | None, settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the service at `url`, or else of one inside this process. Raises InvalidInput for no address."""
     if url is not None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
@@ -103,19 +106,47 @@ async def _connect(url: str | None, key: str | None, settings: Settings) -> Asyn
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://latentd", timeout=None) as client,
     ):
+        await app.state.context.engine.first_scan()  # however large the folder
         yield client
 
 
 async def _convert(client: httpx.AsyncClient, op: str, query: dict[str, Any], source: Path, target: Path) -> None:
     media = "application/x-npy" if op == "encode" else "image/png"
     content = await asyncio.to_thread(source.read_bytes)
-    response = await client.post(f"/{op}", params=query, content=content, headers={"Accept": media})
+    response = await post(client, f"/{op}", params=query, content=content, headers={"Accept": media})
+    content = content_of(response, media)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(target, content)
+
+
+async def post(client: httpx.AsyncClient, path: str, **request: Any) -> httpx.Response:
+    """The answer to a POST; where the queue is full, asked for again when the service says, at most AGAIN times."""
+    response = await client.post(path, **request)
+    for _ in range(AGAIN):
+        if response.status_code != httpx.codes.TOO_MANY_REQUESTS:
+            break
+        await asyncio.sleep(_seconds(response.headers.get("retry-after", "")))
+        response = await client.post(path, **request)
+    return response
+
+
+def _seconds(retry_after: str) -> float:
+    """The header's seconds within bounds; a date, or nothing, is one second."""
+    return min(float(retry_after), LONGEST) if retry_after.isascii() and retry_after.isdecimal() else 1.0
+
+
+def content_of(response: httpx.Response, media: str) -> bytes:
+    """The content of an answer of this type. Raises ServiceError, with the service's own reason if it gave one."""
     came = response.headers.get("content-type", "")
     if came == "application/problem+json":
         raise ServiceError(response.json()["detail"])
     if response.status_code != httpx.codes.OK or came != media:  # somebody else's service
         raise ServiceError(f"expected {media}, got HTTP {response.status_code} {came}")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    return response.content
+
+
+def replace_file(target: Path, content: bytes) -> None:
+    """Writes a file in one step."""
     partial = target.with_name(f".{target.name}.part")  # --resume must never meet half a file
-    partial.write_bytes(response.content)
+    partial.write_bytes(content)
     partial.replace(target)

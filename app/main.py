@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Info
 
 from app import __version__
-from app.api import errors, health, models, openapi, routes
+from app.api import compare, errors, health, models, openapi, routes
 from app.api.access import Access
 from app.api.context import Context, Limits
 from app.engine.batcher import QueueLimits
@@ -94,7 +94,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         admin_key=settings.admin_key.get_secret_value() if settings.admin_key else None,
         metrics_public=settings.metrics_public,
     )
-    for router in (routes.router, models.admin, models.router, health.router, openapi.router):
+    for router in (routes.router, compare.router, models.admin, models.router, health.router, openapi.router):
         app.include_router(router)
     errors.install(app)
     app.add_middleware(Access, metrics=engine.metrics)
@@ -177,3 +177,4 @@ def configure_logging(log_format: str) -> None:
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if log_format == "json" else text)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells of every change

@@ -216,7 +216,7 @@ async def compare(url: str, good: list[tuple[Call, httpx.Response]], rng: random
     async with client(1) as http:
         for call, before in rng.sample(good, min(SAMPLES, len(good))):
             after = await http.post(f"{url}/{call.op}", params=call.query, content=call.body)
-            a, b = (_array(call, answer.content) for answer in (before, after))
+            a, b = (array_of(call.op, answer.content) for answer in (before, after))
             if a.shape != b.shape:
                 report.problems.append(f"{call.op} {call.query}: {a.shape} under load, {b.shape} alone")
                 continue
@@ -229,8 +229,9 @@ async def compare(url: str, good: list[tuple[Call, httpx.Response]], rng: random
             report.compared += 1
 
 
-def _array(call: Call, content: bytes) -> np.ndarray:
-    if call.op == "decode":
+def array_of(op: str, content: bytes) -> np.ndarray:
+    """The numbers of an answer: pixels of a decoded picture, or latents."""
+    if op == "decode":
         with Image.open(io.BytesIO(content)) as image:
             return np.asarray(image)
     array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)

@@ -21,7 +21,8 @@ from app.engine.engine import Engine, EngineOptions
 from app.engine.jobs import Job, Result, Task
 from app.metrics import Metrics, StateCollector
 from app.store.checkpoint import Autoencoder, Checkpoint
-from app.store.store import ModelStore
+from app.store.folder import Tree
+from app.store.store import Look, ModelStore
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
 from app.vae.families import FAMILIES
 
@@ -37,6 +38,7 @@ def checkpoint(name: str = "toy", config: KLConfig = SMALL) -> Checkpoint:
         path=Path(f"{name}.safetensors"),
         files=(Path(f"{name}.safetensors"),),
         sha256=name.encode().hex().ljust(64, "0"),
+        tensors_sha256=name.encode().hex().ljust(64, "0"),
         format="safetensors",
         family=FAMILY,
         family_source="operator",
@@ -67,11 +69,15 @@ class Shelf:
     def __init__(self, *checkpoints: Checkpoint) -> None:
         self._checkpoints = list(checkpoints)
 
-    def scan(self) -> None:
+    def look(self) -> Look:
         """Nothing changes."""
+        return Look(Tree(), (), settling=False)
 
-    def stale(self) -> bool:
-        return False
+    def close(self) -> None:
+        """Nothing is being read."""
+
+    def lists(self, checkpoint: Checkpoint) -> bool:
+        return checkpoint in self._checkpoints
 
     def entries(self) -> list[Checkpoint]:
         return self._checkpoints

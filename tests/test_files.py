@@ -1,9 +1,11 @@
+import asyncio
 from pathlib import Path
 
+import httpx
 import pytest
 
 from app.errors import InvalidInput
-from app.files import LATENTS, PICTURES, send_files, walk
+from app.files import AGAIN, LATENTS, PICTURES, post, send_files, walk
 from app.settings import Settings
 
 
@@ -48,3 +50,41 @@ def test_nothing_left_to_do_needs_no_service(tmp_path, monkeypatch):
     touched(tmp_path, "in/a.png", "out/a.npy")
     inputs, output = [tmp_path / "in"], tmp_path / "out"
     assert send_files("encode", inputs, output, {}, Settings(), url=None, key=None, resume=True) == 0
+
+
+@pytest.mark.parametrize(
+    ("header", "waited"), [("2", 2.0), ("0", 0.0), ("3600", 60.0), (None, 1.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 1.0)]
+)
+@pytest.mark.parametrize("full", [0, 2, AGAIN, AGAIN + 1, 100])
+async def test_a_full_queue_is_asked_again_when_it_says_and_not_for_ever(monkeypatch, header, waited, full):
+    waits: list[float] = []
+    bodies: list[bytes] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        bodies.append(request.content)
+        if len(bodies) <= full:
+            return httpx.Response(429, headers={"Retry-After": header} if header else {})
+        return httpx.Response(200)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://x") as client:
+        response = await post(client, "/decode", content=b"body")
+    times = min(full, AGAIN)
+    assert response.status_code == (200 if full <= AGAIN else 429)
+    assert bodies == [b"body"] * (times + 1)
+    assert waits == [waited] * times
+
+
+async def test_other_answers_are_not_asked_for_again():
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return httpx.Response(503, headers={"Retry-After": "1"})
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://x") as client:
+        assert (await post(client, "/decode")).status_code == 503
+    assert len(asked) == 1

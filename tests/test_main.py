@@ -1,10 +1,12 @@
 import asyncio
 import json
 import logging
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -16,6 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from app.main import JsonFormatter, Server, build_engine, create_app
 from app.settings import InvalidSetting, Settings
+from app.store.digests import digest_of
 from tests.service import SIDE, latent, listening, npy, occupied, picture, refused, serving, until
 
 
@@ -220,6 +223,37 @@ def test_what_does_not_end_in_time_is_told_to_come_back(models):
             answer = waiting.result()
         assert "shutting down" in refused(answer, 503, "unavailable")
         assert answer.headers["Retry-After"]
+
+
+def test_a_large_folder_is_read_while_the_service_serves(models, tmp_path, monkeypatch):
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+    (tmp_path / "VAE" / "kl.safetensors").rename(tmp_path / "VAE" / "unread.safetensors")
+    gate = threading.Event()
+
+    def hold(files, check):
+        while files[0].stem == "unread" and not gate.wait(0.02):
+            check()
+        return digest_of(files, check)
+
+    monkeypatch.setattr("app.store.store.digest_of", hold)
+    monkeypatch.setattr("app.store.follow.FIRST_SECONDS", 0.3)
+    monkeypatch.setattr("app.store.follow.PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr("app.engine.engine.FIRST_SECONDS", 0.3)
+    with listening(tmp_path) as (server, port), httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+
+        def statuses() -> list[int]:
+            return [client.get(f"/healthz/{name}").status_code for name in ("live", "ready", "startup")]
+
+        assert statuses() == [200, 503, 503]
+        answer = client.post("/encode?model=unread", content=picture())
+        assert "still being read" in refused(answer, 503, "unavailable")
+        assert answer.json()["retryable"]
+        assert client.post("/encode?model=tiny", content=picture()).status_code == 200
+        assert [row["name"] for row in client.get("/models").json()["models"]] == ["tiny"]
+        gate.set()
+        asyncio.run(until(lambda: server.engine.scanned))
+        assert statuses() == [200, 200, 200]
+        assert client.post("/encode?model=unread", content=picture()).status_code == 200
 
 
 def test_a_signal_turns_readiness_red_and_a_second_interrupt_forces(models):

@@ -15,7 +15,7 @@ from app.api.errors import CLIENT_GONE
 from app.metrics import Metrics
 
 log = logging.getLogger("app.access")
-OPS = {"/encode": "encode", "/decode": "decode"}
+OPS = {"/encode": "encode", "/decode": "decode", "/compare": "compare"}
 SAFE_ID = re.compile(rb"[A-Za-z0-9._:+/=-]{1,128}")
 
 

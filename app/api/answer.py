@@ -95,6 +95,7 @@ def answer(
     results: Sequence[Result],
     clock: Clock,
     sizes: Sequence[Size],
+    warning: str | None = None,
 ) -> Response:
     """The body, and headers that say what happened to it."""
     told = next((result for result in results if result.reason), results[0])
@@ -108,4 +109,6 @@ def answer(
     }
     if told.reason:
         headers["X-Plan-Reason"] = told.reason
+    if warning:
+        headers["X-Warning"] = quote(warning, safe=PRINTABLE)
     return Response(body, media_type=media, headers=headers)

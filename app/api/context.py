@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 from base64 import b64decode
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, cast
 
@@ -11,7 +12,7 @@ from fastapi.security import HTTPBearer
 
 from app.api.errors import Forbidden, Unauthorized
 from app.engine.engine import Engine
-from app.errors import InvalidParameter
+from app.errors import InvalidParameter, TooLarge
 from app.metrics import Metrics
 
 
@@ -23,6 +24,16 @@ class Limits:
     pixels: int  # of one picture
     items: int
     total_pixels: int
+
+    def check(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Raises TooLarge for pictures of these sizes (width, height) that are too large, too many or both."""
+        for width, height in sizes:
+            if width * height > self.pixels:
+                raise TooLarge(f"{width}x{height} are {width * height} pixels; at most {self.pixels} are accepted")
+        if len(sizes) > self.items:
+            raise TooLarge(f"{len(sizes)} pictures in one request; at most {self.items} are accepted")
+        if (total := sum(width * height for width, height in sizes)) > self.total_pixels:
+            raise TooLarge(f"{total} pixels in one request; at most {self.total_pixels} are accepted")
 
 
 @dataclass(frozen=True)

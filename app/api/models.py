@@ -11,7 +11,7 @@ from app.engine.jobs import Task
 from app.errors import UnknownModel
 from app.store.checkpoint import Checkpoint
 from app.store.folder import shown
-from app.store.store import Entry
+from app.store.resolve import Entry
 
 router = APIRouter(prefix="/models", tags=["models"], dependencies=GUARD, responses=PROBLEM)
 admin = APIRouter(prefix="/models", tags=["admin"], dependencies=ADMIN, responses=PROBLEM)
@@ -35,6 +35,7 @@ def model_row(entry: Entry, shared: Context) -> Model:
         format=entry.format,
         sha256=entry.sha256,
         known_as=entry.known_as,
+        copy_of=entry.copy_of,
         parameters=entry.parameters,
         latent_channels=family.latent_channels,
         spatial_factor=family.spatial_factor,

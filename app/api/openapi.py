@@ -1,6 +1,6 @@
 """What the OpenAPI document says beyond what FastAPI sees in the handlers; and the routes that serve it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,6 +10,8 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from app.api.context import GUARD
 from app.api.errors import MEDIA
 from app.api.schemas import Problem
+from app.store.identify import CUSTOM
+from app.vae.families import FAMILIES
 
 BINARY = {"type": "string", "format": "binary"}
 
@@ -33,6 +35,8 @@ ANSWER_HEADERS = {
     "Server-Timing": "Milliseconds of read, queue, load, compute and write.",
 }
 
+WARNING = {"X-Warning": "What looks wrong with the latents, in one line; absent when nothing does."}
+
 TIMEOUT = {
     "name": "X-Request-Timeout-Ms",
     "in": "header",
@@ -41,15 +45,26 @@ TIMEOUT = {
     "schema": {"type": "integer", "minimum": 1, "maximum": 86_400_000},
 }
 
+LATENTS_FAMILY = {
+    "name": "X-Latents-Family",
+    "in": "header",
+    "required": False,
+    "description": "The family of latents whose file does not say it; 409 where the model does not decode them.",
+    "schema": {"type": "string", "enum": [*FAMILIES, CUSTOM]},
+}
 
-def answers(description: str, media: Iterable[str]) -> Responses:
-    """The responses of an operation that answers with a file of one of these types."""
-    headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in ANSWER_HEADERS.items()}
+
+def answers(description: str, media: Iterable[str], more: dict[str, str] | None = None) -> Responses:
+    """The responses of an operation that answers with a file of one of these types; `more` headers than usual."""
+    texts = ANSWER_HEADERS | (more or {})
+    headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in texts.items()}
     content = {kind: {"schema": BINARY} for kind in media}
     return {200: {"description": description, "headers": headers, "content": content}}
 
 
-def takes(description: str, media: Iterable[str], *, form: bool = False) -> dict[str, Any]:
+def takes(
+    description: str, media: Iterable[str], *, form: bool = False, headers: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     """The request of such an operation: a file of one of these types, or a form of several."""
     content: dict[str, Any] = {kind: {"schema": BINARY} for kind in media}
     if form:
@@ -58,7 +73,7 @@ def takes(description: str, media: Iterable[str], *, form: bool = False) -> dict
             "schema": {"type": "object", "properties": {"image": image}, "required": ["image"]}
         }
     return {
-        "parameters": [TIMEOUT],
+        "parameters": [TIMEOUT, *headers],
         "requestBody": {"description": description, "required": True, "content": content},
     }
 

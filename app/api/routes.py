@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -12,12 +12,14 @@ from app.api.accept import negotiate
 from app.api.answer import JPEG, NPY, NPZ, PNG, SAFETENSORS, WEBP, ZIP, Clock, Size, answer, latents_body, pictures_body
 from app.api.body import deadline_of, read_body, read_pictures, while_connected
 from app.api.context import GUARD, Context, Shared
-from app.api.openapi import PROBLEM, answers, takes
+from app.api.current import checkpoint_of, with_current
+from app.api.mismatch import check_family, convention_of, warning
+from app.api.openapi import LATENTS_FAMILY, PROBLEM, WARNING, answers, takes
 from app.api.schemas import DecodeQuery, EncodeQuery
-from app.engine.jobs import Convention, Result, Task
-from app.errors import FamilyMismatch, InvalidParameter, NotAcceptable, TooLarge
+from app.engine.jobs import Result, Task
+from app.errors import InvalidParameter, NotAcceptable
 from app.store.checkpoint import Checkpoint
-from app.wire.arrays import LatentShape, latent_shape, read_latents
+from app.wire.arrays import latent_shape, read_latents
 from app.wire.fit import fit, fitted_size
 from app.wire.images import image_size, read_image
 
@@ -33,12 +35,25 @@ router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
 async def encode(request: Request, query: Annotated[EncodeQuery, Query()], shared: Shared) -> Response:
     """Pictures to latents. Body: the bytes of a PNG, JPEG or WebP, or a form with parts named `image`."""
     clock, deadline = Clock("encode", shared.metrics), deadline_of(request)
-    checkpoint = await _checkpoint(request, query.model, shared)
-    multiple = checkpoint.family.size_multiple
+    checkpoint = await checkpoint_of(request, query.model, shared)
     bodies = await read_pictures(request, shared.limits.body_bytes)
+    run = partial(_encode, request, query, shared, clock, deadline, bodies)
+    return await with_current(request, query.model, shared, deadline, run, checkpoint)
+
+
+async def _encode(
+    request: Request,
+    query: EncodeQuery,
+    shared: Context,
+    clock: Clock,
+    deadline: float | None,
+    bodies: list[bytes],
+    checkpoint: Checkpoint,
+) -> Response:
+    multiple = checkpoint.family.size_multiple
     with clock.stage("read"):
         sizes = [image_size(body) for body in bodies]  # their headers alone
-    _check_pixels(sizes, shared)
+    shared.limits.check(sizes)
     fitted = [fitted_size(*size, multiple, query.fit) for size in sizes]
     media = negotiate(_accept(request), (NPY, SAFETENSORS, NPZ) if len(set(fitted)) == 1 else (NPZ,))
     seed = None
@@ -67,17 +82,31 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
 @router.post(
     "/decode",
     response_class=Response,
-    responses=answers("A picture; several as zip or npy, uint8 (N, H, W, 3)", (PNG, JPEG, WEBP, ZIP, NPY)),
-    openapi_extra=takes("Latents, (C, h, w) or (N, C, h, w).", (NPY, NPZ, SAFETENSORS)),
+    responses=answers("A picture; several as zip or npy, uint8 (N, H, W, 3)", (PNG, JPEG, WEBP, ZIP, NPY), WARNING),
+    openapi_extra=takes("Latents, (C, h, w) or (N, C, h, w).", (NPY, NPZ, SAFETENSORS), headers=[LATENTS_FAMILY]),
 )
 async def decode(request: Request, query: Annotated[DecodeQuery, Query()], shared: Shared) -> Response:
     """Latents to pictures. Body: .npy, .npz or safetensors, (C, h, w) or (N, C, h, w)."""
     clock, deadline = Clock("decode", shared.metrics), deadline_of(request)
-    checkpoint = await _checkpoint(request, query.model, shared)
+    checkpoint = await checkpoint_of(request, query.model, shared)
     body = await read_body(request, shared.limits.body_bytes)
+    run = partial(_decode, request, query, shared, clock, deadline, body)
+    return await with_current(request, query.model, shared, deadline, run, checkpoint)
+
+
+async def _decode(
+    request: Request,
+    query: DecodeQuery,
+    shared: Context,
+    clock: Clock,
+    deadline: float | None,
+    body: bytes,
+    checkpoint: Checkpoint,
+) -> Response:
     with clock.stage("read"):
         header = await asyncio.to_thread(latent_shape, body)
-    latents = _convention(query, header, checkpoint)
+    latents, family = convention_of(query, header), checkpoint.family
+    check_family(request, header, checkpoint.name, family, latents)
     task = Task(
         "decode",
         checkpoint,
@@ -87,57 +116,29 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
         query.deterministic,
         bits=16 if query.bits == "16" else 8,
     )
-    side = checkpoint.family.spatial_factor * (checkpoint.family.latent_format.patch if latents == "scaled" else 1)
+    side = family.spatial_factor * (family.latent_format.patch if latents == "scaled" else 1)
     full = (header.width * side, header.height * side)
-    _check_pixels([full] * header.batch, shared)
+    shared.limits.check([full] * header.batch)
     size = _crop(query, *full)
     media = _picture_type(request, query, header.batch)
 
-    async def work() -> list[Result]:
+    def read() -> tuple[list[np.ndarray], str | None]:
+        items = list(read_latents(body, max_bytes=shared.limits.body_bytes * 4).array)
+        return items, warning(items, family, latents)
+
+    async def work() -> tuple[list[Result], str | None]:
         with clock.stage("read"):
-            read = await asyncio.to_thread(read_latents, body, max_bytes=shared.limits.body_bytes * 4)
-        return await admission.run(task, list(read.array))
+            items, found = await asyncio.to_thread(read)
+        return await admission.run(task, items), found
 
     shapes = [(header.channels, header.height, header.width)] * header.batch
     async with shared.engine.admit(task, shapes, deadline) as admission:
-        results = await while_connected(request, work())
+        results, warned = await while_connected(request, work())
     clock.add(results)
     arrays = [result.array[: size[1], : size[0]] for result in results]
     with clock.stage("write"):
         content = await asyncio.to_thread(pictures_body, media, arrays, query.quality)
-    return answer(content, media, task, results, clock, [size])
-
-
-async def _checkpoint(request: Request, model: str | None, shared: Context) -> Checkpoint:
-    checkpoint = await shared.engine.resolve(model)
-    request.state.model = checkpoint.name
-    return checkpoint
-
-
-def _check_pixels(sizes: Sequence[Size], shared: Context) -> None:
-    limits = shared.limits
-    for width, height in sizes:
-        if width * height > limits.pixels:
-            raise TooLarge(f"{width}x{height} are {width * height} pixels; at most {limits.pixels} are accepted")
-    if len(sizes) > limits.items:
-        raise TooLarge(f"{len(sizes)} pictures in one request; at most {limits.items} are accepted")
-    if (total := sum(width * height for width, height in sizes)) > limits.total_pixels:
-        raise TooLarge(f"{total} pixels in one request; at most {limits.total_pixels} are accepted")
-
-
-def _convention(query: DecodeQuery, header: LatentShape, checkpoint: Checkpoint) -> Convention:
-    """The latents' convention: the query's, or what a safetensors file says of itself."""
-    if header.family is not None and header.family != checkpoint.family.name:
-        raise FamilyMismatch(
-            f"the latent says it is of family {header.family}; "
-            f"the model {checkpoint.name} is of {checkpoint.family.name}"
-        )
-    said = header.convention
-    if said is None or "latents" not in query.model_fields_set:
-        return said or query.latents
-    if said != query.latents:
-        raise InvalidParameter(f"latents={query.latents} was asked for, but the file says it holds {said} latents")
-    return said
+    return answer(content, media, task, results, clock, [size], warned)
 
 
 def _crop(query: DecodeQuery, width: int, height: int) -> Size:

@@ -36,11 +36,9 @@ class CommonQuery(NoQuery):
     deterministic: bool = False
 
 
-class EncodeQuery(CommonQuery):
-    """Parameters of /encode."""
+class PictureQuery(NoQuery):
+    """How a picture is made ready for a network."""
 
-    posterior: Literal["mode", "sample"] = "mode"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     fit: Literal["pad", "crop", "resize", "error"] = "pad"
     background: Annotated[str, AfterValidator(_colour)] = "ffffff"
 
@@ -49,6 +47,13 @@ class EncodeQuery(CommonQuery):
         """`background` as three bytes."""
         red, green, blue = bytes.fromhex(self.background)
         return red, green, blue
+
+
+class EncodeQuery(CommonQuery, PictureQuery):
+    """Parameters of /encode."""
+
+    posterior: Literal["mode", "sample"] = "mode"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
 
 class DecodeQuery(CommonQuery):
@@ -65,6 +70,21 @@ class DecodeQuery(CommonQuery):
             return None
         width, height = self.size.split("x")
         return int(width), int(height)
+
+
+class CompareQuery(PictureQuery):
+    """Parameters of /compare."""
+
+    models: str | None = Field(None, min_length=1, max_length=8192)  # comma separated; absent: all usable
+    precision: Precision = "auto"
+    tiling: Tiling = "auto"
+
+    @property
+    def names(self) -> list[str] | None:
+        """`models`, split at its commas, each once."""
+        if self.models is None:
+            return None
+        return list(dict.fromkeys(name for part in self.models.split(",") if (name := part.strip())))
 
 
 class LoadQuery(NoQuery):
@@ -103,6 +123,7 @@ class Model(BaseModel):
     format: str | None = None
     sha256: str | None = None
     known_as: str | None = None
+    copy_of: str | None = None  # the model in the folder whose weights these are
     parameters: int | None = None
     latent_channels: int | None = None
     spatial_factor: int | None = None
@@ -128,6 +149,29 @@ class Plan(BaseModel):
     free_bytes: int
     available_bytes: int  # with idle models evicted
     plans: dict[str, int]  # the forecast of every plan that the request allows
+
+
+class Compared(BaseModel):
+    """One model's round trip in POST /compare. Shifts are the round trip's minus the original's, CIELAB throughout."""
+
+    model: str
+    sha256: str | None = None
+    family: str | None = None
+    plan: str | None = None  # of the decode, like fp16/whole
+    identical: bool | None = None  # every byte came back
+    psnr_db: float | None = None  # over 8-bit RGB; null where identical: JSON has no infinity
+    ssim: float | None = None
+    luminance_shift: float | None = None  # mean lightness L*, of 100; above 0: lighter
+    saturation_shift: float | None = None  # mean chroma C*; below 0: paler
+    hue_shift_degrees: float | None = None  # in (-180, 180], pixels weighted by chroma
+    error: str | None = None  # then all numbers are null
+
+
+class Comparison(BaseModel):
+    """POST /compare as JSON."""
+
+    image_size: str  # WxH of what was measured
+    models: list[Compared]
 
 
 class Problem(BaseModel):

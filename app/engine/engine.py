@@ -20,10 +20,15 @@ from app.engine.worker import Load, Worker, torch_device
 from app.errors import Unavailable
 from app.metrics import Metrics
 from app.store.checkpoint import Checkpoint, load_autoencoder
-from app.store.store import Entry, ModelStore
+from app.store.follow import FIRST_SECONDS, Follower
+from app.store.resolve import Entry
+from app.store.store import ModelStore
 
 LOAD_SECONDS = 0.5
 """What bringing a model to a device is taken to cost when devices are compared: a 335 MB file from the page cache."""
+
+REPLACED_SECONDS = 60.0
+"""A request whose model is being replaced waits so long for the new file to be whole."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,10 @@ class Engine:
     ) -> None:
         self.options = options
         self.store = store
+        self.folder = Follower(store)
         self.metrics = metrics
         self.draining = False
-        self.scanned = False
         self.self_tested = False
-        self._scan: asyncio.Task[None] | None = None
         self._open = 0  # admitted requests that have not ended
         self._idle = asyncio.Event()
         self._idle.set()
@@ -119,16 +123,17 @@ class Engine:
             worker.start()
         await asyncio.gather(*(worker.self_test() for worker in self.workers))
         self.self_tested = True
-        await self.refresh()
-        self.scanned = True
+        self.folder.start()
+        await self.folder.first_scan(FIRST_SECONDS)  # a large folder is read while the service serves
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._stop()
+        await asyncio.gather(self._stop(), self.folder.stop())
 
     async def drain(self, seconds: float) -> None:
         """Admits nothing more and waits until every admitted request has its end; after so long it makes one."""
         self.draining = True
+        await self.folder.stop()
         try:
             await asyncio.wait_for(self._idle.wait(), seconds)
         except TimeoutError:
@@ -136,22 +141,22 @@ class Engine:
 
     # -- models -----------------------------------------------------------------------------------------------------
 
-    async def refresh(self) -> None:
-        """Scans the folder if it has changed since the last scan; concurrent calls share one scan."""
-        if self._scan is None:
-            self._scan = asyncio.create_task(asyncio.to_thread(self._rescan))
-            self._scan.add_done_callback(lambda _: setattr(self, "_scan", None))
-        await asyncio.shield(self._scan)
+    async def first_scan(self) -> None:
+        """Waits until every file that lay in the folder at the start has been read."""
+        await self.folder.first_scan()
 
     async def resolve(self, model: str | None) -> Checkpoint:
         """The checkpoint of a name, a hash prefix or None (the default, or the only one)."""
-        await self.refresh()
-        return self.store.resolve(model, self.options.default_model)
+        return await self.folder.find(model, self.options.default_model)
 
     async def entries(self) -> list[Entry]:
         """All models of the folder as it is now, unreadable ones included."""
-        await self.refresh()
-        return self.store.entries()
+        return await self.folder.entries()
+
+    async def replaced(self, checkpoint: Checkpoint, deadline: float | None) -> None:
+        """Waits until the folder lists something else for a checkpoint whose file has changed, or nothing."""
+        left = REPLACED_SECONDS if deadline is None else min(REPLACED_SECONDS, deadline - time.monotonic())
+        await self.folder.replaced(checkpoint, max(0.0, left))
 
     def residencies(self, sha256: str) -> list[Residency]:
         """Where a checkpoint is resident."""
@@ -247,6 +252,11 @@ class Engine:
         return next((worker.lost for worker in self.workers if worker.lost is not None), None)
 
     @property
+    def scanned(self) -> bool:
+        """Whether every file that lay in the folder at the start has been read."""
+        return self.folder.scanned
+
+    @property
     def ready(self) -> bool:
         """Scanned, tested, not draining and with every device working; overload does not matter."""
         return self.scanned and self.self_tested and not self.draining and self.lost is None
@@ -272,10 +282,6 @@ class Engine:
 
     async def _stop(self) -> None:
         await asyncio.gather(*(worker.stop() for worker in self.workers))
-
-    def _rescan(self) -> None:
-        if not self.scanned or self.store.stale():
-            self.store.scan()
 
 
 def device_names(devices: Sequence[str]) -> list[str]:

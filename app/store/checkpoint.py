@@ -3,7 +3,7 @@
 Knows files and tensors; which device and precision is the caller's to say.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from app.store.folder import Stamp, stamp
 from app.store.formats import Format, read_header, read_tensors
 from app.store.identify import Config
 from app.store.known import Fp16
+from app.store.rebuilds import one_line
 from app.store.renames import canonical_keys
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
 from app.vae.autoencoder_tiny import AutoencoderTiny
@@ -40,6 +41,7 @@ class Checkpoint:
     path: Path  # the file, the encoder of a pair, or the diffusers folder
     files: tuple[Path, ...]  # with weights: one, or encoder and decoder
     sha256: str  # over the bytes of `files`, in that order
+    tensors_sha256: str  # over the tensors, see `digests.tensors_digest`: the same for a converted copy
     format: Format
     family: Family
     family_source: FamilySource
@@ -50,6 +52,7 @@ class Checkpoint:
     weight_dtype: str  # `fp16`, `bf16`, `fp32`, ...; `mixed`
     baked: bool  # inside a full checkpoint
     stamps: tuple[Stamp, ...] = field(repr=False)
+    copy_of: str | None = None  # the name of the model in the same folder whose weights these are
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the loaded module in this dtype."""
@@ -99,7 +102,12 @@ def read_state(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
     Raises UnsupportedCheckpoint when a file cannot be read.
     """
-    for path in checkpoint.files:
+    return read_files(checkpoint.files)
+
+
+def read_files(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """The same of the autoencoder in these files, before it is a checkpoint."""
+    for path in files:
         names = canonical_keys(read_header(path).tensors, path.stem)
         for key, tensor in read_tensors(path, names):
             yield names[key], tensor
@@ -131,4 +139,4 @@ def _check_unchanged(checkpoint: Checkpoint) -> None:
 def some(keys: Sequence[str]) -> str:
     """The first few keys, for an error."""
     more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
-    return ", ".join(keys[:NAMED]) + more
+    return ", ".join(map(one_line, keys[:NAMED])) + more

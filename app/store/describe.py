@@ -8,21 +8,14 @@ from pathlib import Path
 from app.errors import UnsupportedCheckpoint
 from app.store.checkpoint import COUNTER, STATISTICS, Checkpoint, agrees, blank, some
 from app.store.declared import Declared, from_config, from_metadata, from_sidecar, norm_groups
+from app.store.digests import Digest
 from app.store.folder import DIFFUSERS_WEIGHTS, Source, Stamp, stamp
-from app.store.formats import TensorInfo, dtype_name, read_header
+from app.store.formats import Header, TensorInfo, dtype_name, read_header
 from app.store.identify import Config, Hints, family_of
-from app.store.known import lookup
-from app.store.renames import DROPPED, HALVES, canonical_keys, is_tiny, prefix_of
+from app.store.known import Known, lookup
+from app.store.renames import DROPPED, HALVES, NUMBERED, PREFIXES, canonical_keys, half_of, is_tiny, prefix_of
 from app.vae.autoencoder_kl import KLConfig
 from app.vae.autoencoder_tiny import TinyConfig
-
-
-@dataclass(frozen=True)
-class Digest:
-    """sha256 of a source's bytes, and of each file where there are two."""
-
-    sha256: str
-    halves: tuple[str, ...] = ()
 
 
 def identify_source(
@@ -30,9 +23,11 @@ def identify_source(
     name: str,
     default_family: str | None,
     digest: Callable[[Source], Digest],
+    twin: Callable[[str], Known | None] = lambda tensors: None,
 ) -> Checkpoint:
     """Finds out what a source is, from headers and shapes; `digest` is asked last, as it reads every byte.
 
+    `twin` is asked for the known file that has the same tensors, where these bytes are not known themselves.
     Raises UnsupportedCheckpoint with the reason.
     """
     stamps = tuple(_stamp(path) for path in source.watched)
@@ -40,12 +35,12 @@ def identify_source(
     declared = _declarations(source, weights.metadata)
     config = _config(weights, declared)
     hashed = digest(source)
-    row = lookup(hashed.sha256, hashed.halves)
+    row = lookup(hashed.sha256, hashed.halves) or twin(hashed.tensors)
     family, family_source = family_of(
         config,
         Hints(
             declared=declared,
-            pipeline=weights.pipeline,
+            pipeline=weights.pipeline or (_beside(source) if row is None else {}),
             known_family=row.family if row else None,
             default_family=default_family,
             stem=source.stem,
@@ -58,6 +53,7 @@ def identify_source(
         path=source.path,
         files=source.files,
         sha256=hashed.sha256,
+        tensors_sha256=hashed.tensors,
         format=source.format,
         family=family,
         family_source=family_source,
@@ -78,6 +74,7 @@ class _Weights:
     tensors: Mapping[str, TensorInfo]
     pipeline: Mapping[str, tuple[int, ...]]  # shapes of a full checkpoint's other tensors
     metadata: Mapping[str, str]
+    others: Mapping[str, str]  # what is there in place of a dense tensor, by LDM name
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -95,9 +92,11 @@ def _weights(source: Source) -> _Weights:
     tensors: dict[str, TensorInfo] = {}
     pipeline: dict[str, tuple[int, ...]] = {}
     metadata: dict[str, str] = {}
+    others: dict[str, str] = {}
     for path in source.files:
         header = read_header(path)
         names = canonical_keys(header.tensors, path.stem)
+        others |= _others(header, path.stem)
         metadata.update(header.metadata)
         for key, name in names.items():
             if name in tensors:
@@ -107,7 +106,26 @@ def _weights(source: Source) -> _Weights:
             own = (prefix, *DROPPED)
             pipeline |= {key: info.shape for key, info in header.tensors.items() if not key.startswith(own)}
     _check_halves(source, tensors)
-    return _Weights(tensors, pipeline, metadata)
+    return _Weights(tensors, pipeline, metadata, others)
+
+
+def _others(header: Header, stem: str) -> dict[str, str]:
+    """What has the place of a tensor, by the LDM name that the tensor would have."""
+    keys = [key for key in header.others if half_of(stem) or not NUMBERED.match(key)]  # lists of a trainer, too
+    names = canonical_keys([*header.tensors, *keys], stem)
+    return {names[key]: header.others[key] for key in keys if key in names}
+
+
+def _beside(source: Source) -> Mapping[str, tuple[int, ...]]:
+    """The shapes of the full checkpoint NAME that a NAME.vae.* belongs to; none where it says nothing."""
+    if source.owner is None:
+        return {}
+    try:
+        header = read_header(source.owner)
+    except UnsupportedCheckpoint:
+        return {}
+    own = (*PREFIXES, *DROPPED)
+    return {key: info.shape for key, info in header.tensors.items() if not key.startswith(own)}
 
 
 def _check_halves(source: Source, names: Iterable[str]) -> None:
@@ -139,6 +157,8 @@ def _config(weights: _Weights, declared: tuple[Declared, ...]) -> Config:
         config = KLConfig.from_shapes(shapes, norm_groups(declared))
     wanted = {key: tuple(value.shape) for key, value in blank(config).state_dict().items()}
     if missing := [key for key in wanted if key not in shapes and key != COUNTER]:
+        if wrong := next((key for key in missing if key in weights.others), None):
+            raise UnsupportedCheckpoint(f"{wrong} is {weights.others[wrong]}; a dense tensor was expected")
         raise UnsupportedCheckpoint(f"missing {some(missing)}")
     if left := [key for key in shapes if key not in wanted]:
         raise UnsupportedCheckpoint(f"left over {some(left)}")

@@ -5,14 +5,14 @@ Knows names and file stamps; opens nothing but `config.json`. The layout is the 
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from app.store.formats import SUFFIXES, Format
 from app.store.renames import half_of
 
-ROOTS = ("VAE", "vae", "vae_approx", "VAE-approx", "Stable-diffusion", "checkpoints")
+ROOTS = frozenset({"vae", "vae_approx", "vae-approx", "stable-diffusion", "checkpoints"})  # in any case
 DIFFUSERS_WEIGHTS = tuple(
     f"diffusion_pytorch_model{variant}" for variant in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
 )
@@ -40,11 +40,30 @@ class Source:
     stem: str
     config: Path | None = None  # the diffusers config.json
     sidecar: Path | None = None  # the operator's NAME.json
+    owner: Path | None = None  # of a NAME.vae.*: the full checkpoint NAME beside it, which knows the family
 
     @property
     def watched(self) -> tuple[Path, ...]:
         """All files whose change makes this another model."""
-        return (*self.files, *(path for path in (self.config, self.sidecar) if path))
+        return (*self.files, *(path for path in (self.config, self.sidecar, self.owner) if path))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A directory, as it is on the disk: another one of the same path is another place."""
+
+    path: Path
+    device: int
+    inode: int
+
+
+@dataclass(frozen=True)
+class Tree:
+    """One walk over a models folder."""
+
+    stamps: tuple[Stamp, ...] = ()  # all files that could matter, in order of their paths
+    places: frozenset[Place] = frozenset()  # where everything that comes or goes matters
+    entries: frozenset[Path] = frozenset()  # what matters elsewhere: targets of links, the folder itself
 
 
 def stamp(path: Path) -> Stamp:
@@ -53,44 +72,64 @@ def stamp(path: Path) -> Stamp:
     return Stamp(path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_mode)
 
 
-def walk(folder: Path) -> tuple[Stamp, ...]:
-    """All files under the model folders that could matter, in order of their paths.
+def walk(folder: Path) -> Tree:
+    """Looks at every file under the model folders that could matter; opens none.
 
     Links are followed; a directory that was seen already is not entered again. Hidden names are skipped, and so are
     partial downloads, whose last suffix is none of ours.
     """
-    roots = [root for name in ROOTS if (root := folder / name).is_dir()] or [folder]
-    seen: set[tuple[int, int]] = set()
     stamps: list[Stamp] = []
-    for root in roots:
-        for place, folders, names in os.walk(root, followlinks=True):
-            identity = _identity(Path(place))
-            if identity is None or identity in seen:
+    places = {place for place in [_place(folder)] if place}
+    entries = {_landmark(folder)}
+    seen: set[tuple[int, int]] = set()
+    for root in _roots(folder):
+        for top, folders, names in os.walk(root, followlinks=True):
+            place = _place(Path(top))
+            if place is None or (place.device, place.inode) in seen:
                 folders.clear()
                 continue
-            seen.add(identity)
+            seen.add((place.device, place.inode))
+            places.add(place)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            stamps += _stamps(Path(place), names)
-    return tuple(sorted(stamps))
+            for item, target in _stamps(Path(top), names):
+                stamps.append(item)
+                entries.update(target)
+    return Tree(tuple(sorted(stamps)), frozenset(places), frozenset(entries))
 
 
-def _identity(place: Path) -> tuple[int, int] | None:
+def _roots(folder: Path) -> list[Path]:
     try:
-        status = place.stat()
+        roots = [path for path in folder.iterdir() if path.name.lower() in ROOTS and path.is_dir()]
+    except OSError:  # not there, or not a folder
+        return []
+    return sorted(roots) or [folder]
+
+
+def _place(path: Path) -> Place | None:
+    try:
+        status = path.stat()
+        return Place(path.resolve(), status.st_dev, status.st_ino)
     except OSError:  # gone since it was listed
         return None
-    return status.st_dev, status.st_ino
 
 
-def _stamps(place: Path, names: Iterable[str]) -> list[Stamp]:
-    stamps = []
+def _landmark(folder: Path) -> Path:
+    """Whose coming and going would be the folder's: itself, or the first part of its path that is missing."""
+    path = folder.absolute()
+    while not path.parent.exists():
+        path = path.parent
+    return path.parent.resolve() / path.name
+
+
+def _stamps(place: Path, names: Iterable[str]) -> Iterator[tuple[Stamp, tuple[Path, ...]]]:
+    """(stamp, the link's target if it is one) of each file that could matter."""
     for name in names:
         if not name.startswith(".") and Path(name).suffix.lower() in (*SUFFIXES, ".json"):
+            path = place / name
             try:
-                stamps.append(stamp(place / name))
+                yield stamp(path), (path.resolve(),) if path.is_symlink() else ()
             except OSError:  # gone since it was listed, or a link to nowhere
                 continue
-    return stamps
 
 
 def sources(stamps: Iterable[Stamp], folder: Path) -> list[Source]:
@@ -189,7 +228,16 @@ def _plain(place: Path, files: tuple[str, ...], stem: str, names: set[str]) -> S
         format=SUFFIXES.get(Path(files[0]).suffix.lower(), "bin"),
         stem=stem,
         sidecar=place / f"{stem}.json" if f"{stem}.json" in names else None,
+        owner=_owner(place, stem, names),
     )
+
+
+def _owner(place: Path, stem: str, names: set[str]) -> Path | None:
+    """The full checkpoint that a NAME.vae.* is for, as the WebUI pairs them."""
+    if not stem.lower().endswith(".vae"):
+        return None
+    name = stem[: -len(".vae")]
+    return next((place / f"{name}{suffix}" for suffix in SUFFIXES if f"{name}{suffix}" in names), None)
 
 
 def _diffusers(place: Path, weights: str | None, folder: Path | None, places: dict[Path, set[str]]) -> Source:

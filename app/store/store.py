@@ -1,102 +1,220 @@
 """The models folder: names -> checkpoints, kept up to date with what lies there."""
 
-import hashlib
-from dataclasses import dataclass, field, replace
+import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from app.errors import InvalidParameter, UnknownModel, UnsupportedCheckpoint
+from app.errors import Unavailable, UnsupportedCheckpoint
 from app.store.checkpoint import Checkpoint
-from app.store.describe import Digest, identify_source
-from app.store.folder import Source, Stamp, names_of, source_of, sources, stamp, walk
-from app.store.formats import Format
+from app.store.describe import identify_source
+from app.store.digests import Digest, DigestCache, digest_of
+from app.store.folder import Source, Stamp, Tree, names_of, source_of, sources, stamp, walk
+from app.store.known import lookup
+from app.store.resolve import Entry, Unreadable, resolve
+from app.store.rest import DOUBT_SECONDS, OLD_AT_FIRST, OLD_SECONDS, QUIET_SECONDS, Rest
 
-CHUNK = 1 << 20
-PREFIX = 8  # hex digits of a sha256 that may stand for a name
-LISTED = 20  # names in an error
 REASON = 500  # characters of an error that is listed
 
 
 @dataclass(frozen=True)
-class Unreadable:
-    """A file in the models folder that is no usable autoencoder, and why."""
+class Look:
+    """What one look at the folder left to do."""
 
-    name: str
-    path: Path
-    format: Format
-    error: str
-
-
-Entry = Checkpoint | Unreadable
+    tree: Tree
+    unread: tuple[Source, ...]  # to be identified, the least bytes first
+    settling: bool  # something is being written: look again soon
 
 
 @dataclass(frozen=True)
-class _Snapshot:
-    """One look at the folder; replaced whole, so that readers on any thread see one state."""
+class _Finding:
+    """What a source was found to be when its files looked so."""
 
-    stamps: tuple[Stamp, ...] | None = None  # None before the first scan
-    entries: dict[str, Entry] = field(default_factory=dict)
+    source: Source
+    stamps: tuple[Stamp | None, ...]
+    entry: Entry  # its name is given when it is listed
+    known: bool = False  # by its own sha256
+
+    def of(self, source: Source, stamps: tuple[Stamp | None, ...]) -> bool:
+        return (self.source, self.stamps) == (source, stamps)
 
 
 class ModelStore:
-    """What the models folder holds. `scan` and `stale` touch the disk and belong on a thread; the rest does not."""
+    """What the models folder holds, and what was found out of it; safe to use from several threads.
+
+    `scan`, or `look` and then `identify` for what it left unread, touch the disk. What is listed is one snapshot,
+    replaced whole.
+    """
 
     def __init__(self, folder: Path, default_family: str | None = None) -> None:
         self.folder = folder
         self._default_family = default_family
-        self._snapshot = _Snapshot()
-        self._hashes: dict[tuple[Stamp, ...], Digest] = {}
+        self._digests = DigestCache(folder)
+        self._lock = threading.Lock()  # of all below; never held while a file is read
+        self._rest = Rest()
+        self._present: frozenset[Path] = frozenset()  # sources of the last look
+        self._findings: dict[Path, _Finding] = {}  # listed, by the source's path
+        self._doubts: dict[Path, _Finding] = {}  # errors that may pass
+        self._entries: dict[str, Entry] = {}
+        self._closing = threading.Event()
 
     def scan(self) -> None:
-        """Looks at every file, and reads those that are new or changed. A bad file never stops it."""
-        stamps = walk(self.folder)
-        now = {item.path: item for item in stamps}
-        before = {entry.path: entry for entry in self._snapshot.entries.values()}
-        entries: dict[str, Entry] = {}
-        for source, name in sorted(names_of(sources(stamps, self.folder)).items(), key=lambda item: item[1].lower()):
-            last = before.get(source.path)
-            if isinstance(last, Checkpoint) and last.stamps == tuple(now.get(path) for path in source.watched):
-                entries[name] = replace(last, name=name)
-            else:
-                entries[name] = self._entry(source, name)
-        self._hashes = {key: value for key, value in self._hashes.items() if set(key) <= set(stamps)}
-        self._snapshot = _Snapshot(stamps, entries)
+        """Looks at every file, and reads those that are new or changed, at once. A bad file never stops it."""
+        for _ in range(2):  # again for those that a file read later tells the name of
+            for source in self.look(patient=False).unread:
+                self.identify(source, patient=False)
 
-    def stale(self) -> bool:
-        """Whether any file was added, replaced or removed since the last scan; true before the first."""
-        return walk(self.folder) != self._snapshot.stamps
+    def look(self, *, patient: bool = True) -> Look:
+        """Unlists what has gone, and says what must be identified; opens no weights.
 
-    def entries(self) -> list[Entry]:
-        """All models by name, usable or not, as of the last scan."""
-        return list(self._snapshot.entries.values())
-
-    def resolve(self, model: str | None, default: str | None = None) -> Checkpoint:
-        """The checkpoint of a name or of a sha256 prefix; without one the default, else the only model there is.
-
-        Raises UnknownModel, InvalidParameter when several models could be meant, UnsupportedCheckpoint for a file
-        that is there but cannot be used.
+        While a file is being written, what was listed for it before stays, and a new one is not listed.
         """
-        entries = self._snapshot.entries
-        wanted = default if model is None else model
-        entry = _only(entries) if wanted is None else entries.get(wanted) or _by_hash(entries, wanted)
-        if isinstance(entry, Unreadable):
-            raise UnsupportedCheckpoint(f"model {entry.name}: {entry.error}")
-        return entry
+        tree = walk(self.folder)
+        found = sources(tree.stamps, self.folder)
+        with self._lock:
+            old = OLD_SECONDS if self._rest.looks else OLD_AT_FIRST
+            self._rest.note(tree.stamps)
+            findings: dict[Path, _Finding] = {}
+            unread: list[Source] = []
+            settling = False
+            for source in found:
+                stamps = self._rest.stamps(source.watched)
+                last, doubt = self._findings.get(source.path), self._doubts.get(source.path)
+                if last is not None:
+                    findings[source.path] = last
+                if last is not None and last.of(source, stamps):
+                    continue
+                if patient and not self._rest.rests(stamps, QUIET_SECONDS, old):
+                    settling = True
+                elif patient and doubt is not None and doubt.of(source, stamps):
+                    if self._rest.rests(stamps, DOUBT_SECONDS, DOUBT_SECONDS):
+                        findings[source.path] = doubt
+                    else:
+                        settling = True
+                else:
+                    unread.append(source)
+            self._present = frozenset(source.path for source in found)
+            self._findings = findings
+            self._doubts = {path: doubt for path, doubt in self._doubts.items() if path in self._present}
+            self._publish()
+            unread.sort(key=self._bytes)
+        return Look(tree, tuple(unread), settling)
 
-    def _entry(self, source: Source, name: str) -> Entry:
+    def identify(self, source: Source, *, patient: bool = True) -> bool:
+        """Reads a source and lists what it is; false where another look must decide: it changed, or may be broken.
+
+        Raises Unavailable once the store is closed.
+        """
+        before = _stamps(source)
+        digest: list[Digest] = []
+
+        def take(source: Source) -> Digest:
+            digest.append(self._digest(source))
+            return digest[0]
+
+        entry: Entry
         try:
-            return identify_source(source, name, self._default_family, self._digest)
+            entry = identify_source(source, source.stem, self._default_family, take, self._digests.twin)
         except UnsupportedCheckpoint as error:
             reason = " ".join(str(error).split())  # keys and values of the file are in it
-            return Unreadable(name, source.path, source.format, reason[:REASON])
+            entry = Unreadable(source.stem, source.path, source.format, reason[:REASON])
+        if _stamps(source) != before:
+            return False
+        known = bool(digest) and lookup(digest[0].sha256, digest[0].halves) is not None
+        finding = _Finding(source, before, entry, known)
+        self._digests.save()
+        with self._lock:
+            if source.path not in self._present:
+                return False
+            broken = isinstance(entry, Unreadable)
+            if patient and broken and not self._rest.rests(before, DOUBT_SECONDS, DOUBT_SECONDS):
+                self._doubts[source.path] = finding
+                return False
+            self._findings[source.path] = finding
+            self._doubts.pop(source.path, None)
+            again = known and self._reconsider(digest[0].tensors)
+            self._publish()
+        return not again
+
+    def give_up(self, source: Source) -> None:
+        """Lists a source that `identify` failed for by a bug of ours."""
+        reason = "it could not be read for an unexpected reason, which the log has"
+        finding = _Finding(source, _stamps(source), Unreadable(source.stem, source.path, source.format, reason))
+        with self._lock:
+            if source.path in self._present:
+                self._findings[source.path] = finding
+                self._publish()
+
+    def lists(self, checkpoint: Checkpoint) -> bool:
+        """Whether the checkpoint is listed as it is, replaced by none."""
+        return any(
+            isinstance(entry, Checkpoint) and (entry.path, entry.stamps) == (checkpoint.path, checkpoint.stamps)
+            for entry in self._entries.values()
+        )
+
+    def size(self, source: Source) -> int:
+        """Bytes of a source's weights, as of the last look."""
+        with self._lock:
+            return self._bytes(source)
+
+    def close(self) -> None:
+        """Ends what is being read."""
+        self._closing.set()
+
+    def entries(self) -> list[Entry]:
+        """All models by name, usable or not, as far as they have been identified."""
+        return list(self._entries.values())
+
+    def resolve(self, model: str | None, default: str | None = None) -> Checkpoint:
+        """The checkpoint of a name, a sha256 prefix or None, as `resolve.resolve` finds it among those listed."""
+        return resolve(self._entries, model, default)
+
+    def _bytes(self, source: Source) -> int:
+        return sum(item.size for item in self._rest.stamps(source.files) if item is not None)
+
+    def _reconsider(self, tensors: str) -> bool:
+        """A file is known by name now: files of the same tensors must be identified anew; whether there are any."""
+        found = False
+        for known in (self._findings, self._doubts):
+            for path, finding in known.items():
+                entry = finding.entry
+                same = entry.tensors_sha256 == tensors and not entry.known_as if isinstance(entry, Checkpoint) else True
+                if same and not finding.known and finding.stamps:
+                    known[path] = replace(finding, stamps=())
+                    found = True
+        return found
+
+    def _publish(self) -> None:
+        names = names_of(finding.source for finding in self._findings.values())
+        findings = sorted(self._findings.values(), key=lambda finding: names[finding.source].lower())
+        originals: dict[str, tuple[bool, int, str]] = {}  # by tensors: the known one, then the shortest path
+        for finding in findings:
+            if isinstance(finding.entry, Checkpoint):
+                path = finding.source.path.as_posix()
+                rank = (not finding.known, len(path), path)
+                tensors = finding.entry.tensors_sha256
+                originals[tensors] = min(rank, originals.get(tensors, rank))
+        named = {finding.source.path.as_posix(): names[finding.source] for finding in findings}
+        entries: dict[str, Entry] = {}
+        for finding in findings:
+            name, entry = names[finding.source], finding.entry
+            if isinstance(entry, Checkpoint):
+                original = named[originals[entry.tensors_sha256][2]]
+                entry = replace(entry, copy_of=original if original != name else None)
+            entries[name] = replace(entry, name=name)
+        self._entries = entries
 
     def _digest(self, source: Source) -> Digest:
-        try:
-            stamps = tuple(stamp(path) for path in source.files)
-        except OSError as error:
-            raise UnsupportedCheckpoint(f"cannot be read: {error.strerror or error}") from error
-        if stamps not in self._hashes:
-            self._hashes[stamps] = sha256_of(source.files)
-        return self._hashes[stamps]
+        stamps = tuple(_stamp(path) for path in source.files)
+        digest = self._digests.get(stamps)
+        if digest is None:
+            digest = digest_of(source.files, self._check)
+            if stamps == tuple(_stamp(path) for path in source.files):
+                self._digests.put(stamps, digest)
+        return digest
+
+    def _check(self) -> None:
+        if self._closing.is_set():
+            raise Unavailable("the service is shutting down")
 
 
 def open_checkpoint(path: Path, default_family: str | None = None) -> Checkpoint:
@@ -108,51 +226,22 @@ def open_checkpoint(path: Path, default_family: str | None = None) -> Checkpoint
         source = source_of(path)
     except OSError as error:
         raise UnsupportedCheckpoint(f"{path} cannot be read: {error.strerror or error}") from error
-    return identify_source(source, source.stem, default_family, lambda source: sha256_of(source.files))
+    return identify_source(source, source.stem, default_family, lambda source: digest_of(source.files))
 
 
-def sha256_of(files: tuple[Path, ...]) -> Digest:
-    """The hash over all bytes of these files in order, and each file's own where there are two.
-
-    Raises UnsupportedCheckpoint when a file cannot be read.
-    """
-    total = hashlib.sha256()
-    halves = [hashlib.sha256() for _ in files] if len(files) > 1 else []
+def _stamp(path: Path) -> Stamp:
     try:
-        for index, path in enumerate(files):
-            with path.open("rb") as file:
-                while data := file.read(CHUNK):
-                    total.update(data)
-                    if halves:
-                        halves[index].update(data)
+        return stamp(path)
     except OSError as error:
         raise UnsupportedCheckpoint(f"cannot be read: {error.strerror or error}") from error
-    return Digest(total.hexdigest(), tuple(half.hexdigest() for half in halves))
 
 
-def _only(entries: dict[str, Entry]) -> Entry:
-    usable = [entry for entry in entries.values() if isinstance(entry, Checkpoint)]
-    if len(usable) == 1:
-        return usable[0]
-    if not usable:
-        raise UnknownModel(f"the models folder holds no usable model{_listing(entries, ' (unusable: {})')}")
-    names = _listing({entry.name: entry for entry in usable}, "{}")
-    raise InvalidParameter(f"model is required, as there are several: {names}")
-
-
-def _by_hash(entries: dict[str, Entry], prefix: str) -> Entry:
-    """The model whose sha256 begins so; files with the same bytes are the same model."""
-    digits = prefix.lower()
-    if len(digits) >= PREFIX and set(digits) <= set("0123456789abcdef"):
-        found = [item for item in entries.values() if isinstance(item, Checkpoint) and item.sha256.startswith(digits)]
-        if len({item.sha256 for item in found}) > 1:
-            raise InvalidParameter(f"{prefix} begins the sha256 of several models: {', '.join(i.name for i in found)}")
-        if found:
-            return found[0]
-    raise UnknownModel(f"no model {prefix!r}; {_listing(entries, 'there are: {}') or 'there are none'}")
-
-
-def _listing(entries: dict[str, Entry], template: str) -> str:
-    names = list(entries)
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return template.format(", ".join(names[:LISTED]) + more) if names else ""
+def _stamps(source: Source) -> tuple[Stamp | None, ...]:
+    """How the files are now; None for one that has gone."""
+    found: list[Stamp | None] = []
+    for path in source.watched:
+        try:
+            found.append(stamp(path))
+        except OSError:
+            found.append(None)
+    return tuple(found)

@@ -5,12 +5,24 @@ diffusers configs of SD3 (1.5305, 0.0609), FLUX.1 (0.3611, 0.1159) and FLUX.2 (B
 github.com/madebyollin/taesd (tiny autoencoders: pixels in [0, 1], latents as the diffusion model sees them).
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from app.vae.latent_format import LatentFormat
 
 Architecture = Literal["kl", "tiny"]
+
+
+USUAL = (0.3, 2.5)
+"""Scaled latents: the least root mean square about 0, and the greatest standard deviation within a channel.
+
+A diffusion model's latents are scaled to about unit variance. The figures are set so that no picture passes them by
+itself: 21 pictures, among them flat colours, noise and a chessboard, came to 0.46 and more (the flat ones, which
+are small by nature, aside) and to 1.15 and less with latentd-small, to 0.53 and 1.0 with TAEF2. Raw latents
+taken for scaled ones come to about 1 / scaling_factor (SD 1.x 5.5, SDXL 7.7, FLUX.1 2.8), scaled ones scaled again to
+scaling_factor (0.18, 0.13, 0.36). SD3's factor of 1.5305 is too near to 1 to show.
+"""
+NEAR = (0.4, 2.0)  # the same for FLUX.1, whose scaling factor is nearer to 1
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,9 @@ class Family:
     spatial_factor: int = 8  # pixels per raw latent position
     pixel_range: tuple[float, float] = (-1.0, 1.0)
     by_name: bool = False  # only where a file names it: neither shapes nor constants lead here
+    # The two below tell nothing about which family weights are of, so rows that differ in them alone are equal.
+    space: str = field(default="", compare=False)  # the diffusion models' latent space, by its first family's name
+    usual: tuple[float, float] = field(default=USUAL, compare=False)
 
     @property
     def size_multiple(self) -> int:
@@ -31,29 +46,45 @@ class Family:
         return self.spatial_factor * self.latent_format.patch
 
 
-def _kl(name: str, channels: int, latent_format: LatentFormat, *, by_name: bool = False) -> Family:
-    return Family(name, "kl", channels, latent_format, by_name=by_name)
+def _kl(name: str, channels: int, latent_format: LatentFormat, space: str, **more: Any) -> Family:
+    return Family(name, "kl", channels, latent_format, space=space, **more)
 
 
-def _tiny(name: str, channels: int, *, spatial_factor: int = 8, patch: int = 1) -> Family:
-    return Family(name, "tiny", channels, LatentFormat(patch=patch), spatial_factor, pixel_range=(0.0, 1.0))
+def _tiny(name: str, channels: int, space: str, *, patch: int = 1, **more: Any) -> Family:
+    return Family(name, "tiny", channels, LatentFormat(patch=patch), pixel_range=(0.0, 1.0), space=space, **more)
 
 
 FAMILIES: dict[str, Family] = {
     row.name: row
     for row in (
-        _kl("sd1", 4, LatentFormat(0.18215)),
-        _kl("sd2", 4, LatentFormat(0.18215)),
-        _kl("sdxl", 4, LatentFormat(0.13025)),
-        _kl("sd3", 16, LatentFormat(1.5305, 0.0609)),
-        _kl("flux", 16, LatentFormat(0.3611, 0.1159)),
-        _kl("flux2", 32, LatentFormat(patch=2, statistics=True)),
-        _kl("latentd-small", 4, LatentFormat(), by_name=True),
-        _tiny("taesd", 4),
-        _tiny("taesdxl", 4),
-        _tiny("taesd3", 16),
-        _tiny("taef1", 16),
-        _tiny("taef2", 32, patch=2),
-        _tiny("taesana", 32, spatial_factor=32),
+        _kl("sd1", 4, LatentFormat(0.18215), "sd1"),
+        _kl("sd2", 4, LatentFormat(0.18215), "sd1"),
+        _kl("sdxl", 4, LatentFormat(0.13025), "sdxl"),
+        _kl("sd3", 16, LatentFormat(1.5305, 0.0609), "sd3"),
+        _kl("flux", 16, LatentFormat(0.3611, 0.1159), "flux", usual=NEAR),
+        _kl("flux2", 32, LatentFormat(patch=2, statistics=True), "flux2"),
+        _kl("latentd-small", 4, LatentFormat(), "latentd-small", by_name=True),
+        _tiny("taesd", 4, "sd1"),
+        _tiny("taesdxl", 4, "sdxl"),
+        _tiny("taesd3", 16, "sd3"),
+        _tiny("taef1", 16, "flux", usual=NEAR),
+        _tiny("taef2", 32, "flux2", patch=2),
+        _tiny("taesana", 32, "sana", spatial_factor=32),
     )
 }
+
+
+def takes(family: str, latents_of: str, convention: Literal["scaled", "raw"]) -> bool:
+    """Whether a VAE of one family decodes latents of another, both by name, to what they are meant to be.
+
+    Families of one latent space with the same constants do (SD 1.x and 2.x); and a tiny autoencoder, which is made to
+    show them, takes the scaled latents of its full one. Not the other way round: what a tiny encoder makes of a
+    picture comes near those latents, and a full decoder shows the difference.
+    """
+    if family == latents_of:
+        return True
+    model, latents = FAMILIES.get(family), FAMILIES.get(latents_of)
+    if model is None or latents is None or model.space != latents.space:
+        return False
+    same = (model.architecture, model.latent_format) == (latents.architecture, latents.latent_format)
+    return same or (convention == "scaled" and model.architecture == "tiny")

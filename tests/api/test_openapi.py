@@ -34,11 +34,12 @@ def test_it_describes_what_goes_in_and_comes_out(document):
     }
     assert {parameter["name"] for parameter in decode["parameters"]} == {
         *("model", "latents", "precision", "tiling", "deterministic", "size", "quality", "bits"),
-        "X-Request-Timeout-Ms",
+        *("X-Request-Timeout-Ms", "X-Latents-Family"),
     }
     assert not any(parameter["required"] for operation in (encode, decode) for parameter in operation["parameters"])
     for operation in (encode, decode):
         assert {"X-Model", "X-Plan", "X-Image-Size", "Server-Timing"} <= set(operation["responses"]["200"]["headers"])
+    assert "X-Warning" in decode["responses"]["200"]["headers"]
 
 
 def test_every_operation_tells_its_errors_in_one_form(document):

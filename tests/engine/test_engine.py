@@ -1,5 +1,6 @@
 import asyncio
 import threading
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -145,6 +146,17 @@ async def test_an_engine_whose_thread_hangs_ends_all_the_same(forwards, monkeypa
         with pytest.raises(Unavailable):
             await waiting
     await until(lambda: not engine.workers[0].busy)
+
+
+async def test_who_waits_for_a_file_to_be_replaced_waits_to_the_deadline_or_the_end():
+    async with running(TOY) as engine:
+        await asyncio.wait_for(engine.replaced(TOY, time.monotonic() + 0.05), 5)
+        await asyncio.wait_for(engine.replaced(HOT, None), 5)  # the folder has none such
+        waiting = asyncio.ensure_future(engine.replaced(TOY, None))
+        done, _ = await asyncio.wait([waiting], timeout=0.1)
+        assert not done
+        await engine.drain(60)
+        await asyncio.wait_for(waiting, 5)
 
 
 # -- several devices ------------------------------------------------------------------------------------------------

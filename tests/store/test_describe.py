@@ -150,3 +150,51 @@ def test_a_known_file(tmp_path, monkeypatch):
 
 def test_nothing_at_the_path(tmp_path):
     assert "does not exist" in refusal(tmp_path / "nothing.pt")
+
+
+SDXL = {ATTENTION: torch.zeros(640, 2048)}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_vae_beside_a_checkpoint_of_its_name_is_of_its_family(tmp_path, suffix):
+    write(tmp_path / "foo.safetensors", under("first_stage_model.")(state_of(seed=1)) | SDXL)
+    checkpoint = open_checkpoint(write(tmp_path / f"foo.vae{suffix}", state_of()), "sd1")
+    assert (checkpoint.name, checkpoint.family.name, checkpoint.family_source) == ("foo.vae", "sdxl", "checkpoint")
+    assert not checkpoint.baked
+
+
+def test_a_checkpoint_beside_that_has_no_vae_of_its_own_tells_the_family_too(tmp_path):
+    write(tmp_path / "foo.safetensors", SDXL)
+    assert open_checkpoint(write(tmp_path / "foo.vae.pt", state_of()), "sd1").family.name == "sdxl"
+
+
+def test_a_checkpoint_beside_that_cannot_be_read_or_does_not_fit_says_nothing(tmp_path):
+    path = write(tmp_path / "foo.vae.pt", state_of())
+    (tmp_path / "foo.safetensors").write_text("torn")
+    assert open_checkpoint(path, "sd1").family_source == "default"
+    write(tmp_path / "foo.safetensors", {"model.diffusion_model.joint_blocks.0.x": torch.zeros(3)})
+    assert open_checkpoint(path, "sd1").family_source == "default"
+
+
+def test_what_a_vae_says_itself_goes_before_the_checkpoint_beside_it(tmp_path, monkeypatch):
+    write(tmp_path / "foo.safetensors", SDXL)
+    path = write(tmp_path / "foo.vae.safetensors", state_of(), {"family": "sd2"})
+    assert (open_checkpoint(path, "sd1").family.name, open_checkpoint(path, "sd1").family_source) == ("sd2", "config")
+    path = write(tmp_path / "foo.vae.safetensors", state_of())
+    row = Known("a famous one", open_checkpoint(path, "sd1").sha256, "sd1", "ok")
+    monkeypatch.setattr("app.store.known.known_files", lambda: {row.sha256: row})
+    assert (open_checkpoint(path, "sdxl").family.name, open_checkpoint(path, "sdxl").family_source) == ("sd1", "hash")
+
+
+def test_what_has_the_place_of_a_tensor_is_named(tmp_path):
+    state = state_of("sd1")
+    state["decoder.conv_in.weight"] = state["decoder.conv_in.weight"].to_sparse()
+    with pytest.raises(UnsupportedCheckpoint, match=r"decoder\.conv_in\.weight is a sparse tensor.*dense"):
+        open_checkpoint(write(tmp_path / "x.ckpt", state), "sd1")
+
+
+def test_what_lies_beside_the_weights_is_no_obstacle(tmp_path):
+    path = tmp_path / "x.ckpt"
+    beside = {"epoch": 3, "0": [1, 2], "vae_note": "text", "3.weight": None}
+    torch.save({**state_of("sd1"), **beside}, path)
+    assert open_checkpoint(path, "sd1").family.name == "sd1"

@@ -19,7 +19,7 @@ def put(folder: Path, *names: str, text: str = "") -> None:
 
 def names(folder: Path) -> dict[str, tuple[str, ...]]:
     """{model's name: its weights, relative to the folder}."""
-    found = sources(walk(folder), folder)
+    found = sources(walk(folder).stamps, folder)
     return {
         name: tuple(file.relative_to(folder).as_posix() for file in source.files)
         for source, name in names_of(found).items()
@@ -45,7 +45,7 @@ def test_without_such_folders_the_folder_itself(tmp_path):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    assert walk(tmp_path / "nothing") == ()
+    assert walk(tmp_path / "nothing").stamps == ()
 
 
 def test_hidden_files_partial_downloads_and_others_are_ignored(tmp_path):
@@ -76,7 +76,7 @@ def test_colliding_names(tmp_path):
 def test_names_are_unique_whatever_collides(tmp_path):
     put(tmp_path, "VAE/s/a.pt", "VAE/s/a.ckpt", "checkpoints/s/a.pt", "checkpoints/s/a.ckpt")
     put(tmp_path, "VAE/s/b_encoder.pt", "VAE/s/b_decoder.pt", "VAE/s/b.pt")
-    found = sources(walk(tmp_path), tmp_path)
+    found = sources(walk(tmp_path).stamps, tmp_path)
     assert len(set(names_of(found).values())) == len(found) == 6
 
 
@@ -135,7 +135,7 @@ def test_sidecars(tmp_path):
     put(tmp_path, "a.safetensors", "a.json", "t_encoder.pt", "t_decoder.pt", "t.json", "b.pt", "m.json")
     put(tmp_path, "m/config.json", text=KL)
     put(tmp_path, "m/diffusion_pytorch_model.bin")
-    sidecars = {source.stem: source.sidecar for source in sources(walk(tmp_path), tmp_path)}
+    sidecars = {source.stem: source.sidecar for source in sources(walk(tmp_path).stamps, tmp_path)}
     assert sidecars == {"a": tmp_path / "a.json", "t": tmp_path / "t.json", "b": None, "m": tmp_path / "m.json"}
 
 
@@ -169,6 +169,50 @@ def test_source_of_a_file_its_pair_and_folders(tmp_path):
 
 def test_a_name_that_is_not_utf_8_is_shown_with_escapes(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.safetensors")).write_bytes(b"")
-    (name,) = names_of(sources(walk(tmp_path), tmp_path)).values()
+    (name,) = names_of(sources(walk(tmp_path).stamps, tmp_path)).values()
     assert name == "caf\\xe9"
     assert name.encode() == b"caf\\xe9"
+
+
+def test_the_folders_names_in_any_case_and_one_folder_by_two_names(tmp_path):
+    put(tmp_path, "Vae/a.pt", "stable-diffusion/b.ckpt", "VAE-Approx/c.pt", "CHECKPOINTS/d.pt")
+    (tmp_path / "vae").symlink_to(tmp_path / "Vae")  # as a system that ignores case would have it
+    assert names(tmp_path).keys() == {"a", "b", "c", "d"}
+
+
+def test_a_whole_webui_tree(tmp_path):
+    put(
+        tmp_path,
+        "Stable-diffusion/foo.safetensors",
+        "Stable-diffusion/foo.vae.safetensors",
+        "Stable-diffusion/foo.yaml",
+    )
+    put(tmp_path, "Stable-diffusion/bar.ckpt", "Stable-diffusion/sub/bar.vae.pt", "VAE-approx/model.pt")
+    put(tmp_path, "Stable-diffusion/baz.ckpt", "Stable-diffusion/baz.vae.pt", "VAE/foo.safetensors")
+    put(tmp_path, "Lora/l.safetensors", "ESRGAN/e.pth", "hypernetworks/h.pt", "diffusion_models/u.safetensors")
+    assert names(tmp_path).keys() == {
+        *("Stable-diffusion/foo", "foo.vae", "bar", "bar.vae", "baz", "baz.vae", "VAE/foo", "model"),
+    }
+    owners = {source.stem: source.owner for source in sources(walk(tmp_path).stamps, tmp_path) if source.owner}
+    place = tmp_path / "Stable-diffusion"
+    assert owners == {"foo.vae": place / "foo.safetensors", "baz.vae": place / "baz.ckpt"}
+
+
+def test_a_walk_says_which_directories_matter(tmp_path):
+    put(tmp_path, "models/VAE/deep/a.pt", "models/Lora/b.pt", "models/VAE/.hidden/c.pt", "far/tree/d.pt", "far/e.pt")
+    folder = tmp_path / "models"
+    (folder / "VAE" / "tree").symlink_to(tmp_path / "far" / "tree")
+    (folder / "VAE" / "e.pt").symlink_to(tmp_path / "far" / "e.pt")
+    tree = walk(folder)
+    places = {place.path.relative_to(tmp_path).as_posix() for place in tree.places}
+    assert places == {"models", "models/VAE", "models/VAE/deep", "far/tree"}
+    assert {entry.relative_to(tmp_path).as_posix() for entry in tree.entries} == {"models", "far/e.pt"}
+    assert walk(tmp_path / "a" / "b").entries == {tmp_path / "a"}
+
+
+def test_a_directory_made_anew_is_another_place(tmp_path):
+    put(tmp_path, "VAE/a.pt")
+    before = walk(tmp_path).places
+    (tmp_path / "VAE").rename(tmp_path / "old")
+    (tmp_path / "VAE").mkdir()
+    assert walk(tmp_path).places != before

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 
 from app.errors import InvalidParameter, UnknownModel, UnsupportedCheckpoint
 from app.store.checkpoint import Checkpoint, load_autoencoder
-from app.store.describe import Digest
-from app.store.store import ModelStore, Unreadable, sha256_of
-from tests.store.weights import as_diffusers, state_of, write, write_folder
+from app.store.digests import Digest, digest_of
+from app.store.known import Known
+from app.store.resolve import Unreadable
+from app.store.store import ModelStore
+from tests.store.weights import as_diffusers, state_of, under, write, write_folder
 
 
 @pytest.fixture
@@ -34,10 +37,8 @@ def listed(store: ModelStore) -> dict[str, str]:
 
 def test_an_empty_folder(store):
     assert store.entries() == []
-    assert store.stale()
     store.scan()
     assert store.entries() == []
-    assert not store.stale()
     with pytest.raises(UnknownModel, match="no usable model"):
         store.resolve(None)
 
@@ -120,7 +121,7 @@ def test_the_names_in_an_error_are_capped(store):
 
 
 def test_a_prefix_of_two_models_is_ambiguous_but_not_of_two_copies(store, monkeypatch):
-    monkeypatch.setattr("app.store.store.PREFIX", 0)
+    monkeypatch.setattr("app.store.resolve.PREFIX", 0)
     put(store, "VAE/a.pt")
     shutil.copy(store.folder / "VAE/a.pt", store.folder / "VAE/copy.pt")
     store.scan()
@@ -150,24 +151,19 @@ def test_files_added_replaced_and_removed(store):
     path = put(store, "VAE/a.safetensors")
     store.scan()
     before = store.resolve("a")
-    assert not store.stale()
 
     put(store, "VAE/b.pt", seed=1)
-    assert store.stale()
     store.scan()
     assert listed(store).keys() == {"a", "b"}
 
     new = put(store, "new/a.safetensors", seed=2)
     new.replace(path)
-    assert store.stale()
     store.scan()
     assert store.resolve("a").sha256 != before.sha256
 
     path.unlink()
-    assert store.stale()
     store.scan()
     assert listed(store).keys() == {"b"}
-    assert not store.stale()
 
 
 def test_a_replacement_of_the_same_size_and_time_is_noticed(store):
@@ -178,7 +174,6 @@ def test_a_replacement_of_the_same_size_and_time_is_noticed(store):
     os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert new.stat().st_size == status.st_size
     new.replace(path)
-    assert store.stale()
 
 
 def test_a_sidecar_takes_effect_and_lets_go(store):
@@ -186,11 +181,9 @@ def test_a_sidecar_takes_effect_and_lets_go(store):
     store.scan()
     assert listed(store) == {"a": "sd1"}
     (store.folder / "VAE/a.json").write_text('{"family": "sdxl"}')
-    assert store.stale()
     store.scan()
     assert store.resolve("a").family_source == "operator"
     (store.folder / "VAE/a.json").unlink()
-    assert store.stale()
     store.scan()
     assert listed(store) == {"a": "sd1"}
 
@@ -203,7 +196,6 @@ def test_a_file_being_copied_in_heals(store):
     assert "truncated" in listed(store)["a"]
     with path.open("ab") as file:
         file.write(whole[len(whole) // 2 :])
-    assert store.stale()
     store.scan()
     assert listed(store) == {"a": "taesd"}
 
@@ -214,11 +206,11 @@ def test_only_new_files_are_read_again(store, monkeypatch):
     path = put(store, "VAE/b.safetensors", seed=1)
     read: list[tuple[Path, ...]] = []
 
-    def count(files: tuple[Path, ...]) -> Digest:
+    def count(files: tuple[Path, ...], check: Callable[[], None]) -> Digest:
         read.append(files)
-        return sha256_of(files)
+        return digest_of(files, check)
 
-    monkeypatch.setattr("app.store.store.sha256_of", count)
+    monkeypatch.setattr("app.store.store.digest_of", count)
     store.scan()
     assert read == [(path,)]
     assert store.resolve("b").sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -256,7 +248,6 @@ def test_linked_models(store, tmp_path_factory):
     store.scan()
     assert listed(store) == {"linked": "taesd"}
     write(elsewhere / "a.safetensors", state_of("taesd", seed=3))
-    assert store.stale()
 
 
 def test_16_channels_need_a_word(store):
@@ -266,3 +257,127 @@ def test_16_channels_need_a_word(store):
     (store.folder / "VAE/ae.json").write_text('{"family": "flux"}')
     store.scan()
     assert listed(store) == {"ae": "flux"}
+
+
+# -- copies -----------------------------------------------------------------------------------------------------------
+
+
+def copies(store: ModelStore) -> dict[str, str | None]:
+    return {entry.name: entry.copy_of for entry in store.entries() if isinstance(entry, Checkpoint)}
+
+
+def halved(store: ModelStore, name: str, family: str = "sd1") -> Path:
+    return write(store.folder / name, {key: value.half() for key, value in state_of(family).items()})
+
+
+@pytest.fixture
+def famous(store, monkeypatch):
+    """A known file, outside of the folder."""
+    path = put(store, "outside.safetensors", family="sd1")
+    row = Known("a famous one", hashlib.sha256(path.read_bytes()).hexdigest(), "sdxl", "overflows")
+    monkeypatch.setattr("app.store.known.known_files", lambda: {row.sha256: row})
+    return path
+
+
+def test_copies_name_the_shortest_path(store):
+    put(store, "VAE/long-name.safetensors", family="sd1")
+    put(store, "VAE/b.ckpt", family="sd1")
+    put(store, "VAE/other.pt", seed=1, family="sd1")
+    baked = under("first_stage_model.")(state_of()) | {"model.diffusion_model.out.2.weight": torch.zeros(3)}
+    write(store.folder / "checkpoints/full.safetensors", baked)
+    halved(store, "VAE/a-half.pt")
+    store.scan()
+    assert copies(store) == {"a-half": "b", "b": None, "full": "b", "long-name": "b", "other": None}
+    (store.folder / "VAE/b.ckpt").unlink()
+    store.scan()
+    assert copies(store) == {"a-half": None, "full": "a-half", "long-name": "a-half", "other": None}
+
+
+@pytest.mark.parametrize("names", [("VAE/z-known", "VAE/a"), ("VAE/a-known", "VAE/z")])
+def test_a_converted_copy_is_known_by_its_tensors_whichever_is_read_first(store, famous, names):
+    known, copy = names
+    halved(store, f"{copy}.pt")
+    shutil.copy(famous, store.folder / f"{known}.safetensors")
+    store.scan()
+    rows = {entry.name: entry for entry in store.entries() if isinstance(entry, Checkpoint)}
+    original, twin = (rows[Path(name).name] for name in names)
+    assert twin.sha256 != original.sha256
+    assert twin.tensors_sha256 == original.tensors_sha256
+    for row in (original, twin):
+        assert (row.known_as, row.fp16) == ("a famous one", "overflows")
+        assert (row.family.name, row.family_source) == ("sdxl", "hash")
+    assert (original.copy_of, twin.copy_of) == (None, original.name)
+
+
+def test_a_known_file_that_was_here_once_is_remembered(store, famous):
+    shutil.copy(famous, store.folder / "VAE/known.safetensors")
+    store.scan()
+    (store.folder / "VAE/known.safetensors").unlink()
+    again = ModelStore(store.folder, "sd1")
+    halved(store, "VAE/half.pt")
+    again.scan()
+    assert again.resolve("half").known_as == "a famous one"
+    assert again.resolve("half").copy_of is None
+
+
+def test_a_copy_of_a_known_file_that_nothing_else_identifies_becomes_usable(store, monkeypatch):
+    path = put(store, "outside.safetensors", family="flux")
+    row = Known("ae", hashlib.sha256(path.read_bytes()).hexdigest(), "flux", "ok")
+    monkeypatch.setattr("app.store.known.known_files", lambda: {row.sha256: row})
+    halved(store, "VAE/a.safetensors", family="flux")
+    store.scan()
+    assert "could be sd3 or flux" in listed(store)["a"]
+    shutil.copy(path, store.folder / "VAE/known.safetensors")
+    store.scan()
+    assert listed(store) == {"a": "flux", "known": "flux"}
+
+
+def test_a_look_reads_no_weights_and_lists_nothing_new(store, monkeypatch):
+    put(store, "VAE/a.pt")
+    look = store.look(patient=False)
+    assert [source.stem for source in look.unread] == ["a"]
+    assert store.entries() == []
+    assert store.identify(look.unread[0])
+    assert listed(store) == {"a": "taesd"}
+    assert store.look().unread == ()
+
+
+def test_a_file_that_changes_while_it_is_hashed_is_not_listed(store, monkeypatch):
+    path = put(store, "VAE/a.pt")
+
+    def change(files: tuple[Path, ...], check: Callable[[], None]) -> Digest:
+        digest = digest_of(files, check)
+        put(store, "VAE/a.pt", seed=4)
+        return digest
+
+    monkeypatch.setattr("app.store.store.digest_of", change)
+    (source,) = store.look(patient=False).unread
+    assert not store.identify(source)
+    assert store.entries() == []
+    monkeypatch.undo()
+    store.scan()
+    assert store.resolve("a").sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_file_that_goes_while_it_is_hashed_is_not_listed(store, monkeypatch):
+    path = put(store, "VAE/a.pt")
+    (source,) = store.look(patient=False).unread
+    path.unlink()
+    store.look()
+    assert not store.identify(source)
+    assert store.entries() == []
+
+
+def test_the_least_bytes_are_read_first(store):
+    put(store, "VAE/z.pt")
+    put(store, "VAE/a.pt", family="sd1")
+    assert [source.stem for source in store.look(patient=False).unread] == ["z", "a"]
+
+
+def test_what_the_webui_and_others_leave_in_the_folders_is_an_error_in_one_line(store):
+    write(store.folder / "VAE-approx/model.pt", {"conv1.weight": torch.zeros(8, 4, 7, 7), "conv1.bias": torch.zeros(8)})
+    write(store.folder / "checkpoints/unet.safetensors", {"model.diffusion_model.out.2.weight": torch.zeros(3)})
+    write(store.folder / "checkpoints/lora.safetensors", {"lora_unet_x.lora_down.weight": torch.zeros(3)})
+    store.scan()
+    assert all(reason.startswith("no VAE inside") for reason in listed(store).values())
+    assert len(listed(store)) == 3

@@ -1,8 +1,10 @@
 """The constants are pinned: a digit changed by accident would make every picture of a family look washed out."""
 
+from dataclasses import replace
+
 import pytest
 
-from app.vae.families import FAMILIES, Family
+from app.vae.families import FAMILIES, Family, takes
 from app.vae.latent_format import LatentFormat
 
 PINNED = {
@@ -60,3 +62,46 @@ def test_only_our_own_is_found_by_name_alone():
 
 def test_a_row_is_a_value():
     assert Family("x", "kl", 4) == Family("x", "kl", 4, LatentFormat())
+
+
+@pytest.mark.parametrize(
+    ("model", "latents", "scaled", "raw"),
+    [
+        ("sd1", "sd1", True, True),
+        ("sd2", "sd1", True, True),  # one latent space, the same constants
+        ("sd1", "sd2", True, True),
+        ("sdxl", "sd1", False, False),
+        ("flux", "sd3", False, False),
+        ("latentd-small", "sd1", False, False),
+        ("sd1", "latentd-small", False, False),
+        ("taesd", "sd1", True, False),  # a preview of what the diffusion model sees
+        ("taesd", "sd2", True, False),
+        ("taesdxl", "sdxl", True, False),
+        ("taesd3", "sd3", True, False),
+        ("taef1", "flux", True, False),
+        ("taef2", "flux2", True, False),
+        ("sd1", "taesd", False, False),  # not the other way round
+        ("flux2", "taef2", False, False),
+        ("taesd", "sdxl", False, False),
+        ("taesdxl", "taesd", False, False),
+        ("taesana", "sdxl", False, False),
+        ("custom", "custom", True, True),
+        ("custom", "sd1", False, False),
+        ("sd1", "custom", False, False),
+        ("sd1", "nobody", False, False),
+    ],
+)
+def test_which_latents_a_family_decodes(model, latents, scaled, raw):
+    assert takes(model, latents, "scaled") is scaled
+    assert takes(model, latents, "raw") is raw
+
+
+def test_every_tiny_family_shows_a_full_one_except_where_there_is_none():
+    full = {row.space for row in FAMILIES.values() if row.architecture == "kl"}
+    assert [row.name for row in FAMILIES.values() if row.space not in full] == ["taesana"]
+
+
+def test_what_a_diffusion_model_sees_does_not_tell_rows_apart():
+    """Identification asks whether rows are equal but for their names: TAESD and TAESDXL have one shape."""
+    assert replace(FAMILIES["taesd"], name="") == replace(FAMILIES["taesdxl"], name="")
+    assert replace(FAMILIES["taesd3"], name="") == replace(FAMILIES["taef1"], name="")

@@ -1,0 +1,241 @@
+"""POST /compare: one picture through many models and back, as a contact sheet and as numbers."""
+
+import asyncio
+import math
+import textwrap
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated
+
+import numpy as np
+from fastapi import APIRouter, Query, Request, Response
+
+from app.api.accept import negotiate
+from app.api.answer import JPEG, PNG, WEBP, ZIP, Clock, Size
+from app.api.body import deadline_of, read_pictures, while_connected
+from app.api.context import GUARD, Context, Limits, Shared
+from app.api.current import RUNS
+from app.api.openapi import BINARY, PROBLEM, takes
+from app.api.schemas import Compared, CompareQuery, Comparison
+from app.engine.engine import Admission
+from app.engine.jobs import Task
+from app.errors import (
+    InvalidParameter,
+    NonFiniteOutput,
+    OutOfMemory,
+    ServiceError,
+    TooLarge,
+    UnknownModel,
+    UnsupportedCheckpoint,
+)
+from app.store.checkpoint import Checkpoint, CheckpointChanged
+from app.wire.difference import difference
+from app.wire.fit import fit, fitted_size
+from app.wire.images import image_size, read_image, write_image
+from app.wire.npz import write_zip
+from app.wire.sheet import Cell, contact_sheet, shrunk
+
+JSON = "application/json"
+MOST = 64
+"""Models in one comparison: a sheet of more is not looked at."""
+WRAP = 40  # characters of an error in a line below a cell
+
+OWN_FAULTS = (UnknownModel, UnsupportedCheckpoint, OutOfMemory, NonFiniteOutput)
+"""What is one model's failure; the others still stand. Anything else ends the request."""
+
+router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
+
+
+@dataclass(frozen=True)
+class _Trip:
+    """A model that has room in the queue for both ways, or the reason why it cannot take part."""
+
+    asked: str  # a name, or a hash prefix
+    model: Checkpoint | UnsupportedCheckpoint
+    ways: tuple[tuple[Task, Admission], ...] = ()
+
+    @property
+    def row(self) -> Compared:
+        """Without numbers."""
+        if not isinstance(self.model, Checkpoint):
+            return Compared(model=self.asked)
+        return Compared(model=self.model.name, sha256=self.model.sha256, family=self.model.family.name)
+
+
+@router.post(
+    "/compare",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "A contact sheet; the numbers; or a zip of both, `sheet.png` and `numbers.json`",
+            "content": {PNG: {"schema": BINARY}, ZIP: {"schema": BINARY}},
+            "model": Comparison,
+        }
+    },
+    openapi_extra=takes("A picture.", (PNG, JPEG, WEBP)),
+)
+async def compare(request: Request, query: Annotated[CompareQuery, Query()], shared: Shared) -> Response:
+    """One picture through each of `models` and back. Body: the bytes of a PNG, JPEG or WebP."""
+    clock, deadline = Clock("compare", shared.metrics), deadline_of(request)
+    media = negotiate(", ".join(request.headers.getlist("accept")), (PNG, JSON, ZIP))
+    trips = await _models(query, shared)
+    bodies = await read_pictures(request, shared.limits.body_bytes)
+    if len(bodies) != 1:
+        raise InvalidParameter(f"one picture is compared at a time; the form has {len(bodies)}")
+    with clock.stage("read"):
+        size = image_size(bodies[0])  # its header alone
+    # All see the same picture: what is cropped or resized must suit every one; padding is cut off again.
+    multiple = math.lcm(*(trip.model.family.size_multiple for trip in trips if isinstance(trip.model, Checkpoint)))
+    seen = size if query.fit == "pad" else fitted_size(*size, multiple, query.fit)
+    _check_size(size, seen, len(trips), shared.limits)
+
+    def read() -> np.ndarray:
+        image = read_image(bodies[0], background=query.rgb, max_pixels=shared.limits.pixels)
+        return image if query.fit == "pad" else fit(image, multiple, query.fit)
+
+    async def again(trip: _Trip) -> _Trip:
+        """After its file was replaced before its weights were loaded."""
+        assert isinstance(trip.model, Checkpoint)
+        await shared.engine.replaced(trip.model, deadline)
+        return await admit(_Trip(trip.asked, await shared.engine.resolve(trip.asked)))
+
+    async def work(trips: list[_Trip]) -> tuple[list[Compared], list[Cell]]:
+        with clock.stage("read"):
+            original = await asyncio.to_thread(read)
+            first = Cell(await asyncio.to_thread(shrunk, original), ("original", f"{seen[0]}x{seen[1]}"))
+        done: list[tuple[Compared, Cell]] = []
+        errors: list[ServiceError] = []
+        for trip in trips:  # one after the other: each model is loaded once, however few the device holds
+            try:
+                done.append(await _with_current(trip, original, clock, again))
+            except OWN_FAULTS as error:
+                errors.append(error)
+                done.append(_failure(trip.row, error))
+        if len(errors) == len(trips):
+            raise errors[0]
+        return [row for row, _ in done], [first, *(cell for _, cell in done)]
+
+    async with AsyncExitStack() as room:
+        admit = partial(_admit, room, shared, query, seen, deadline)
+        # Room for all of it before the picture is decoded: the request is refused now, or served whole.
+        admitted = [await admit(trip) for trip in trips]
+        rows, cells = await while_connected(request, work(admitted))
+    with clock.stage("write"):
+        numbers = Comparison(image_size=f"{seen[0]}x{seen[1]}", models=rows)
+        content = await asyncio.to_thread(_body, media, numbers, cells)
+    headers = {"X-Image-Size": f"{size[0]}x{size[1]}", "Server-Timing": clock.finish()}
+    return Response(content, media_type=media, headers=headers)
+
+
+async def _models(query: CompareQuery, shared: Context) -> list[_Trip]:
+    """The models that are named, or all usable ones. Raises UnknownModel, and InvalidParameter for none or too many."""
+    trips: list[_Trip] = []
+    if query.names is None:
+        trips += [_Trip(item.name, item) for item in await shared.engine.entries() if isinstance(item, Checkpoint)]
+    for name in query.names or ():
+        try:
+            model = await shared.engine.resolve(name)
+            if all(trip.model != model for trip in trips):  # asked for by its name and by its hash
+                trips.append(_Trip(name, model))
+        except UnsupportedCheckpoint as error:
+            trips.append(_Trip(name, error))
+    if not trips and query.names is None:
+        await shared.engine.resolve(None)  # raises what says why there is none
+    if not trips:
+        raise InvalidParameter(f"models is a list of names, A,B,...; got {str(query.models)[:80]!r}")
+    if len(trips) > MOST:
+        raise InvalidParameter(f"{len(trips)} models; at most {MOST} are compared: name them, models=A,B,...")
+    return trips
+
+
+def _check_size(size: Size, seen: Size, models: int, limits: Limits) -> None:
+    limits.check([size])
+    if 2 * models > limits.items:
+        raise TooLarge(f"{models} models, both ways, are {2 * models} items; the queue holds {limits.items}")
+    if (pixels := 2 * models * seen[0] * seen[1]) > limits.total_pixels:
+        raise TooLarge(
+            f"{models} models, both ways, at {seen[0]}x{seen[1]} are {pixels} pixels; "
+            f"at most {limits.total_pixels} are accepted in one request"
+        )
+
+
+async def _admit(
+    room: AsyncExitStack, shared: Context, query: CompareQuery, size: Size, deadline: float | None, trip: _Trip
+) -> _Trip:
+    """The trip with room in the queue for both ways, which ends with `room`."""
+    if not isinstance(trip.model, Checkpoint):
+        return trip
+    family = trip.model.family
+    multiple, channels = family.size_multiple, family.latent_channels * family.latent_format.patch**2
+    width, height = fitted_size(*size, multiple, "pad")
+    encode = Task("encode", trip.model, precision=query.precision, tiling=query.tiling)
+    ways = (
+        (encode, (height, width, 3)),
+        (replace(encode, op="decode"), (channels, height // multiple, width // multiple)),
+    )
+    admitted = [(task, await room.enter_async_context(shared.engine.admit(task, [at], deadline))) for task, at in ways]
+    return _Trip(trip.asked, trip.model, tuple(admitted))
+
+
+async def _with_current(
+    trip: _Trip, original: np.ndarray, clock: Clock, again: Callable[[_Trip], Awaitable[_Trip]]
+) -> tuple[Compared, Cell]:
+    for _ in range(RUNS - 1):
+        try:
+            return await _round_trip(trip, original, clock)
+        except CheckpointChanged:
+            trip = await again(trip)
+    return await _round_trip(trip, original, clock)
+
+
+async def _round_trip(trip: _Trip, original: np.ndarray, clock: Clock) -> tuple[Compared, Cell]:
+    """The row and the cell of one model."""
+    if not isinstance(trip.model, Checkpoint):
+        raise trip.model
+    (encode, there), (decode, back) = trip.ways
+    padded = await asyncio.to_thread(fit, original, trip.model.family.size_multiple, "pad")
+    latents = await there.run(encode, [padded])
+    pictures = await back.run(decode, [latents[0].array])
+    clock.add(latents)
+    clock.add(pictures)
+    with clock.stage("write"):
+        return await asyncio.to_thread(_measured, trip.row, pictures[0].plan, original, pictures[0].array)
+
+
+def _measured(row: Compared, plan: str, original: np.ndarray, padded: np.ndarray) -> tuple[Compared, Cell]:
+    picture = padded[: original.shape[0], : original.shape[1]]
+    found = difference(original, picture)
+    identical = math.isinf(found.psnr)
+    row = row.model_copy(
+        update={
+            "plan": plan,
+            "identical": identical,
+            "psnr_db": None if identical else round(found.psnr, 3),
+            "ssim": round(found.ssim, 5),
+            "luminance_shift": round(found.luminance, 3),
+            "saturation_shift": round(found.saturation, 3),
+            "hue_shift_degrees": round(found.hue, 3),
+        }
+    )
+    lines = (
+        row.model,
+        f"{row.family}  {(row.sha256 or '')[:8]}  {plan}",
+        f"{'identical' if identical else f'PSNR {found.psnr:.2f} dB'}   SSIM {found.ssim:.3f}",
+        f"lum {found.luminance:+z.1f}   sat {found.saturation:+z.1f}   hue {found.hue:+z.1f}°",
+    )
+    return row, Cell(shrunk(picture), lines)
+
+
+def _failure(row: Compared, error: ServiceError) -> tuple[Compared, Cell]:
+    text = " ".join(str(error).split())
+    return row.model_copy(update={"error": text}), Cell(None, (row.model, *textwrap.wrap(text, WRAP)[:3]))
+
+
+def _body(media: str, numbers: Comparison, cells: list[Cell]) -> bytes:
+    json = numbers.model_dump_json(indent=2).encode()
+    if media == JSON:
+        return json
+    sheet = write_image(contact_sheet(cells), PNG)
+    return sheet if media == PNG else write_zip([("sheet.png", sheet), ("numbers.json", json)])

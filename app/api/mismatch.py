@@ -1,0 +1,98 @@
+"""Whether latents are meant for the model that they are sent to: what they say of themselves, how they look."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from fastapi import Request
+
+from app.api.schemas import DecodeQuery
+from app.engine.jobs import Convention
+from app.errors import FamilyMismatch, InvalidParameter
+from app.store.identify import CUSTOM
+from app.vae.families import FAMILIES, Family, takes
+from app.vae.latent_format import LatentFormat
+from app.wire.arrays import LatentShape
+
+HEADER = "X-Latents-Family"
+LISTED = 4  # items that a warning names
+
+
+def convention_of(query: DecodeQuery, header: LatentShape) -> Convention:
+    """The latents' convention: the query's, or what a safetensors file says of itself. They must not disagree."""
+    said = header.convention
+    if said is None or "latents" not in query.model_fields_set:
+        return said or query.latents
+    if said != query.latents:
+        raise InvalidParameter(f"latents={query.latents} was asked for, but the file says it holds {said} latents")
+    return said
+
+
+def check_family(request: Request, header: LatentShape, model: str, family: Family, convention: Convention) -> None:
+    """Refuses latents of a family that the model does not decode, where the file or X-Latents-Family says it.
+
+    Raises FamilyMismatch, and InvalidParameter for a header that is no family's name or contradicts the file.
+    """
+    said = _header(request)
+    if said is not None and header.family is not None and said != header.family:
+        raise InvalidParameter(f"{HEADER} says {said}, but the file says it is of family {header.family[:80]}")
+    came = said or header.family
+    if came is not None and not takes(family.name, came, convention):
+        raise FamilyMismatch(
+            f"the latent says it is of family {came[:80]} ({convention}); the model {model} is of {family.name}"
+        )
+
+
+def warning(items: Sequence[np.ndarray], family: Family, convention: Convention) -> str | None:
+    """One line where the statistics of latents (C, h, w) are far outside of what the convention makes them; else None.
+
+    `Family.usual` has the bounds. Not told: raw latents of families that pack them, and all of families whose
+    constants are an operator's own.
+    """
+    form = family.latent_format
+    if FAMILIES.get(family.name) != family or (convention == "raw" and form.patch > 1):
+        return None
+    scale, shift = (form.scaling_factor, form.shift_factor) if convention == "raw" else (1.0, 0.0)
+    least, greatest = (bound / scale for bound in family.usual)
+    measured = [_measure(item, shift) for item in items]
+    high = [index for index, (_, spread) in enumerate(measured) if spread > greatest]
+    # Less spread than half of the size is a flat picture, which is small by nature.
+    low = [index for index, (size, spread) in enumerate(measured) if size < least and spread > size / 2]
+    if form == LatentFormat(patch=form.patch):  # scaled and raw are the same numbers
+        guesses = ("are they of this family?",) * 2
+    elif convention == "scaled":
+        guesses = ("are they raw? latents=raw", "were they scaled twice?")
+    else:
+        guesses = ("are they of this family?", "are they scaled? latents=scaled")
+    usual = f"{convention} {family.name} latents have about {1 / scale:.3g}"
+    found = []
+    if high:
+        said = f"{_which(high, len(items))} a standard deviation of {measured[high[0]][1]:.3g} within a channel"
+        found.append(f"{said}; {usual}, at most {greatest:.3g}: {guesses[0]}")
+    if low:
+        said = f"{_which(low, len(items))} a root mean square of {measured[low[0]][0]:.3g}"
+        found.append(f"{said}; {usual}, at least {least:.3g}: {guesses[1]}")
+    return "; ".join(found) or None
+
+
+def _header(request: Request) -> str | None:
+    given = {value.strip() for value in request.headers.getlist(HEADER)}
+    if not given:
+        return None
+    name = given.pop()
+    if given or (name not in FAMILIES and name != CUSTOM):
+        raise InvalidParameter(f"{HEADER} is one of {', '.join(FAMILIES)}, {CUSTOM}; got {name[:40]!a}")
+    return name
+
+
+def _measure(item: np.ndarray, shift: float) -> tuple[float, float]:
+    """Root mean square about `shift` over everything; root mean square over channels of their standard deviations."""
+    values = item.reshape(item.shape[0], -1).astype(np.float64)  # squares of float32 may be over its range
+    values -= shift
+    return float(np.sqrt(np.mean(values**2))), float(np.sqrt(np.mean(values.var(axis=1))))
+
+
+def _which(found: list[int], items: int) -> str:
+    if items == 1:
+        return "the latent has"
+    names = ", ".join(map(str, found[:LISTED])) + (", .." if len(found) > LISTED else "")
+    return f"{len(found)} of {items} latents (index {names}) are unusual, the first of them has"

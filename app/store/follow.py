@@ -1,0 +1,214 @@
+"""Keeps a store up to date with its folder while a service runs: watches, waits for files to be whole, reads them."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import aclosing, suppress
+
+from app.errors import Unavailable, UnknownModel
+from app.store.checkpoint import Checkpoint
+from app.store.folder import Source, Tree
+from app.store.resolve import Entry
+from app.store.store import ModelStore
+from app.store.watch import changes
+
+log = logging.getLogger("app.store")
+
+SETTLING_SECONDS = 0.2
+"""Between two looks at the folder while a file in it is being written."""
+
+IDLE_SECONDS = 5.0
+"""Between two looks while nothing is reported: network folders do not tell what other machines do."""
+
+RETRY_SECONDS = 60.0
+"""Until a folder that could not be watched is tried again; every request looks at it meanwhile."""
+
+FIRST_SECONDS = 2.0
+"""The first scan does not wait longer for files that are being written."""
+
+PATIENCE_SECONDS = 2.5
+"""A request waits so long at most for files that are being written or read; who lists models, for new ones alone."""
+
+LARGE_BYTES = 1 << 30
+"""Full checkpoints are read beside smaller files, which then need not wait for them."""
+
+
+class Follower:
+    """Follows one store's folder from `start` to `stop`. All methods belong to the event loop."""
+
+    def __init__(self, store: ModelStore) -> None:
+        self.store = store
+        self.scanned = False  # all that lay in the folder at the start has been read
+        self.watching = False
+        self._tree: Tree | None = None  # None before the first look
+        self._unread: list[Source] = []
+        self._reading: set[Source] = set()
+        self._settling = False  # something is being written
+        self._settling_since = 0.0
+        self._started = 0.0
+        self._warned = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._looking: asyncio.Task[None] | None = None
+        self._stopping = False
+        self._poked = asyncio.Event()  # something may have changed: look
+        self._rewatch = asyncio.Event()  # the directories are others: stops the watch, which begins anew
+        self._news = asyncio.Event()  # what is listed or to be read may be another; replaced at each time
+
+    def start(self) -> None:
+        """Begins to follow."""
+        self._started = time.monotonic()
+        self._tasks = [
+            asyncio.create_task(work)
+            for work in (self._follow(), self._watch(), self._read(large=False), self._read(large=True))
+        ]
+
+    async def stop(self) -> None:
+        """Ends, and ends what is being read."""
+        self._stopping = True
+        self.store.close()
+        self._poked.set()
+        self._rewatch.set()
+        self._tell()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def first_scan(self, seconds: float | None = None) -> bool:
+        """Waits until all that lay in the folder at the start has been read, at most so long; whether it has."""
+        await self._until(lambda: self.scanned, seconds)
+        return self.scanned
+
+    async def look(self) -> None:
+        """A look at the folder that begins after this call; those who call at once share one. Reads no weights."""
+        if self._looking is not None:  # it may have passed by what the caller has in mind
+            await asyncio.shield(self._looking)
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look())
+            self._looking.add_done_callback(lambda _: setattr(self, "_looking", None))
+        await asyncio.shield(self._looking)
+
+    async def entries(self) -> list[Entry]:
+        """All models as the folder is now; files that have just come are waited for, unless they are large."""
+        await self.look()
+
+        def read() -> bool:
+            left = {*self._unread, *self._reading}
+            large = {source for source in left if self._large(source)}
+            writing = self._settling and time.monotonic() - self._settling_since < PATIENCE_SECONDS
+            return left == large and not writing and (self.scanned or bool(large))
+
+        await self._until(read, PATIENCE_SECONDS)
+        return self.store.entries()
+
+    async def find(self, model: str | None, default: str | None) -> Checkpoint:
+        """As `ModelStore.resolve`; what is not there is looked for, and waited for where a file is just coming.
+
+        Raises Unavailable instead of UnknownModel while the folder is being read for the first time.
+        """
+        if not self.watching:
+            await self.look()
+        with suppress(UnknownModel):
+            found = self.store.resolve(model, default)
+            if not await asyncio.to_thread(found.changed):  # a removed model is unknown from the next request on
+                return found
+        await self.look()
+
+        def decided() -> bool:
+            with suppress(UnknownModel):
+                self.store.resolve(model, default)
+                return True
+            return self.scanned and not (self._settling or self._unread or self._reading)
+
+        await self._until(decided, PATIENCE_SECONDS)
+        try:
+            return self.store.resolve(model, default)
+        except UnknownModel as error:
+            if not self.scanned:
+                raise Unavailable(f"the models folder is still being read: {error} so far") from None
+            raise
+
+    async def replaced(self, checkpoint: Checkpoint, seconds: float) -> None:
+        """Waits until a checkpoint whose file has changed is listed as what it is now, or not at all."""
+        await self.look()
+        await self._until(lambda: not self.store.lists(checkpoint), seconds)
+
+    async def _follow(self) -> None:
+        while not self._stopping:
+            self._poked.clear()
+            await self.look()
+            await _set_within(self._poked, SETTLING_SECONDS if self._settling else IDLE_SECONDS)
+
+    async def _look(self) -> None:
+        look = await asyncio.to_thread(self.store.look)
+        self._unread = [source for source in look.unread if source not in self._reading]
+        self._note_settling(look.settling)
+        before, self._tree = self._tree, look.tree
+        if before is None or (before.places, before.entries) != (look.tree.places, look.tree.entries):
+            self._rewatch.set()
+        self._tell()
+
+    async def _watch(self) -> None:
+        await self._rewatch.wait()
+        while not self._stopping:
+            self._rewatch.clear()
+            assert self._tree is not None
+            self.watching = True
+            self._poked.set()  # for what came before: the look follows once this task waits, watching
+            try:
+                async with aclosing(changes(self._tree, self._rewatch)) as events:
+                    async for _ in events:
+                        self._poked.set()
+            except (OSError, RuntimeError) as error:
+                self.watching = False
+                if isinstance(error, FileNotFoundError):  # a directory has gone since the look
+                    self._poked.set()
+                elif not self._warned:
+                    log.warning("%s cannot be watched, every request looks at it: %s", self.store.folder, error)
+                    self._warned = True
+                await _set_within(self._rewatch, RETRY_SECONDS)
+
+    async def _read(self, *, large: bool) -> None:
+        while not self._stopping:
+            source = next((source for source in self._unread if self._large(source) == large), None)
+            if source is None:
+                await self._news.wait()
+                continue
+            self._unread.remove(source)
+            self._reading.add(source)
+            reading = asyncio.create_task(asyncio.to_thread(self.store.identify, source))
+            await asyncio.wait([reading])
+            self._reading.remove(source)
+            error = reading.exception()
+            if error is not None and not isinstance(error, Unavailable):
+                log.error("a bug met in %s", source.path, exc_info=error)
+                self.store.give_up(source)
+            elif error is None and not reading.result():
+                self._note_settling(True)  # until the next look decides
+                self._poked.set()
+            self._tell()
+
+    def _note_settling(self, settling: bool) -> None:
+        if settling and not self._settling:
+            self._settling_since = time.monotonic()
+        self._settling = settling
+
+    def _large(self, source: Source) -> bool:
+        return self.store.size(source) >= LARGE_BYTES
+
+    def _tell(self) -> None:
+        if self._tree is not None and not (self._unread or self._reading or self._stopping):
+            self.scanned |= not self._settling or time.monotonic() - self._started >= FIRST_SECONDS
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    async def _until(self, true: Callable[[], bool], seconds: float | None) -> None:
+        """Waits until it is so, at most so long, and not beyond `stop`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not true() and not self._stopping:
+                    await self._news.wait()
+
+
+async def _set_within(event: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), seconds)
