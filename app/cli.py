@@ -1,10 +1,12 @@
-"""The command line: latentd serve | encode | decode | models | inspect.
+"""The command line: latentd serve | encode | decode | models | inspect | convert | merge | compare | fetch.
 
 Exit status 0 done, 1 failed, 2 usage. Errors are one line on stderr; a traceback means a bug of ours.
 """
 
 import argparse
 import json
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from pydantic import ValidationError
 
 from app import __version__
 from app.allocator import keep_pages
-from app.errors import ServiceError
+from app.errors import ServiceError, UnsupportedCheckpoint
 from app.settings import InvalidSetting, Settings
 
 QUERY = ("model", "latents", "precision", "tiling", "seed", "posterior", "fit", "size")
@@ -86,7 +88,76 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(run=_inspect)
+
+    convert = commands.add_parser("convert", help="write a VAE as .safetensors; takes it out of a full checkpoint")
+    convert.add_argument(
+        "source", type=Path, metavar="SRC", help="a checkpoint, one half of a pair, a diffusers folder"
+    )
+    convert.add_argument("target", type=Path, metavar="DST", help="a .safetensors file, or a diffusers folder")
+    _output(convert)
+    convert.set_defaults(run=_convert)
+
+    merge = commands.add_parser("merge", help="a weighted mean of two VAEs: (1 - ratio) * A + ratio * B")
+    merge.add_argument("a", type=Path, metavar="A")
+    merge.add_argument("b", type=Path, metavar="B", help="A once more, to change brightness and contrast alone")
+    merge.add_argument("-o", "--output", type=Path, required=True, dest="target", metavar="C")
+    merge.add_argument("--ratio", type=_ratio, default=0.5, help="weight of B, -1 to 2; default %(default)s")
+    merge.add_argument("--encoder-ratio", type=_ratio, metavar="RATIO", help="default: --ratio")
+    merge.add_argument("--decoder-ratio", type=_ratio, metavar="RATIO", help="default: --ratio")
+    merge.add_argument("--contrast", type=_number, default=1.0, help="factor of the decoded picture in [-1, 1]")
+    merge.add_argument("--brightness", type=_number, default=0.0, help="added to the decoded picture in [-1, 1]")
+    _output(merge)
+    merge.set_defaults(run=_merge)
+
+    compare = commands.add_parser("compare", help="one round trip of a picture through each VAE: a sheet and figures")
+    compare.add_argument("image", type=Path, metavar="IMAGE")
+    compare.add_argument("--models", type=_names, default=[], metavar="A,B,...", help="default: all usable ones")
+    compare.add_argument("-o", "--output", type=Path, default=Path("compare.png"), metavar="SHEET")
+    compare.add_argument("--folder", type=Path, metavar="DIR", help="the models folder")
+    compare.add_argument("--device")
+    compare.add_argument("--url", help="use the service at this address instead of this process")
+    compare.add_argument("--key", help="API key of that service")
+    compare.add_argument("--json", action="store_true")
+    compare.set_defaults(run=_compare)
+
+    fetch = commands.add_parser("fetch", help="download a known VAE into the models folder")
+    which = fetch.add_mutually_exclusive_group(required=True)
+    which.add_argument("name", nargs="?", metavar="NAME")
+    which.add_argument("--list", action="store_true", help="say what there is")
+    fetch.add_argument("--models", type=Path, default=None)
+    fetch.add_argument(
+        "--base-url", metavar="URL", help="a mirror of the hub; default HF_ENDPOINT, else huggingface.co"
+    )
+    fetch.add_argument("--force", action="store_true", help="replace another file of the same name")
+    fetch.set_defaults(run=_fetch)
     return parser
+
+
+def _output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="default: every tensor keeps its own")
+    command.add_argument("--layout", choices=("ldm", "diffusers"), help="of the keys; default: as in the source")
+    command.add_argument("--force", action="store_true", help="replace what exists")
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, not {text}")
+    return value
+
+
+def _ratio(text: str) -> float:
+    value = _number(text)
+    if not -1 <= value <= 2:
+        raise argparse.ArgumentTypeError(f"a ratio is -1 to 2 (0: A, 1: B), not {text}")
+    return value
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _port(text: str) -> int:
@@ -121,7 +192,7 @@ def _files(args: argparse.Namespace) -> int:
 
 
 def _models(args: argparse.Namespace) -> int:
-    from app.store.checkpoint import Checkpoint
+    from app.store.facts import facts_of, table
     from app.store.store import ModelStore
 
     settings = _settings(models=args.models)
@@ -131,75 +202,80 @@ def _models(args: argparse.Namespace) -> int:
     store.scan()
     entries = store.entries()
     if args.json:
-        _print(json.dumps({"models": [describe(entry) for entry in entries]}, indent=2))
-        return 0
-    rows = [("NAME", "FAMILY", "FROM", "FORMAT", "SHA256", "FP16", "KNOWN AS")]
-    for entry in entries:
-        if isinstance(entry, Checkpoint):
-            family, source = entry.family.name, entry.family_source
-            rows.append((entry.name, family, source, entry.format, entry.sha256[:10], entry.fp16, entry.known_as or ""))
-        else:
-            rows.append((entry.name, "-", "-", entry.format or "-", "-", "-", f"ERROR: {entry.error}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(6)]
-    for row in rows:
-        _print("  ".join([*(cell.ljust(width) for cell, width in zip(row[:6], widths, strict=True)), row[6]]).rstrip())
-    return 0
+        return _print(json.dumps({"models": [facts_of(entry) for entry in entries]}, indent=2))
+    return _print(*table(entries))
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from app.store.store import open_checkpoint
+    from app.store.facts import facts_of, lines
 
-    facts = describe(open_checkpoint(args.file, _settings().default_family))
-    if args.json:
-        _print(json.dumps(facts, indent=2))
-    else:
-        width = max(map(len, facts))
-        for key, value in facts.items():
-            _print(f"{key.ljust(width)}  {value}")
-    return 0
+    facts = facts_of(_open(args.file))
+    return _print(json.dumps(facts, indent=2)) if args.json else _print(*lines(facts))
 
 
-def _print(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
+def _convert(args: argparse.Namespace) -> int:
+    from app.store.rewrite import convert
+
+    source = _open(args.source)
+    return _written(convert(source, _wanted(args)))
 
 
-def describe(entry: Any) -> dict[str, Any]:
-    """What a file is, as plain values."""
-    from app.store.checkpoint import Checkpoint
+def _merge(args: argparse.Namespace) -> int:
+    from app.store.merge import Blend, merge
+
+    blend = Blend(
+        encoder_ratio=args.ratio if args.encoder_ratio is None else args.encoder_ratio,
+        decoder_ratio=args.ratio if args.decoder_ratio is None else args.decoder_ratio,
+        contrast=args.contrast,
+        brightness=args.brightness,
+    )
+    return _written(merge(_open(args.a), _open(args.b), blend, _wanted(args)))
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from app.compare import compare_models
+
+    settings = _settings(models=args.folder, device=args.device)
+    return compare_models(args.image, args.models, args.output, settings, url=args.url, key=args.key, as_json=args.json)
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from app.fetch import HUB, fetch, listing
     from app.store.folder import shown
 
-    if not isinstance(entry, Checkpoint):
-        return {"name": entry.name, "path": shown(entry.path), "format": entry.format, "error": entry.error}
-    family = entry.family
-    return {
-        "name": entry.name,
-        "path": shown(entry.path),
-        "family": family.name,
-        "family_source": entry.family_source,
-        "format": entry.format,
-        "layout": _layout(entry),
-        "dtype": entry.weight_dtype,
-        "parameters": entry.parameters,
-        "sha256": entry.sha256,
-        "known_as": entry.known_as,
-        "fp16": entry.fp16,
-        "baked": entry.baked,
-        "latent_channels": family.latent_channels,
-        "spatial_factor": family.spatial_factor,
-        "scaling_factor": family.latent_format.scaling_factor,
-        "shift_factor": family.latent_format.shift_factor,
-    }
+    if args.list:
+        return _print(*listing())
+    base = args.base_url or os.environ.get("HF_ENDPOINT") or HUB
+    token = os.environ.get("HF_TOKEN", "").strip() or None
+    files = fetch(args.name, _settings(models=args.models).models, base, token, force=args.force)
+    return _print(*(shown(file.path) + ("" if file.new else " is there already") for file in files))
 
 
-def _layout(checkpoint: Any) -> str:
-    """`ldm` where the file's keys are the canonical ones, up to a prefix; else `diffusers`."""
-    from app.store.formats import read_header
-    from app.store.renames import canonical_keys, prefix_of
+def _open(path: Path) -> Any:
+    from app.store.store import open_checkpoint
 
-    for path in checkpoint.files:
-        keys = read_header(path).tensors
-        prefix = prefix_of(keys)
-        for key, name in canonical_keys(keys, path.stem).items():
-            if not (key.endswith(name) or name.endswith(key.removeprefix(prefix))):
-                return "diffusers"
-    return "ldm"
+    try:
+        return open_checkpoint(path, _settings().default_family)
+    except UnsupportedCheckpoint as error:
+        text = str(error)
+        raise UnsupportedCheckpoint(text if str(path) in text else f"{path}: {text}") from error
+
+
+def _wanted(args: argparse.Namespace) -> Any:
+    from app.store.rewrite import CAST_TO, Output
+
+    return Output(args.target, args.layout, CAST_TO[args.dtype] if args.dtype else None, args.force)
+
+
+def _written(path: Path) -> int:
+    from app.store.folder import shown
+
+    facts = _open(path)
+    what = f"{facts.family.name} ({facts.family_source}), {facts.weight_dtype}, sha256 {facts.sha256}"
+    return _print(f"{shown(path)}: {what}")
+
+
+def _print(*lines: str) -> int:
+    for line in lines:
+        sys.stdout.write(f"{line}\n")
+    return 0

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from app import __version__
 from app.cli import main
+from app.fetch import Fetched
 from app.settings import Settings
 from tests.service import latent, listening, npy, picture
-from tests.store.weights import as_diffusers, state_of
+from tests.store.weights import as_diffusers, state_of, write
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -46,7 +47,7 @@ def test_help_does_not_wait_for_torch():
     )
     result = python("-c", script)
     assert result.stdout.splitlines()[-1] == "0 False False"
-    for command in ("serve", "encode", "decode", "models", "inspect"):
+    for command in ("serve", "encode", "decode", "models", "inspect", "convert", "merge", "compare", "fetch"):
         assert command in result.stdout
 
 
@@ -69,6 +70,17 @@ def test_the_module_is_the_command():
         ["serve", "--port", "-1"],
         ["serve", "--bogus"],
         ["inspect"],
+        ["convert", "a.ckpt"],
+        ["convert", "a.ckpt", "b.safetensors", "--dtype", "fp8"],
+        ["convert", "a.ckpt", "b.safetensors", "--layout", "webui"],
+        ["merge", "a.ckpt", "b.ckpt"],
+        ["merge", "a.ckpt", "b.ckpt", "-o", "c.safetensors", "--ratio", "2.5"],
+        ["merge", "a.ckpt", "b.ckpt", "-o", "c.safetensors", "--ratio", "nan"],
+        ["merge", "a.ckpt", "b.ckpt", "-o", "c.safetensors", "--encoder-ratio", "half"],
+        ["merge", "a.ckpt", "b.ckpt", "-o", "c.safetensors", "--contrast", "inf"],
+        ["compare"],
+        ["fetch"],
+        ["fetch", "taesd", "--list"],
     ],
 )
 def test_usage_is_2(run, arguments):
@@ -251,8 +263,9 @@ def test_inspect_says_what_a_file_is(run, models):
     facts = json.loads("\n".join(out))
     assert status == 0
     assert list(facts) == [
-        *("name", "path", "family", "family_source", "format", "layout", "dtype", "parameters", "sha256", "known_as"),
-        *("fp16", "baked", "latent_channels", "spatial_factor", "scaling_factor", "shift_factor"),
+        *("name", "path", "family", "family_source", "format", "layout", "dtype", "parameters", "sha256"),
+        *("tensors_sha256", "known_as", "copy_of", "fp16", "baked", "latent_channels", "spatial_factor"),
+        *("scaling_factor", "shift_factor"),
     ]
     assert (facts["family"], facts["layout"], facts["dtype"], facts["baked"]) == ("sd1", "ldm", "fp32", False)
     assert facts["fp16"] == "unknown"
@@ -280,6 +293,125 @@ def test_inspect_of_what_is_none_is_one_line(run, tmp_path, content):
     status, out, err = run("inspect", path)
     assert (status, out, len(err)) == (1, [], 1)
     assert err[0].startswith("latentd: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("lora.safetensors", {"lora_unet_down.lora_up.weight": torch.zeros(2, 2)}, "no VAE inside"),
+        ("unet.ckpt", {"model.diffusion_model.out.2.weight": torch.zeros(2, 2)}, "no VAE inside"),
+        ("taesd_encoder.pth", {"0.weight": torch.zeros(4, 3, 3, 3)}, "only the encoder"),
+        ("empty.safetensors", {}, "no VAE inside"),
+    ],
+)
+def test_inspect_of_what_is_no_vae_names_file_and_reason(run, tmp_path, name, content, reason):
+    path = write(tmp_path / name, content)
+    status, out, err = run("inspect", path, "--json")
+    assert (status, out, len(err)) == (1, [], 1)
+    assert err[0].startswith(f"latentd: {path}: {reason}")
+
+
+def test_convert_there_and_back(run, models, tmp_path):
+    source = models / "VAE" / "kl.safetensors"
+    status, out, err = run("convert", source, tmp_path / "folder", "--layout", "diffusers", "--dtype", "bf16")
+    there = tmp_path / "folder" / "diffusion_pytorch_model.safetensors"
+    assert (status, err, len(out)) == (0, [], 1)
+    assert out[0].startswith(f"{there}: sd1 (config), bf16, sha256 ")
+    assert run("convert", tmp_path / "folder", tmp_path / "b.safetensors", "--layout", "ldm", "--dtype", "fp32")[0] == 0
+    back, state = load_file(tmp_path / "b.safetensors"), state_of("sd1")
+    assert set(back) == set(state)
+    assert all(torch.equal(back[key], value.bfloat16().float()) for key, value in state.items())
+
+
+def test_convert_names_what_is_in_the_way(run, models, tmp_path):
+    source, taken = models / "VAE" / "kl.safetensors", tmp_path / "b.safetensors"
+    taken.touch()
+    for arguments, reason in (
+        ((source, taken), "--force"),
+        ((source, source, "--force"), "is the source itself"),
+        ((source, tmp_path / "b.ckpt"), "expected the name of a .safetensors file"),
+        ((source, tmp_path / "no" / "b.safetensors"), "No such file or directory"),
+        ((tmp_path / "no.ckpt", tmp_path / "c.safetensors"), "does not exist"),
+        ((taken, tmp_path / "c.safetensors"), "b.safetensors: not a safetensors file"),
+    ):
+        status, out, err = run("convert", *arguments)
+        assert (status, out, len(err)) == (1, [], 1)
+        assert reason in err[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]
+    assert run("convert", source, taken, "--force")[0] == 0
+
+
+def test_merge_and_its_ratios(run, models, tmp_path):
+    a, c = models / "VAE" / "kl.safetensors", tmp_path / "c.safetensors"
+    b = write(tmp_path / "b.ckpt", state_of(seed=1))
+    assert run("merge", a, b, "-o", c, "--ratio", "1", "--encoder-ratio", "-0.5", "--brightness", "0.25")[0] == 0
+    out, ours, theirs = load_file(c), state_of(), state_of(seed=1)
+    key = "encoder.conv_in.weight"
+    torch.testing.assert_close(out[key], 1.5 * ours[key] - 0.5 * theirs[key])
+    assert torch.equal(out["decoder.conv_in.weight"], theirs["decoder.conv_in.weight"])
+    assert torch.equal(out["decoder.conv_out.bias"], theirs["decoder.conv_out.bias"] + 0.25)
+    for arguments, reason in (
+        ((a, b, "-o", c), "exists"),
+        ((a, b, "-o", b, "--force"), ".safetensors"),
+        ((a, models / "VAE" / "tiny.safetensors", "-o", tmp_path / "d.safetensors"), "kl is sd1"),
+    ):
+        status, _, err = run("merge", *arguments)
+        assert (status, len(err)) == (1, 1)
+        assert reason in err[0]
+
+
+def test_help_says_whose_weight_the_ratio_is(run):
+    assert "(1 - ratio) * A + ratio * B" in "\n".join(run("--help")[1])
+
+
+def test_compare_is_given_what_was_asked_for(run, monkeypatch, tmp_path):
+    calls = []
+
+    def compare_models(*args, **options):
+        calls.append((args, options))
+        return 0
+
+    monkeypatch.setattr("app.compare.compare_models", compare_models)
+    assert run("compare", "a.png", "--models", "a, b,", "--folder", tmp_path, "--json")[0] == 0
+    ((image, names, output, settings), options) = calls.pop()
+    assert (str(image), names, str(output), settings.models) == ("a.png", ["a", "b"], "compare.png", tmp_path)
+    assert options == {"url": None, "key": None, "as_json": True}
+    assert run("compare", "a.png", "-o", "x.png", "--url", "http://x", "--key", "k", "--device", "cpu")[0] == 0
+    ((_, names, output, settings), options) = calls.pop()
+    assert (names, str(output), settings.device) == ([], "x.png", "cpu")
+    assert options == {"url": "http://x", "key": "k", "as_json": False}
+
+
+def test_fetch_takes_the_hub_from_flag_or_variable(run, monkeypatch, tmp_path):
+    calls = []
+
+    def fetch(name, models, base, token, *, force):
+        calls.append((name, models, base, token, force))
+        return [Fetched(tmp_path / "new", new=True), Fetched(tmp_path / "old", new=False)]
+
+    monkeypatch.setattr("app.fetch.fetch", fetch)
+    for name in ("HF_TOKEN", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    status, out, _ = run("fetch", "taesd", "--models", tmp_path)
+    assert (status, out) == (0, [f"{tmp_path}/new", f"{tmp_path}/old is there already"])
+    monkeypatch.setenv("HF_TOKEN", " secret\n")
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror")
+    run("fetch", "taesd", "--models", tmp_path)
+    run("fetch", "taesd", "--models", tmp_path, "--base-url", "http://here", "--force")
+    assert calls == [
+        ("taesd", tmp_path, "https://huggingface.co", None, False),
+        ("taesd", tmp_path, "https://mirror", "secret", False),
+        ("taesd", tmp_path, "http://here", "secret", True),
+    ]
+
+
+def test_fetch_of_nothing_known_is_one_line_and_its_list_is_not(run, tmp_path):
+    status, out, err = run("fetch", "nothing", "--models", tmp_path)
+    assert (status, out, len(err)) == (1, [], 1)
+    assert "sdxl-vae-fp16-fix" in err[0]
+    status, out, err = run("fetch", "--list")
+    assert (status, err) == (0, [])
+    assert any(line.startswith("taesd ") for line in out)
 
 
 def test_a_port_that_is_taken_is_1(models, url):

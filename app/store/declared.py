@@ -62,6 +62,8 @@ def from_config(path: Path) -> Declared:
         raise UnsupportedCheckpoint(f"{path.name}: act_fn is {content['act_fn']}; expected {act}")
     if content.get("latents_mean") is not None or content.get("latents_std") is not None:
         raise UnsupportedCheckpoint(f"{path.name}: latents_mean and latents_std per channel are not supported")
+    if "_family" in content:
+        content["family"] = content.pop("_family")  # as `latentd convert` writes it: diffusers skips the underscore
     if not _is_family(content.get("family")):
         content.pop("family", None)  # not a key of diffusers: ours, or somebody else's
     return replace(_declared(content, "config", path.name), default_scaling_factor=default)

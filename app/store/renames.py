@@ -6,6 +6,7 @@ diffusers' AutoencoderKL (names before and after its 0.17) and AutoencoderTiny, 
 
 import re
 from collections.abc import Iterable
+from typing import Literal
 
 from app.errors import UnsupportedCheckpoint
 
@@ -41,6 +42,11 @@ OLDER = (
 PREFIXES = ("first_stage_model.", "vae.")  # under which a full checkpoint keeps its autoencoder
 DROPPED = ("loss.", "model_ema.", "vae_scale", "vae_shift")  # training's, and ComfyUI's constants beside a TAESD
 HALVES = ("encoder", "decoder")
+
+Layout = Literal["ldm", "diffusers"]
+
+LINEAR = re.compile(r".*\.attn_1\.(?:q|k|v|proj_out)\.weight")
+"""LDM names of the attention's weights: (C, C, 1, 1) there, linear layers (C, C) in diffusers."""
 
 NUMBERED = re.compile(r"\d+\.")
 TINY = re.compile(r"(?:taesd_)?(encoder|decoder)\.(layers\.)?(\d+)\.(.+)")
@@ -85,6 +91,25 @@ def diffusers_keys(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     levels = 1 + max((int(m[2]) for name in names if (m := UP.match(name))), default=-1)
     return {name: _diffusers_name(name, levels) for name in names}
+
+
+def layout_of(keys: Iterable[str], stem: str = "") -> Layout:
+    """`ldm` where the autoencoder's keys are the LDM names, up to what stands before them; else `diffusers`.
+
+    Raises UnsupportedCheckpoint, as `canonical_keys`.
+    """
+    keys = list(keys)
+    prefix = prefix_of(keys)
+    names = canonical_keys(keys, stem).items()
+    same = all(key.endswith(name) or name.endswith(key.removeprefix(prefix)) for key, name in names)
+    return "ldm" if same else "diffusers"
+
+
+def layout_shape(name: str, shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    """The shape that a tensor of this LDM name has in a layout, given the one that it has in either."""
+    if not LINEAR.fullmatch(name):
+        return shape
+    return shape[:2] if layout == "diffusers" else (*shape[:2], 1, 1)
 
 
 def is_tiny(names: Iterable[str]) -> bool:

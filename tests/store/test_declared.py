@@ -60,6 +60,13 @@ def test_a_diffusers_config(tmp_path):
     assert (said.source, said.scaling_factor, said.shift_factor, said.norm_num_groups) == ("config", 1.5305, 0.0609, 8)
 
 
+@pytest.mark.parametrize(("written", "family"), [("sd2", "sd2"), ("sd9", None), (None, None), (3, None)])
+def test_our_family_in_a_diffusers_config(tmp_path, written, family):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"_class_name": "AutoencoderKL", "_family": written}))
+    assert from_config(path).family == family
+
+
 def test_an_old_config_means_diffusers_default(tmp_path):
     said = config(tmp_path)
     assert (said.scaling_factor, said.default_scaling_factor) == (None, 0.18215)

@@ -2,7 +2,11 @@
 
 import re
 
-from app.store.known import known_files, lookup
+import pytest
+
+from app.errors import UnknownModel
+from app.store import known
+from app.store.known import Known, fetchable, known_files, lookup, named
 from app.vae.families import FAMILIES
 
 MSE = "735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75"
@@ -45,3 +49,62 @@ def test_a_pair_is_known_by_both_halves():
     assert row.family == "taesd"
     assert lookup("0" * 64, (ENCODER, OTHER_DECODER)) is None
     assert lookup("0" * 64, (ENCODER, "1" * 64)) is None
+
+
+def test_what_can_be_fetched_has_a_place_and_a_name_of_its_own():
+    saved: list[str] = []
+    for first, rows in fetchable().items():
+        assert re.fullmatch(r"[a-z0-9._-]+", first)
+        assert len(rows) == (2 if first.endswith("-halves") else 1)
+        for row in rows:
+            assert re.fullmatch(r"[\w.-]+/[\w.-]+", row.repo or "")
+            assert re.fullmatch(r"[\w.-]+(/[\w.-]+)*\.(safetensors|ckpt)", row.file or "")
+            assert row.bytes is None or 1_000_000 < row.bytes < 1_000_000_000
+            assert row.names[0] == first
+            assert re.fullmatch(r"\w[\w.-]*\.(safetensors|ckpt)", row.save_as)
+            saved.append(row.save_as)
+    assert len(set(saved)) == len(saved)
+    assert len(fetchable()) > 20
+
+
+def test_rows_without_a_place_have_none_of_it():
+    assert all((row.repo is None) == (row.file is None) for row in known_files().values())
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("vae-ft-mse-840000", "vae-ft-mse-840000-ema-pruned.safetensors"),
+        ("vae-ft-mse-840000-ema-pruned", "vae-ft-mse-840000-ema-pruned.safetensors"),
+        ("VAE-ft-MSE-840000-ema-pruned.safetensors", "vae-ft-mse-840000-ema-pruned.safetensors"),
+        ("sd-vae-ft-mse", "sd-vae-ft-mse.safetensors"),
+        ("kl-f8-anime2", "kl-f8-anime2.ckpt"),
+        ("sdxl-vae", "sdxl-vae.safetensors"),
+        ("sdxl-vae-fp16-fix", "sdxl-vae-fp16-fix.safetensors"),
+        ("taesd", "taesd.safetensors"),
+        ("taef2", "taef2.safetensors"),
+    ],
+)
+def test_common_names(name, file):
+    assert [row.save_as for row in named(name)] == [file]
+
+
+@pytest.mark.parametrize("name", ["taesd-halves", "taesd_encoder", "taesd_decoder.safetensors"])
+def test_a_half_never_comes_alone(name):
+    assert sorted(row.save_as for row in named(name)) == ["taesd_decoder.safetensors", "taesd_encoder.safetensors"]
+    assert {row.family for row in named(name)} == {"taesd"}
+
+
+def test_a_name_that_two_files_share_is_not_guessed_at():
+    with pytest.raises(UnknownModel, match="sdxl-vae and of sdxl-vae-fp16-fix"):
+        named("sdxl_vae")
+
+
+def test_a_file_that_is_known_but_nowhere_to_be_had(monkeypatch):
+    rows = {
+        "0": Known("x", "0", "sd1", names=("x",)),
+        "1": Known("y", "1", "sd1", names=("y",), repo="a/b", file="y.pt"),
+    }
+    monkeypatch.setattr(known, "known_files", lambda: rows)
+    with pytest.raises(UnknownModel, match=r"nothing known as 'x' can be fetched; there are: y$"):
+        named("x")

@@ -4,7 +4,7 @@ import pytest
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from app.errors import UnsupportedCheckpoint
-from app.store.renames import canonical_keys, diffusers_keys, half_of
+from app.store.renames import canonical_keys, diffusers_keys, half_of, layout_of, layout_shape
 from app.vae.families import FAMILIES
 from tests.store.weights import as_diffusers, state_of
 
@@ -92,3 +92,28 @@ def test_bare_numbers_take_the_half_from_the_name():
 def test_half_of():
     assert half_of("taesd_encoder") == "encoder"
     assert half_of("encoder_taesd") is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_layout_of(family, prefix):
+    ours = state_of(family)
+    assert layout_of([prefix + key for key in ours]) == "ldm"
+    assert layout_of([prefix + key for key in as_diffusers(ours)]) == "diffusers"
+
+
+def test_layout_of_other_spellings():
+    assert layout_of(["taesd_encoder.0.weight", "vae_scale"]) == "ldm"
+    assert layout_of(["encoder.quant_conv.weight"]) == "ldm"
+    assert layout_of(["0.weight"], "x_encoder") == "ldm"
+    assert layout_of(["encoder.mid_block.attentions.0.query.weight"]) == "diffusers"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_of_both_layouts(family):
+    ours = state_of(family)
+    theirs = as_diffusers(ours)
+    for name, key in diffusers_keys(ours).items():
+        for shape in (tuple(ours[name].shape), tuple(theirs[key].shape)):
+            assert layout_shape(name, shape, "ldm") == tuple(ours[name].shape)
+            assert layout_shape(name, shape, "diffusers") == tuple(theirs[key].shape)
