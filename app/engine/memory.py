@@ -13,7 +13,7 @@ CUDA_HEADROOM = 512 << 20
 
 HOST_SHARE = 0.5
 """Of the machine's (or the container's) memory, what tensors may take: with `allocator.keep_pages` the heap of the
-process was measured at up to 1.8 times its tensors (docs/engine.md)."""
+process was measured at up to 1.9 times its tensors (docs/engine.md)."""
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
