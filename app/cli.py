@@ -17,21 +17,26 @@ from app import __version__
 from app.allocator import keep_pages
 from app.errors import ServiceError, UnsupportedCheckpoint
 from app.settings import InvalidSetting, Settings
+from app.stdout import flushed_stdout, open_stdout
 
 QUERY = ("model", "latents", "precision", "tiling", "seed", "posterior", "fit", "size")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    args = _parser().parse_args(argv)
-    keep_pages()  # before torch allocates anything
+    open_stdout()
     try:
-        status: int = args.run(args)
+        with flushed_stdout():
+            args = _parser().parse_args(argv)
+            keep_pages()  # before torch allocates anything
+            status: int = args.run(args)
         return status
     except ValidationError as error:
         return _failed("; ".join(f"setting {e['loc'][0]}: {e['msg']}" for e in error.errors()), 2)
     except InvalidSetting as error:
         return _failed(f"setting {error}", 2)
+    except BrokenPipeError:  # the reader has what it wanted, as in `| head -1`
+        return 1
     except (ServiceError, OSError) as error:
         return _failed(str(error), 1)
     except KeyboardInterrupt:
@@ -157,7 +162,10 @@ def _ratio(text: str) -> float:
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:  # an empty variable must not become all models
+        raise argparse.ArgumentTypeError(f"expected names, A,B,..., not {text!r}")
+    return names
 
 
 def _port(text: str) -> int:

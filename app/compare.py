@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 
-from app.errors import InvalidInput, ServiceError
+from app.api.schemas import Comparison
+from app.errors import InvalidInput, ServiceError, one_line
 from app.files import connect, content_of, replace_file
 from app.settings import Settings
 
@@ -24,17 +25,20 @@ def compare_models(
     """Sends a picture through the models (none: all usable ones) of a service or of this process, and back.
 
     Writes the sheet, a PNG, to `output` and prints a table, or the numbers of POST /compare as JSON. Gives 0, or 1 when
-    a model failed; its row says why. Raises InvalidInput for an output that is not called .png, ServiceError where the
-    service refuses or cannot be reached, and OSError.
+    a model failed; its row says why. Raises InvalidInput for an output that is not called .png or has no place,
+    ServiceError where the service refuses or cannot be reached, and OSError.
     """
     if output.suffix.lower() != ".png":
         raise InvalidInput(f"the contact sheet is a PNG: give it a name that ends in .png, not {output.name}")
+    if output.is_dir() or not output.parent.is_dir():  # now, not once all is computed
+        raise InvalidInput(f"cannot write the contact sheet to {output}: expected a file in a folder that exists")
     body = image.read_bytes()
     query = {"models": ",".join(models)} if models else {}
     answer = asyncio.run(_ask(body, query, settings.model_copy(update={"api_keys": None}), url, key))
     try:
         with zipfile.ZipFile(io.BytesIO(answer)) as archive:
-            sheet, numbers = archive.read("sheet.png"), json.loads(archive.read("numbers.json"))
+            sheet = archive.read("sheet.png")
+            numbers = Comparison.model_validate_json(archive.read("numbers.json")).model_dump()
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
         raise ServiceError(f"expected a zip of sheet.png and numbers.json from {url}: {error}") from error
     replace_file(output, sheet)
@@ -42,7 +46,7 @@ def compare_models(
     _print(json.dumps(numbers, indent=2) if as_json else _table(rows))
     for row in rows:
         if row["error"] is not None:
-            sys.stderr.write(f"latentd: {row['model']}: {row['error']}\n")
+            sys.stderr.write(f"latentd: {one_line(row['model'])}: {one_line(row['error'])}\n")
     return 1 if any(row["error"] is not None for row in rows) else 0
 
 
@@ -59,11 +63,11 @@ def _table(rows: list[dict[str, Any]]) -> str:
     lines = [COLUMNS]
     for row in rows:
         if row["error"] is not None:
-            lines.append((row["model"], row["family"] or "-", "failed", *"-----"))
+            lines.append((one_line(row["model"]), row["family"] or "-", "failed", *"-----"))
             continue
         lines.append(
             (
-                row["model"],
+                one_line(row["model"]),
                 row["family"],
                 row["plan"],
                 "identical" if row["identical"] else f"{row['psnr_db']:.2f}",

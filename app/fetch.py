@@ -46,6 +46,8 @@ def fetch(name: str, models: Path, base_url: str, token: str | None = None, *, f
     folder.mkdir(parents=True, exist_ok=True)
     headers = {"Accept-Encoding": "identity"}  # ranges count the file's own bytes
     if token:
+        if not (token.isascii() and token.isprintable()):  # httpx would print it
+            raise InvalidParameter("HF_TOKEN is no token: expected printable ASCII in one line")
         headers["Authorization"] = f"Bearer {token}"  # httpx drops it where a redirect leaves the host
     try:
         with httpx.Client(headers=headers, timeout=TIMEOUT, follow_redirects=True) as client:
@@ -90,10 +92,12 @@ def _fetch_one(client: httpx.Client, row: Known, folder: Path, base: str, force:
         try:
             if row.bytes is None or file.seek(0, os.SEEK_END) != row.bytes:
                 _download(client, f"{base}/{row.repo}/resolve/{REVISION}/{row.file}", row, file)
+        except httpx.UnsupportedProtocol as error:
+            raise InvalidParameter(f"cannot use {base} as the hub's address: {_reason(error)}") from error
         except (httpx.TransportError, KeyboardInterrupt) as error:
-            kept = f"{part} keeps {file.tell()} bytes, and the same command resumes"
+            kept = f"; {part} keeps {size} bytes, and the same command resumes" if (size := file.tell()) else ""
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else _reason(error)
-            raise ServiceError(f"{row.save_as}: {reason}; {kept}") from error
+            raise ServiceError(f"{row.save_as}: {reason}{kept}") from error
         except httpx.HTTPError as error:
             raise ServiceError(f"{row.save_as}: {_reason(error)}") from error
         except OSError as error:  # a full disk names no file by itself

@@ -3,13 +3,15 @@
 import asyncio
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import httpx
+from pydantic import ValidationError
 from tqdm import tqdm
 
+from app.api.schemas import Problem
 from app.errors import InvalidInput, ServiceError
 from app.main import create_app
 from app.settings import Settings
@@ -92,7 +94,7 @@ async def _send(
 async def connect(url: str | None, key: str | None, settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the service at `url`, or else of one inside this process. Raises InvalidInput for no address."""
     if url is not None:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {b"Authorization": b"Bearer " + key.encode(errors="surrogateescape")} if key else {}
         try:
             remote = httpx.AsyncClient(base_url=url, headers=headers, timeout=None)
         except (httpx.InvalidURL, UnicodeError) as error:
@@ -139,14 +141,23 @@ def content_of(response: httpx.Response, media: str) -> bytes:
     """The content of an answer of this type. Raises ServiceError, with the service's own reason if it gave one."""
     came = response.headers.get("content-type", "")
     if came == "application/problem+json":
-        raise ServiceError(response.json()["detail"])
+        try:
+            raise ServiceError(Problem.model_validate_json(response.content).detail)
+        except ValidationError as error:
+            raise ServiceError(f"HTTP {response.status_code} without a reason that can be read") from error
     if response.status_code != httpx.codes.OK or came != media:  # somebody else's service
         raise ServiceError(f"expected {media}, got HTTP {response.status_code} {came}")
     return response.content
 
 
 def replace_file(target: Path, content: bytes) -> None:
-    """Writes a file in one step."""
+    """Writes a file in one step; where that fails, nothing stays. Raises OSError, which names the target."""
     partial = target.with_name(f".{target.name}.part")  # --resume must never meet half a file
-    partial.write_bytes(content)
-    partial.replace(target)
+    try:
+        partial.write_bytes(content)
+        partial.replace(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
+    finally:
+        with suppress(OSError):  # moved, or never made
+            partial.unlink()

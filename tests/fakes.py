@@ -71,7 +71,7 @@ class Shelf:
 
     def look(self) -> Look:
         """Nothing changes."""
-        return Look(Tree(), (), settling=False)
+        return Look(Tree(), {}, settling=False)
 
     def close(self) -> None:
         """Nothing is being read."""

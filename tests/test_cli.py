@@ -79,6 +79,8 @@ def test_the_module_is_the_command():
         ["merge", "a.ckpt", "b.ckpt", "-o", "c.safetensors", "--encoder-ratio", "half"],
         ["merge", "a.ckpt", "b.ckpt", "-o", "c.safetensors", "--contrast", "inf"],
         ["compare"],
+        ["compare", "a.png", "--models", ""],
+        ["compare", "a.png", "--models", " , "],
         ["fetch"],
         ["fetch", "taesd", "--list"],
     ],

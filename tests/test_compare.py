@@ -10,6 +10,7 @@ from app import compare as module
 from app.compare import compare_models
 from app.errors import InvalidInput, ServiceError
 from app.settings import Settings
+from app.wire.npz import write_zip
 from tests.service import listening, picture
 
 
@@ -18,6 +19,11 @@ def image(tmp_path) -> Path:
     path: Path = tmp_path / "picture.png"
     path.write_bytes(picture(35, 33))
     return path
+
+
+def zipped(numbers: bytes) -> httpx.Response:
+    body = write_zip([("sheet.png", b""), ("numbers.json", numbers)])
+    return httpx.Response(200, content=body, headers={"content-type": "application/zip"})
 
 
 def run(image, output, models, *names, url=None, as_json=False) -> int:
@@ -77,9 +83,14 @@ def test_what_cannot_be_done_is_one_error_and_no_file(models, image, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ServiceError, match="PNG"):
         run(tmp_path / "text.png", output, models)
-    with pytest.raises(FileNotFoundError):
-        run(image, tmp_path / "no" / "folder" / "sheet.png", models, "kl")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["picture.png", "text.png"]
+
+
+@pytest.mark.parametrize("name", ["no/folder/sheet.png", "folder.png"])
+def test_a_sheet_that_has_no_place_is_refused_before_anything_is_asked(image, tmp_path, name):
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InvalidInput, match=name):
+        run(image, tmp_path / name, Path("nowhere"), url="http://127.0.0.1:1")
 
 
 @pytest.mark.parametrize(
@@ -88,8 +99,10 @@ def test_what_cannot_be_done_is_one_error_and_no_file(models, image, tmp_path):
         httpx.Response(200, content=b"PK no zip", headers={"content-type": "application/zip"}),
         httpx.Response(200, content=b"<html>", headers={"content-type": "text/html"}),
         httpx.Response(404, content=b"", headers={"content-type": "application/zip"}),
+        zipped(b"{}"),
+        zipped(b'{"image_size": "1x1", "models": [{}]}'),
     ],
-    ids=["torn", "html", "404"],
+    ids=["torn", "html", "404", "no numbers", "no model"],
 )
 def test_somebody_elses_service_is_one_error(image, tmp_path, answer, monkeypatch):
     client = httpx.AsyncClient
@@ -98,6 +111,11 @@ def test_somebody_elses_service_is_one_error(image, tmp_path, answer, monkeypatc
     with pytest.raises(ServiceError, match="zip"):
         run(image, tmp_path / "sheet.png", Path("nowhere"), url="http://else.where")
     assert not (tmp_path / "sheet.png").exists()
+
+
+def test_a_name_with_a_line_break_keeps_to_its_line():
+    row = {"model": "a\nb", "family": "sd1", "error": "no"}
+    assert module._table([row]).splitlines()[1].split()[:2] == ["a\\nb", "sd1"]
 
 
 def test_numbers_in_the_table():

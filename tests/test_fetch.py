@@ -302,6 +302,23 @@ class TestOneFile:
             fetch("x-vae", tmp_path, address)
         assert "\n" not in str(raised.value)
 
+    @pytest.mark.parametrize("address", ["http://127.0.0.1:1", "nothing"])
+    def test_nothing_that_came_is_not_said_to_be_kept(self, tmp_path, address):
+        with pytest.raises(ServiceError) as raised:
+            fetch("x-vae", tmp_path, address)
+        assert "keeps" not in str(raised.value)
+
+    def test_an_address_that_is_none_is_told_as_such(self, tmp_path):
+        with pytest.raises(InvalidParameter, match="cannot use nothing as the hub's address"):
+            fetch("x-vae", tmp_path, "nothing")
+
+    @pytest.mark.parametrize("token", ["hf_se\ncret", "hf_secrét"])
+    def test_a_token_that_is_none_is_refused_and_not_shown(self, hub, tmp_path, token):
+        with pytest.raises(InvalidParameter, match="HF_TOKEN") as raised:
+            fetch("x-vae", tmp_path, hub.url, token)
+        assert "hf_" not in str(raised.value)
+        assert not hub.asked
+
     def test_a_server_that_falls_silent(self, hub, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "TIMEOUT", 0.3)
         hub.stop_after, hub.held = 1000, threading.Event()

@@ -4,8 +4,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.errors import InvalidInput
-from app.files import AGAIN, LATENTS, PICTURES, post, send_files, walk
+from app.errors import InvalidInput, ServiceError
+from app.files import AGAIN, LATENTS, PICTURES, connect, content_of, post, replace_file, send_files, walk
 from app.settings import Settings
 
 
@@ -88,3 +88,35 @@ async def test_other_answers_are_not_asked_for_again():
     async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://x") as client:
         assert (await post(client, "/decode")).status_code == 503
     assert len(asked) == 1
+
+
+def test_a_file_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path):
+    (tmp_path / "a.npy").mkdir()
+    with pytest.raises(OSError, match=r"'[^']*/a\.npy'$"):
+        replace_file(tmp_path / "a.npy", b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"/a\.npy'$"):
+            replace_file(tmp_path / "a.npy", bytes(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_key_is_sent_in_the_bytes_that_the_service_compares():
+    async with connect("http://127.0.0.1:1", "schlüssel", Settings()) as client:
+        assert client.headers.raw[-1] == (b"Authorization", "Bearer schlüssel".encode())
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"detail": 1}'])
+def test_a_problem_that_cannot_be_read_is_a_reason_too(content):
+    response = httpx.Response(500, content=content, headers={"content-type": "application/problem+json"})
+    with pytest.raises(ServiceError, match="HTTP 500"):
+        content_of(response, "image/png")

@@ -5,7 +5,7 @@ import math
 import textwrap
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated
 
@@ -55,6 +55,7 @@ class _Trip:
     asked: str  # a name, or a hash prefix
     model: Checkpoint | UnsupportedCheckpoint
     ways: tuple[tuple[Task, Admission], ...] = ()
+    room: AsyncExitStack = field(default_factory=AsyncExitStack, repr=False)
 
     @property
     def row(self) -> Compared:
@@ -99,7 +100,9 @@ async def compare(request: Request, query: Annotated[CompareQuery, Query()], sha
         """After its file was replaced before its weights were loaded."""
         assert isinstance(trip.model, Checkpoint)
         await shared.engine.replaced(trip.model, deadline)
-        return await admit(_Trip(trip.asked, await shared.engine.resolve(trip.asked)))
+        anew = _Trip(trip.asked, await shared.engine.resolve(trip.asked))
+        await trip.room.aclose()  # what is left of the old room: a queue that just held them all has no more
+        return await admit(anew)
 
     async def work(trips: list[_Trip]) -> tuple[list[Compared], list[Cell]]:
         with clock.stage("read"):
@@ -175,8 +178,9 @@ async def _admit(
         (encode, (height, width, 3)),
         (replace(encode, op="decode"), (channels, height // multiple, width // multiple)),
     )
-    admitted = [(task, await room.enter_async_context(shared.engine.admit(task, [at], deadline))) for task, at in ways]
-    return _Trip(trip.asked, trip.model, tuple(admitted))
+    own = await room.enter_async_context(AsyncExitStack())
+    admitted = [(task, await own.enter_async_context(shared.engine.admit(task, [at], deadline))) for task, at in ways]
+    return _Trip(trip.asked, trip.model, tuple(admitted), own)
 
 
 async def _with_current(

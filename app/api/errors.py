@@ -86,7 +86,7 @@ def problem(request: Request, kind: Kind, detail: str, headers: dict[str, str] |
         type=f"urn:latentd:problem:{kind.code}",
         title="Client Closed Request" if kind.status == CLIENT_GONE else HTTPStatus(kind.status).phrase,
         status=kind.status,
-        detail=detail,
+        detail=errors.one_line(detail),
         instance=quote(request.scope["path"]),  # request.url would parse the Host header, whatever is in it
         code=kind.code,
         request_id=request_id(request),

@@ -21,7 +21,7 @@ from app.errors import InvalidParameter, NotAcceptable
 from app.store.checkpoint import Checkpoint
 from app.wire.arrays import latent_shape, read_latents
 from app.wire.fit import fit, fitted_size
-from app.wire.images import image_size, read_image
+from app.wire.images import check_sides, image_size, read_image
 
 router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
 
@@ -121,6 +121,7 @@ async def _decode(
     shared.limits.check([full] * header.batch)
     size = _crop(query, *full)
     media = _picture_type(request, query, header.batch)
+    check_sides(*size, media)
 
     def read() -> tuple[list[np.ndarray], str | None]:
         items = list(read_latents(body, max_bytes=shared.limits.body_bytes * 4).array)

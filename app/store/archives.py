@@ -15,7 +15,7 @@ from torch import Tensor
 
 from app.errors import UnsupportedCheckpoint
 from app.store.pickles import read_pickle
-from app.store.rebuilds import TensorRef, kind, one_line
+from app.store.rebuilds import TensorRef, kind, short
 from app.store.zips import data_offset, read_records
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -58,11 +58,9 @@ def check_there(archive: Archive, key: str, ref: TensorRef) -> None:
     wanted = ref.storage.numel * ref.storage.dtype.itemsize
     there = archive.sizes.get(ref.storage.key)
     if there is None:
-        raise UnsupportedCheckpoint(f"truncated or broken: the storage of {one_line(key)} is not in the file")
+        raise UnsupportedCheckpoint(f"truncated or broken: the storage of {short(key)} is not in the file")
     if there < wanted:
-        raise UnsupportedCheckpoint(
-            f"truncated or broken: the storage of {one_line(key)} has {there} bytes of {wanted}"
-        )
+        raise UnsupportedCheckpoint(f"truncated or broken: the storage of {short(key)} has {there} bytes of {wanted}")
 
 
 def read_tensor(file: BufferedReader, archive: Archive, key: str, ref: TensorRef) -> Tensor:
@@ -73,15 +71,13 @@ def read_tensor(file: BufferedReader, archive: Archive, key: str, ref: TensorRef
     check_there(archive, key, ref)
     first, after = ref.span
     if after - first > WIDEST * max(ref.nbytes, 1 << 16):
-        raise UnsupportedCheckpoint(
-            f"{one_line(key)} has {ref.nbytes} bytes, spread over {after - first} of its storage"
-        )
+        raise UnsupportedCheckpoint(f"{short(key)} has {ref.nbytes} bytes, spread over {after - first} of its storage")
     if first == after:
         return torch.empty(ref.shape, dtype=ref.dtype)
     data = bytearray(after - first)
     file.seek(archive.place(ref.storage.key) + first)
     if (got := file.readinto(data)) < len(data):
-        raise UnsupportedCheckpoint(f"truncated: {one_line(key)} has {len(data)} bytes, the file gave {got}")
+        raise UnsupportedCheckpoint(f"truncated: {short(key)} has {len(data)} bytes, the file gave {got}")
     return torch.frombuffer(data, dtype=ref.dtype).as_strided(ref.shape, ref.stride).contiguous()
 
 
@@ -96,7 +92,7 @@ def _zipped(file: BufferedReader, size: int) -> Archive:
     if order := records.get(f"{folder}/byteorder"):
         file.seek(data_offset(file, order))
         if (text := file.read(min(order.size, 16))) != b"little":
-            raise UnsupportedCheckpoint(f"its byte order is {one_line(text.decode('latin-1'))}; little was expected")
+            raise UnsupportedCheckpoint(f"its byte order is {short(text.decode('latin-1'))}; little was expected")
     pickled = records[f"{folder}/data.pkl"]
     file.seek(data_offset(file, pickled))
     content = read_pickle(file, pickled.size).value

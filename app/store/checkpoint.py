@@ -16,7 +16,7 @@ from app.store.folder import Stamp, stamp
 from app.store.formats import Format, read_header, read_tensors
 from app.store.identify import Config
 from app.store.known import Fp16
-from app.store.rebuilds import one_line
+from app.store.rebuilds import short
 from app.store.renames import canonical_keys
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
 from app.vae.autoencoder_tiny import AutoencoderTiny
@@ -139,4 +139,4 @@ def _check_unchanged(checkpoint: Checkpoint) -> None:
 def some(keys: Sequence[str]) -> str:
     """The first few keys, for an error."""
     more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
-    return ", ".join(map(one_line, keys[:NAMED])) + more
+    return ", ".join(map(short, keys[:NAMED])) + more

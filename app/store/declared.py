@@ -7,6 +7,7 @@ from typing import Literal
 
 from app.errors import UnsupportedCheckpoint
 from app.store.folder import read_json
+from app.store.rebuilds import short
 from app.vae.families import FAMILIES, Architecture
 
 FamilySource = Literal["config", "checkpoint", "hash", "operator", "default"]
@@ -55,11 +56,11 @@ def from_config(path: Path) -> Declared:
     content = _read(path)
     name = str(content.get("_class_name"))
     if name not in CLASSES:
-        raise UnsupportedCheckpoint(f"{path.name}: _class_name is {name}; expected one of {', '.join(CLASSES)}")
+        raise UnsupportedCheckpoint(f"{path.name}: _class_name is {short(name)}; expected one of {', '.join(CLASSES)}")
     architecture, default = CLASSES[name]
     act = {"kl": "silu", "tiny": "relu"}[architecture]
     if content.get("act_fn", act) != act:
-        raise UnsupportedCheckpoint(f"{path.name}: act_fn is {content['act_fn']}; expected {act}")
+        raise UnsupportedCheckpoint(f"{path.name}: act_fn is {short(str(content['act_fn']))}; expected {act}")
     if content.get("latents_mean") is not None or content.get("latents_std") is not None:
         raise UnsupportedCheckpoint(f"{path.name}: latents_mean and latents_std per channel are not supported")
     if "_family" in content:

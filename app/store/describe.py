@@ -13,9 +13,15 @@ from app.store.folder import DIFFUSERS_WEIGHTS, Source, Stamp, stamp
 from app.store.formats import Header, TensorInfo, dtype_name, read_header
 from app.store.identify import Config, Hints, family_of
 from app.store.known import Known, lookup
+from app.store.rebuilds import short
 from app.store.renames import DROPPED, HALVES, NUMBERED, PREFIXES, canonical_keys, half_of, is_tiny, prefix_of
 from app.vae.autoencoder_kl import KLConfig
 from app.vae.autoencoder_tiny import TinyConfig
+
+MOST_TENSORS = 4096  # of an autoencoder: SDXL's has 248
+LARGEST = 1 << 28  # values of one tensor: SDXL's largest has 2 359 296
+WIDEST = 1 << 20  # channels: keeps what the network makes of them within what torch can count
+BLOCK_TENSORS = 8  # of a residual block at least
 
 
 def identify_source(
@@ -150,11 +156,13 @@ def _declarations(source: Source, metadata: Mapping[str, str]) -> tuple[Declared
 def _config(weights: _Weights, declared: tuple[Declared, ...]) -> Config:
     """The configuration that the shapes say, once the strict load is sure to succeed with it."""
     shapes = weights.shapes
+    _check_size(shapes)
     config: Config
     if is_tiny(shapes):
         config = TinyConfig.from_shapes(shapes)
     else:
         config = KLConfig.from_shapes(shapes, norm_groups(declared))
+        _check_blocks(config, shapes)
     wanted = {key: tuple(value.shape) for key, value in blank(config).state_dict().items()}
     if missing := [key for key in wanted if key not in shapes and key != COUNTER]:
         if wrong := next((key for key in missing if key in weights.others), None):
@@ -168,6 +176,22 @@ def _config(weights: _Weights, declared: tuple[Declared, ...]) -> Config:
         if key != COUNTER and not weights.tensors[key].dtype.is_floating_point:
             raise UnsupportedCheckpoint(f"{key} is {dtype_name(weights.tensors[key].dtype)}; expected floating point")
     return config
+
+
+def _check_size(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UnsupportedCheckpoint for what only a hostile file has: a network of its shapes would fill the memory."""
+    if len(shapes) > MOST_TENSORS:
+        raise UnsupportedCheckpoint(f"refused: {len(shapes)} tensors; an autoencoder has at most {MOST_TENSORS}")
+    for key, shape in shapes.items():
+        if math.prod(shape) > LARGEST or max(shape, default=0) > WIDEST:
+            raise UnsupportedCheckpoint(f"refused: {short(key)} of shape {shape} is too large for an autoencoder")
+
+
+def _check_blocks(config: KLConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UnsupportedCheckpoint unless there may be weights for as many blocks as level 0 has, in every level."""
+    blocks = len(config.encoder_widths) * (config.encoder_depth + config.decoder_depth)
+    if blocks * BLOCK_TENSORS > len(shapes):
+        raise UnsupportedCheckpoint(f"missing tensors: {blocks} residual blocks, but only {len(shapes)} tensors")
 
 
 def _stamp(path: Path) -> Stamp:

@@ -6,6 +6,7 @@ The digests of a folder are kept in a JSON file inside it, so that a restart rea
 import hashlib
 import json
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -158,7 +159,7 @@ class DigestCache:
             {"files": key, "sha256": row.sha256, "halves": row.halves, "tensors": row.tensors}
             for key, row in merged.items()
         ]
-        partial = self._folder / f"{CACHE}.{os.getpid()}"
+        partial = self._folder / f"{CACHE}.{secrets.token_hex(4)}"  # in containers every service is process 1
         try:
             partial.write_text(json.dumps({"version": VERSION, "rows": content}))
             partial.replace(self._folder / CACHE)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+from app.errors import one_line
 from app.store.checkpoint import Checkpoint
 from app.store.folder import shown
 from app.store.formats import read_header
@@ -49,7 +50,7 @@ def file_layout(checkpoint: Checkpoint) -> Layout:
 
 def table(entries: Iterable[Entry]) -> list[str]:
     """One line each, under a line of headings, in columns."""
-    rows = [COLUMNS, *(_row(entry) for entry in entries)]
+    rows = [COLUMNS, *(tuple(map(one_line, _row(entry))) for entry in entries)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS) - 1)]
     return [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
@@ -75,4 +76,4 @@ def _row(entry: Entry) -> tuple[str, ...]:
 def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "-" if value is None or value in ((), []) else str(value)
+    return "-" if value is None or value in ((), []) else one_line(str(value))

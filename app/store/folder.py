@@ -5,6 +5,7 @@ Knows names and file stamps; opens nothing but `config.json`. The layout is the 
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,13 @@ from pathlib import Path
 from app.store.formats import SUFFIXES, Format
 from app.store.renames import half_of
 
-ROOTS = frozenset({"vae", "vae_approx", "vae-approx", "stable-diffusion", "checkpoints"})  # in any case
+ROOTS = frozenset({"vae", "vae_approx", "vae-approx", "vae-taesd", "stable-diffusion", "checkpoints"})  # in any case
 DIFFUSERS_WEIGHTS = tuple(
     f"diffusion_pytorch_model{variant}" for variant in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
 )
 CONFIG_LIMIT = 1 << 20  # bytes of a JSON file beside weights
+DEEPEST = 64  # folders in folders: os.walk calls itself
+DOWNLOADING = ".aria2"  # beside a file that aria2 has made as large as it will be, and is still filling
 
 
 @dataclass(frozen=True, order=True)
@@ -90,7 +93,8 @@ def walk(folder: Path) -> Tree:
                 continue
             seen.add((place.device, place.inode))
             places.add(place)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            deepest = len(Path(top).parts) - len(root.parts) >= DEEPEST
+            folders[:] = [] if deepest else sorted(name for name in folders if not name.startswith("."))
             for item, target in _stamps(Path(top), names):
                 stamps.append(item)
                 entries.update(target)
@@ -99,10 +103,17 @@ def walk(folder: Path) -> Tree:
 
 def _roots(folder: Path) -> list[Path]:
     try:
-        roots = [path for path in folder.iterdir() if path.name.lower() in ROOTS and path.is_dir()]
+        roots = [path for path in folder.iterdir() if path.name.lower() in ROOTS]
     except OSError:  # not there, or not a folder
         return []
-    return sorted(roots) or [folder]
+    return sorted(path for path in roots if _is_dir(path)) or [folder]
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # pathlib raises where it may not look
+        return False
 
 
 def _place(path: Path) -> Place | None:
@@ -116,20 +127,24 @@ def _place(path: Path) -> Place | None:
 def _landmark(folder: Path) -> Path:
     """Whose coming and going would be the folder's: itself, or the first part of its path that is missing."""
     path = folder.absolute()
-    while not path.parent.exists():
+    while not _is_dir(path.parent):
         path = path.parent
     return path.parent.resolve() / path.name
 
 
 def _stamps(place: Path, names: Iterable[str]) -> Iterator[tuple[Stamp, tuple[Path, ...]]]:
-    """(stamp, the link's target if it is one) of each file that could matter."""
+    """(stamp, the link's target if it is one) of each file that could matter; to open a pipe or a device may hang."""
+    there = set(names)
     for name in names:
-        if not name.startswith(".") and Path(name).suffix.lower() in (*SUFFIXES, ".json"):
-            path = place / name
-            try:
-                yield stamp(path), (path.resolve(),) if path.is_symlink() else ()
-            except OSError:  # gone since it was listed, or a link to nowhere
-                continue
+        if name.startswith(".") or Path(name).suffix.lower() not in (*SUFFIXES, ".json") or name + DOWNLOADING in there:
+            continue
+        path = place / name
+        try:
+            item = stamp(path)
+            if stat.S_ISREG(item.mode):
+                yield item, (path.resolve(),) if path.is_symlink() else ()
+        except OSError:  # gone since it was listed, or a link to nowhere
+            continue
 
 
 def sources(stamps: Iterable[Stamp], folder: Path) -> list[Source]:
@@ -156,7 +171,7 @@ def sources(stamps: Iterable[Stamp], folder: Path) -> list[Source]:
 def source_of(path: Path) -> Source:
     """The model at a path that somebody named: a file, with its other half if there is one, or a diffusers folder.
 
-    Raises FileNotFoundError.
+    Raises OSError: FileNotFoundError, or for a pipe or a device, which would be waited for.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
@@ -169,6 +184,8 @@ def source_of(path: Path) -> Source:
         return _diffusers(
             place, chosen, None, {folder: {entry.name for entry in folder.iterdir()} for folder in beside}
         )
+    if not path.is_file():
+        raise OSError(f"{path.name} is no regular file")
     names = {entry.name for entry in path.parent.iterdir()}
     weights = {name for name in names if Path(name).suffix.lower() in SUFFIXES} | {path.name}
     return next(source for source in _files(path.parent, weights, names) if path in source.files)
@@ -181,17 +198,18 @@ def names_of(found: Iterable[Source]) -> dict[Source, str]:
     for choice in range(5):
         wanted: dict[str, list[Source]] = {}
         for source in left:
-            wanted.setdefault(_choices(source)[choice], []).append(source)
+            wanted.setdefault(_choice(source, choice), []).append(source)
         names |= {same[0]: name for name, same in wanted.items() if len(same) == 1}
         left = [source for source in left if source not in names]
     return names
 
 
-def _choices(source: Source) -> tuple[str, ...]:
+def _choice(source: Source, choice: int) -> str:
+    if choice == 0:  # nearly always; a large folder is named anew for each file that is read
+        return shown(source.stem)
     file, parent = source.path, source.path.parent.name
     name = source.stem + ("" if source.format == "diffusers" else file.suffix)
-    choices = (source.stem, f"{parent}/{source.stem}", name, f"{parent}/{name}", file.as_posix().lstrip("/"))
-    return tuple(shown(choice) for choice in choices)
+    return shown((f"{parent}/{source.stem}", name, f"{parent}/{name}", file.as_posix().lstrip("/"))[choice - 1])
 
 
 def shown(path: Path | str) -> str:

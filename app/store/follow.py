@@ -42,8 +42,8 @@ class Follower:
         self.scanned = False  # all that lay in the folder at the start has been read
         self.watching = False
         self._tree: Tree | None = None  # None before the first look
-        self._unread: list[Source] = []
-        self._reading: set[Source] = set()
+        self._unread: dict[Source, int] = {}  # with the bytes of its weights; the least first
+        self._reading: dict[Source, int] = {}
         self._settling = False  # something is being written
         self._settling_since = 0.0
         self._started = 0.0
@@ -92,10 +92,9 @@ class Follower:
         await self.look()
 
         def read() -> bool:
-            left = {*self._unread, *self._reading}
-            large = {source for source in left if self._large(source)}
+            left = [*self._unread.values(), *self._reading.values()]
             writing = self._settling and time.monotonic() - self._settling_since < PATIENCE_SECONDS
-            return left == large and not writing and (self.scanned or bool(large))
+            return all(map(_large, left)) and not writing and (self.scanned or bool(left))
 
         await self._until(read, PATIENCE_SECONDS)
         return self.store.entries()
@@ -135,12 +134,15 @@ class Follower:
     async def _follow(self) -> None:
         while not self._stopping:
             self._poked.clear()
-            await self.look()
+            looking = asyncio.create_task(self.look())
+            await asyncio.wait([looking])
+            if (error := looking.exception()) is not None:
+                log.error("a bug met in looking at %s", self.store.folder, exc_info=error)
             await _set_within(self._poked, SETTLING_SECONDS if self._settling else IDLE_SECONDS)
 
     async def _look(self) -> None:
         look = await asyncio.to_thread(self.store.look)
-        self._unread = [source for source in look.unread if source not in self._reading]
+        self._unread = {source: size for source, size in look.unread.items() if source not in self._reading}
         self._note_settling(look.settling)
         before, self._tree = self._tree, look.tree
         if before is None or (before.places, before.entries) != (look.tree.places, look.tree.entries):
@@ -169,15 +171,14 @@ class Follower:
 
     async def _read(self, *, large: bool) -> None:
         while not self._stopping:
-            source = next((source for source in self._unread if self._large(source) == large), None)
+            source = next((source for source, size in self._unread.items() if _large(size) == large), None)
             if source is None:
                 await self._news.wait()
                 continue
-            self._unread.remove(source)
-            self._reading.add(source)
+            self._reading[source] = self._unread.pop(source)
             reading = asyncio.create_task(asyncio.to_thread(self.store.identify, source))
             await asyncio.wait([reading])
-            self._reading.remove(source)
+            del self._reading[source]
             error = reading.exception()
             if error is not None and not isinstance(error, Unavailable):
                 log.error("a bug met in %s", source.path, exc_info=error)
@@ -190,10 +191,8 @@ class Follower:
     def _note_settling(self, settling: bool) -> None:
         if settling and not self._settling:
             self._settling_since = time.monotonic()
+            self._poked.set()  # who follows may be idle: this look may be a request's
         self._settling = settling
-
-    def _large(self, source: Source) -> bool:
-        return self.store.size(source) >= LARGE_BYTES
 
     def _tell(self) -> None:
         if self._tree is not None and not (self._unread or self._reading or self._stopping):
@@ -207,6 +206,10 @@ class Follower:
             async with asyncio.timeout(seconds):
                 while not true() and not self._stopping:
                     await self._news.wait()
+
+
+def _large(size: int) -> bool:
+    return size >= LARGE_BYTES
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from app.errors import UnsupportedCheckpoint
 from app.store.archives import Archive, check_there, read_archive, read_tensor
-from app.store.rebuilds import TensorRef, kind, one_line
+from app.store.rebuilds import LARGEST_SIDE, MOST_DIMS, TensorRef, kind, short
 
 Format = Literal["safetensors", "ckpt", "pt", "pth", "bin", "diffusers"]
 
@@ -52,6 +52,7 @@ DTYPES = {
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 HEADER_LIMIT = 100_000_000  # bytes of a safetensors header, the limit of the reference implementation
+MOST_PARTS = 1 << 20  # lists, objects and elements in it, as of 100 000 tensors: of any more, JSON may take gigabytes
 MOST_LEVELS = 16  # of dicts around a state dict; a pickle may hold itself
 
 
@@ -121,6 +122,8 @@ def _safetensors_header(path: Path) -> Header:
         text = file.read(length)
     if len(text) < length:
         raise UnsupportedCheckpoint(f"truncated: header promises {8 + length} bytes, file has {size}")
+    if sum(text.count(mark) for mark in (b"[", b"{", b",")) > MOST_PARTS:
+        raise UnsupportedCheckpoint(f"refused: its header of {length} bytes has more than {MOST_PARTS} parts")
     try:
         entries = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -137,7 +140,7 @@ def _safetensors_header(path: Path) -> Header:
     spans = sorted((_span(key, entry), key, entry) for key, entry in entries.items())
     for (begin, after), key, entry in spans:
         if 8 + length + begin != end:
-            raise UnsupportedCheckpoint(f"the data of {key} overlaps another tensor or leaves a gap")
+            raise UnsupportedCheckpoint(f"the data of {short(key)} overlaps another tensor or leaves a gap")
         tensors[key] = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), offset=end)
         end = 8 + length + after
     if end != size:
@@ -151,15 +154,18 @@ def _span(key: str, entry: object) -> tuple[int, int]:
     try:
         key.encode()
     except UnicodeEncodeError as error:
-        raise UnsupportedCheckpoint(f"not a safetensors file: {one_line(key)} is no UTF-8") from error
+        raise UnsupportedCheckpoint(f"not a safetensors file: {short(key)} is no UTF-8") from error
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
             if dtype not in DTYPES:
-                raise UnsupportedCheckpoint(f"{key} has dtype {dtype}, which is not known here")
-            sound = begin >= 0 and all(type(side) is int and side >= 0 for side in shape)
+                raise UnsupportedCheckpoint(f"{short(key)} has dtype {short(dtype)}, which is not known here")
+            sound = begin >= 0 and len(shape) <= MOST_DIMS
+            sound = sound and all(type(side) is int and 0 <= side <= LARGEST_SIDE for side in shape)
             if sound and end - begin == math.prod(shape) * DTYPES[dtype].itemsize:
                 return begin, end
-            raise UnsupportedCheckpoint(f"{key} is {dtype} of shape {shape}, but has bytes {begin} to {end}")
+            sides, first, last = (short(str(value)) for value in (shape[: MOST_DIMS + 1], begin, end))
+            raise UnsupportedCheckpoint(f"{short(key)} is {dtype} of shape {sides}, but has bytes {first} to {last}")
+    key = short(key)
     raise UnsupportedCheckpoint(f"not a safetensors file: the entry of {key} lacks dtype, shape or data_offsets")
 
 
@@ -184,9 +190,9 @@ def _read_archive(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor
         tensors, others = _unwrap(archive)
         for key in keys:
             if key in others:
-                raise UnsupportedCheckpoint(f"{one_line(key)} is {others[key]}; a dense tensor was expected")
+                raise UnsupportedCheckpoint(f"{short(key)} is {others[key]}; a dense tensor was expected")
             if key not in tensors:
-                raise UnsupportedCheckpoint(f"{one_line(key)} is not in the file any more")
+                raise UnsupportedCheckpoint(f"{short(key)} is not in the file any more")
             yield key, read_tensor(file, archive, key, tensors[key])
 
 
@@ -209,7 +215,7 @@ def _unwrap(archive: Archive) -> tuple[dict[str, TensorRef], dict[str, str]]:
         return tensors, others
     held = kind(content)
     if isinstance(content, dict) and content:
-        held += f" with {', '.join(f'{one_line(key)} ({kind(value)})' for key, value in [*content.items()][:3])}"
+        held += f" with {', '.join(f'{short(key)} ({kind(value)})' for key, value in [*content.items()][:3])}"
     raise UnsupportedCheckpoint(f"holds no tensors by name: {held} where a state dict was expected")
 
 

@@ -143,7 +143,7 @@ def call(function: object, arguments: tuple[object, ...], spend: Callable[[int],
     every function that is on none of the tables, and for arguments that a rebuild function does not take.
     """
     if not isinstance(function, Global):
-        raise UnsupportedCheckpoint(REFUSED.format(f"the result of another call ({one_line(kind(function))})"))
+        raise UnsupportedCheckpoint(REFUSED.format(f"the result of another call ({short(kind(function))})"))
     name = function.name
     match name, arguments:
         case ("collections.OrderedDict" | "builtins.dict", (list() as pairs,)):
@@ -154,15 +154,15 @@ def call(function: object, arguments: tuple[object, ...], spend: Callable[[int],
         case ("torch.Size", (tuple() as sides,)):
             return sides
         case ("operator.getitem" | "_operator.getitem", (Global(name=generic), _)) if generic.startswith("typing."):
-            return Opaque(one_line(generic))  # omegaconf's types: Dict[str, Any]
+            return Opaque(short(generic))  # omegaconf's types: Dict[str, Any]
         case ("copyreg._reconstructor" | "copyreg.__newobj__", (Global(name=cls), *_)):
-            return Opaque(f"an object of class {one_line(cls)}")  # NEWOBJ as protocols 0 and 1 write it
+            return Opaque(f"an object of class {short(cls)}")  # NEWOBJ as protocols 0 and 1 write it
         case ("torch._tensor._rebuild_from_type_v2", (Global() as rebuild, Global(name=subclass), tuple() as inner, _)):
             if rebuild.name == name:
                 raise UnsupportedCheckpoint(f"not a sound pickle: {name} of itself")
             known = subclass in {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
             value = call(rebuild, inner, spend)
-            return value if known else Opaque(f"a tensor of class {one_line(subclass)}")
+            return value if known else Opaque(f"a tensor of class {short(subclass)}")
         case ("torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state", (value, *_)):
             return value
         case ("torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2", (storage, offset, shape, stride, *_)):
@@ -179,8 +179,8 @@ def call(function: object, arguments: tuple[object, ...], spend: Callable[[int],
         case ("torch._utils._rebuild_qtensor", _):
             return Opaque("a quantised tensor")
     if name.startswith("torch._utils._rebuild_") or name in INERT or name.startswith(INERT_PREFIXES):
-        return Opaque(one_line(name))
-    raise UnsupportedCheckpoint(REFUSED.format(one_line(name)))
+        return Opaque(short(name))
+    raise UnsupportedCheckpoint(REFUSED.format(short(name)))
 
 
 def storage_of(identity: object) -> object:
@@ -196,7 +196,7 @@ def storage_of(identity: object) -> object:
             if view not in ([], [None]):
                 return Opaque("a storage that is a view of another")
             if module not in {"torch", "torch.storage", "torch.cuda"} or plain not in STORAGES:
-                return Opaque(f"a {one_line(name)}")
+                return Opaque(f"a {short(name)}")
             return StorageRef(key, STORAGES[plain], numel)
         case ("module", Global(name=name), *_):
             return Global(name)
@@ -218,7 +218,7 @@ def tensor(storage: object, offset: object, shape: object, stride: object, dtype
     if len(shape) != len(stride):
         raise UnsupportedCheckpoint(f"not a sound pickle: a tensor with {len(shape)} sides and {len(stride)} strides")
     if dtype is not None and dtype not in DTYPES:
-        return Opaque(f"a tensor of dtype {one_line(dtype)}")
+        return Opaque(f"a tensor of dtype {short(dtype)}")
     ref = TensorRef(storage, DTYPES[dtype] if dtype else storage.dtype, shape, stride, offset)
     room = storage.numel * storage.dtype.itemsize
     if max(ref.nbytes, ref.span[1]) > room or any(side > LARGEST_SIDE for side in shape):
@@ -245,7 +245,7 @@ def kind(value: object) -> str:
         case Opaque(what=what):
             return what
         case Global(name=name):
-            return one_line(name)
+            return short(name)
         case StorageRef():
             return "a storage"
         case TensorRef():
@@ -253,6 +253,6 @@ def kind(value: object) -> str:
     return type(value).__name__
 
 
-def one_line(name: str) -> str:
+def short(name: str) -> str:
     """A name from a file as it may stand in an error: one line, not endless."""
     return ascii(name)[1:-1][:100]

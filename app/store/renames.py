@@ -48,6 +48,9 @@ Layout = Literal["ldm", "diffusers"]
 LINEAR = re.compile(r".*\.attn_1\.(?:q|k|v|proj_out)\.weight")
 """LDM names of the attention's weights: (C, C, 1, 1) there, linear layers (C, C) in diffusers."""
 
+LONG = re.compile(r"\d{5,}")
+"""Not the number of a layer: in a file's key, it may have more digits than Python makes an integer of."""
+
 NUMBERED = re.compile(r"\d+\.")
 TINY = re.compile(r"(?:taesd_)?(encoder|decoder)\.(layers\.)?(\d+)\.(.+)")
 UP = re.compile(r"(decoder\.up)\.(\d+)\.")
@@ -82,6 +85,8 @@ def canonical_keys(keys: Iterable[str], stem: str = "") -> dict[str, str]:
         under = f"{half}."
     inner = {key: under + key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
     inner = {key: name for key, name in inner.items() if not name.startswith(DROPPED)}
+    if wrong := next((key for key, name in inner.items() if any(LONG.fullmatch(part) for part in name.split("."))), ""):
+        raise UnsupportedCheckpoint(f"{wrong[:100]!a} is no key of an autoencoder: its number is too long")
     levels = 1 + max((int(m[1]) for name in inner.values() if (m := DIFFUSERS_UP.match(name))), default=-1)
     return {key: _ldm_name(name, levels) for key, name in inner.items()}
 

@@ -1,7 +1,9 @@
 """The models folder: names -> checkpoints, kept up to date with what lies there."""
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 from app.errors import Unavailable, UnsupportedCheckpoint
@@ -21,7 +23,7 @@ class Look:
     """What one look at the folder left to do."""
 
     tree: Tree
-    unread: tuple[Source, ...]  # to be identified, the least bytes first
+    unread: Mapping[Source, int]  # to be identified, with the bytes of its weights; the least first
     settling: bool  # something is being written: look again soon
 
 
@@ -96,8 +98,8 @@ class ModelStore:
             self._findings = findings
             self._doubts = {path: doubt for path, doubt in self._doubts.items() if path in self._present}
             self._publish()
-            unread.sort(key=self._bytes)
-        return Look(tree, tuple(unread), settling)
+            sizes = sorted(((self._bytes(source), source) for source in unread), key=itemgetter(0))
+        return Look(tree, {source: size for size, source in sizes}, settling)
 
     def identify(self, source: Source, *, patient: bool = True) -> bool:
         """Reads a source and lists what it is; false where another look must decide: it changed, or may be broken.
@@ -115,7 +117,8 @@ class ModelStore:
         try:
             entry = identify_source(source, source.stem, self._default_family, take, self._digests.twin)
         except UnsupportedCheckpoint as error:
-            reason = " ".join(str(error).split())  # keys and values of the file are in it
+            reason = " ".join(str(error).split())  # keys and values of the file are in it, halves of surrogates too
+            reason = reason.encode(errors="backslashreplace").decode()
             entry = Unreadable(source.stem, source.path, source.format, reason[:REASON])
         if _stamps(source) != before:
             return False
@@ -150,11 +153,6 @@ class ModelStore:
             isinstance(entry, Checkpoint) and (entry.path, entry.stamps) == (checkpoint.path, checkpoint.stamps)
             for entry in self._entries.values()
         )
-
-    def size(self, source: Source) -> int:
-        """Bytes of a source's weights, as of the last look."""
-        with self._lock:
-            return self._bytes(source)
 
     def close(self) -> None:
         """Ends what is being read."""
@@ -200,7 +198,7 @@ class ModelStore:
             if isinstance(entry, Checkpoint):
                 original = named[originals[entry.tensors_sha256][2]]
                 entry = replace(entry, copy_of=original if original != name else None)
-            entries[name] = replace(entry, name=name)
+            entries[name] = entry if entry.name == name else replace(entry, name=name)
         self._entries = entries
 
     def _digest(self, source: Source) -> Digest:

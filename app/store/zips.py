@@ -11,7 +11,7 @@ from io import BufferedReader
 from itertools import pairwise
 
 from app.errors import UnsupportedCheckpoint
-from app.store.rebuilds import one_line
+from app.store.rebuilds import short
 
 MOST_RECORDS = 100_000  # a checkpoint has one for each storage
 LARGEST_DIRECTORY = 64 << 20  # bytes
@@ -150,4 +150,4 @@ def _apart(found: list[tuple[int, int, bytes]], directory: int) -> dict[str, Rec
 
 
 def _shown(name: bytes) -> str:
-    return one_line(name.decode("utf-8", "surrogateescape"))
+    return short(name.decode("utf-8", "surrogateescape"))

@@ -86,14 +86,20 @@ def write_image(pixels: Pixels, media_type: str, *, quality: int | None = None) 
         raise InvalidParameter(f"{media_type} has 8 bits a channel; 16 are for image/png")
     if quality is not None and not 1 <= quality <= 100:
         raise InvalidParameter(f"expected a quality of 1 to 100, got {quality}")
-    name, longest = _LOSSY[media_type]
     height, width, _ = pixels.shape
-    if max(height, width) > longest:
-        raise NotAcceptable(f"{media_type} ends at {longest} pixels a side, the picture has {width}x{height}")
+    check_sides(width, height, media_type)
+    name, _ = _LOSSY[media_type]
     file = io.BytesIO()
     # method is WebP's: 2 takes half the time of the default 4 for 3 % more bytes
     Image.fromarray(pixels).save(file, name, quality=quality or DEFAULT_QUALITY, method=2)
     return file.getvalue()
+
+
+def check_sides(width: int, height: int, media_type: str) -> None:
+    """Raises NotAcceptable where a picture of so many pixels a side is over the format's limit."""
+    _, longest = _LOSSY.get(media_type, (None, None))
+    if longest is not None and max(width, height) > longest:
+        raise NotAcceptable(f"{media_type} ends at {longest} pixels a side, the picture has {width}x{height}")
 
 
 def _decode(body: bytes, header: PictureHeader) -> Image.Image:

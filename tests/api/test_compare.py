@@ -230,6 +230,25 @@ async def test_a_model_whose_file_is_replaced_meanwhile_is_taken_anew(service, m
     assert idle(service)
 
 
+async def test_a_replaced_model_finds_room_in_a_queue_that_just_held_them_all(models, monkeypatch):
+    run, calls = module._round_trip, []
+
+    async def replaced(checkpoint, deadline):
+        calls.append(checkpoint.name)
+
+    async def once_changed(trip, original, clock):
+        if not calls:
+            raise CheckpointChanged("replaced")
+        return await run(trip, original, clock)
+
+    async with serving(models, queue_size=4) as service:
+        monkeypatch.setattr(module, "_round_trip", once_changed)
+        monkeypatch.setattr(service.engine, "replaced", replaced)
+        found = await numbers(service)
+        assert [row["error"] for row in found["models"]] == [None, None]
+        assert idle(service)
+
+
 async def test_a_model_that_never_keeps_still_is_its_own_failure(service, monkeypatch):
     run = module._round_trip
 

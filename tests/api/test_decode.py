@@ -225,3 +225,19 @@ def with_nan() -> np.ndarray:
 async def test_what_is_no_latent_is_refused_with_its_reason_and_the_service_goes_on(service, body, status, code, names):
     assert names in refused(await service.post("/decode", content=body), status, code)
     picture_of(await service.post("/decode", content=npy(latent())))
+
+
+@pytest.mark.parametrize(("media", "side"), [(JPEG, 65504), (WEBP, 16384)])
+async def test_a_side_over_the_formats_limit_is_refused_before_there_is_room_for_it(service, monkeypatch, media, side):
+    def admit(*_):
+        raise AssertionError("admitted")
+
+    monkeypatch.setattr(service.engine, "admit", admit)
+    body = npy(latent(4, 1, side // 8))
+    answer = await service.post("/decode", content=body, headers={"Accept": media})
+    assert f"{side}x8" in refused(answer, 406, "not_acceptable")
+
+
+async def test_what_size_crops_away_does_not_count_against_the_formats_limit(service):
+    answer = await service.post("/decode?size=16383x8", content=npy(latent(4, 1, 2048)), headers={"Accept": WEBP})
+    assert picture_of(answer).size == (16383, 8)

@@ -214,7 +214,7 @@ async def test_the_background_shows_through_alpha_and_is_white_by_default(servic
 )
 async def test_parameters_out_of_range_or_unknown_are_refused_by_name(service, query):
     detail = refused(await service.post(f"/encode?{query}", content=picture()), 422, "invalid_parameter")
-    assert query.partition("=")[0].replace("%00", "\0") in detail
+    assert query.partition("=")[0].replace("%00", r"\x00") in detail
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,13 @@ async def test_a_header_must_not_contradict_the_file(service):
     assert "sd2" in detail
 
 
+@pytest.mark.parametrize(("family", "told"), [("\ud800", r"\ud800"), ("a\r\nb", r"a\r\nb")])
+async def test_a_family_of_strange_characters_is_told_in_one_line(service, family, told):
+    answer = await service.post("/decode", content=write_safetensors(latent(), {"family": family}))
+    detail = refused(answer, 409, "family_mismatch")
+    assert f"family {told} " in detail
+
+
 async def test_a_family_that_nobody_knows_is_a_conflict_too(service):
     body = write_safetensors(latent(), {"family": "x" * 9000})
     detail = refused(await service.post("/decode", content=body), 409, "family_mismatch")

@@ -108,3 +108,10 @@ def test_the_first_group_count_wins():
     silent, eight, four = Declared("operator", "a"), Declared("config", "b", None, 8), Declared("config", "c", None, 4)
     assert norm_groups([silent, eight, four]) == 8
     assert norm_groups([silent]) == 32
+
+
+def test_a_class_s_name_in_an_error_is_plain_text(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"_class_name": "Autoencoder\\ud800"}')
+    with pytest.raises(UnsupportedCheckpoint, match=r"_class_name is Autoencoder.ud800; expected"):
+        from_config(path)

@@ -1,11 +1,13 @@
 """A file is accepted only when the strict load is sure to succeed, and its refusal says what is wrong."""
 
 import json
+import math
 
 import pytest
 import torch
 
 from app.errors import UnsupportedCheckpoint
+from app.store import describe
 from app.store.known import Known
 from app.store.store import open_checkpoint
 from tests.store.weights import as_diffusers, kl_config, state_of, under, write, write_folder
@@ -198,3 +200,47 @@ def test_what_lies_beside_the_weights_is_no_obstacle(tmp_path):
     beside = {"epoch": 3, "0": [1, 2], "vae_note": "text", "3.weight": None}
     torch.save({**state_of("sd1"), **beside}, path)
     assert open_checkpoint(path, "sd1").family.name == "sd1"
+
+
+def sparse(path, shapes, metadata=None):
+    """A safetensors file of these shapes, all of it a hole."""
+    end, header = 0, {"__metadata__": metadata or {}}
+    for key, shape in shapes.items():
+        header[key] = {"dtype": "F8_E4M3", "shape": shape, "data_offsets": [end, end + math.prod(shape)]}
+        end += math.prod(shape)
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+def test_levels_times_blocks_make_no_network_larger_than_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(describe, "blank", lambda _: pytest.fail("built"))
+    halves = ("encoder.down", "decoder.up")
+    shapes = {f"{half}.{n}.block.0.conv2.weight": [1] * 4 for half in halves for n in range(500)}
+    shapes |= {f"{half}.0.block.{n}.conv2.weight": [1] * 4 for half in halves for n in range(500)}
+    path = sparse(tmp_path / "x.safetensors", shapes | {"decoder.conv_in.weight": [1] * 4}, {"norm_num_groups": "1"})
+    assert refusal(path) == "missing tensors: 500000 residual blocks, but only 1999 tensors"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "reason"),
+    [
+        ({f"encoder.{n}.weight": [1] for n in range(4097)}, "4098 tensors; an autoencoder has at most 4096"),
+        ({"encoder.conv_in.weight": [1 << 15, 1 << 14]}, "encoder.conv_in.weight of shape (32768, 16384) is too large"),
+        ({"encoder.conv_in.weight": [1 << 21, 0]}, "encoder.conv_in.weight of shape (2097152, 0) is too large"),
+    ],
+    ids=["tensors", "values", "channels"],
+)
+def test_networks_beyond_measure_are_refused(tmp_path, shapes, reason, monkeypatch):
+    monkeypatch.setattr(describe, "blank", lambda _: pytest.fail("built"))
+    assert reason in refusal(sparse(tmp_path / "x.safetensors", shapes | {"decoder.1.weight": [1]}))
+
+
+@pytest.mark.parametrize(
+    "key", ["encoder.{}.weight", "decoder.layers.{}.weight", "decoder.up_blocks.{}.x", "{}.weight"]
+)
+def test_the_number_of_a_layer_has_an_end(tmp_path, key):
+    path = sparse(tmp_path / "x_encoder.safetensors", {key.format("1" * 5000): [1], "decoder.1.weight": [1]})
+    assert "is no key of an autoencoder: its number is too long" in refusal(path)

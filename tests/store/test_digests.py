@@ -272,3 +272,16 @@ def test_many_threads_write_one_file(folder):
     fresh = DigestCache(folder)
     assert all(fresh.get((stamp(folder / f"{number}.pt"),)) == SOME for number in range(40))
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == [CACHE]
+
+
+def test_services_of_one_process_number_write_no_file_together(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # as in containers
+    monkeypatch.setattr(Path, "write_text", lambda path, _: written.append(path.name))
+    path = tmp_path / "a"
+    path.touch()
+    for _ in range(2):
+        cache = DigestCache(tmp_path)
+        cache.put((stamp(path),), SOME)
+        cache.save()
+    assert len(set(written)) == len(written) == 2

@@ -216,3 +216,38 @@ def test_a_directory_made_anew_is_another_place(tmp_path):
     (tmp_path / "VAE").rename(tmp_path / "old")
     (tmp_path / "VAE").mkdir()
     assert walk(tmp_path).places != before
+
+
+def test_what_opens_only_with_another_s_help_is_no_model(tmp_path):
+    put(tmp_path, "a.pt")
+    for name in ("pipe.safetensors", "config.json"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "link.ckpt").symlink_to("/dev/zero")
+    (tmp_path / "folder.safetensors").mkdir()
+    assert names(tmp_path) == {"a": ("a.pt",)}
+    with pytest.raises(OSError, match="no regular file"):
+        source_of(tmp_path / "pipe.safetensors")
+
+
+def test_one_root_that_may_not_be_asked_for_hides_no_other(tmp_path):
+    put(tmp_path, "VAE/a.pt")
+    (tmp_path / "checkpoints").symlink_to("x" * 300)  # too long a name: pathlib raises, as for what is forbidden
+    assert names(tmp_path).keys() == {"a"}
+    (tmp_path / "VAE" / "far").symlink_to("x" * 300)
+    folder = tmp_path / "VAE" / "far" / "models"
+    assert walk(folder).entries == {tmp_path / "VAE" / "far"}
+
+
+def test_folders_in_folders_without_end(tmp_path):
+    put(tmp_path, "a.pt", "/".join("d" * 60) + "/b.pt", "/".join("e" * 200) + "/c.pt")
+    assert names(tmp_path).keys() == {"a", "b"}
+
+
+def test_the_webui_s_folder_of_tiny_autoencoders(tmp_path):
+    put(tmp_path, "VAE/a.pt", "VAE-taesd/taesd_encoder.pth", "VAE-taesd/taesd_decoder.pth")
+    assert names(tmp_path).keys() == {"a", "taesd"}
+
+
+def test_a_file_that_aria2_is_filling_waits(tmp_path):
+    put(tmp_path, "a.safetensors", "b.safetensors", "b.safetensors.aria2")
+    assert names(tmp_path).keys() == {"a"}

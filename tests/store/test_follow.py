@@ -343,3 +343,39 @@ async def test_looks_that_are_asked_for_at_once_are_shared(folder, monkeypatch):
         monkeypatch.setattr(follower.store, "look", count)
         await asyncio.gather(*(follower.look() for _ in range(50)))
         assert 1 <= looks["all"] <= 3
+
+
+async def test_a_bug_in_a_look_stops_nothing(folder, other, monkeypatch, caplog):
+    async with following(folder) as follower:
+        await follower.first_scan(5)
+        look, failed = follower.store.look, threading.Event()
+
+        def fail():
+            if not failed.is_set():
+                failed.set()
+                raise RecursionError("bug")
+            return look()
+
+        monkeypatch.setattr(follower.store, "look", fail)
+        (folder / "VAE" / "b.txt").touch()
+        await becomes(failed.is_set)
+        shutil.copy(other, folder / "VAE" / "b.safetensors")
+        await becomes(lambda: names(follower).keys() == {"a", "b"})
+    assert "a bug met in looking at" in caplog.text
+
+
+async def test_a_pipe_in_the_folder_holds_up_nothing(folder):
+    os.mkfifo(folder / "VAE" / "b.ckpt")
+    async with following(folder) as follower:
+        assert await follower.first_scan(5)
+        assert names(follower).keys() == {"a"}
+
+
+async def test_a_file_whose_name_is_not_utf_8_leaves_others_found(folder, other):
+    async with following(folder) as follower:
+        await follower.first_scan(5)
+        shutil.copy(other, folder / "VAE" / os.fsdecode(b"caf\xe9.safetensors"))
+        await becomes(lambda: not follower.watching)
+        shutil.copy(other, folder / "VAE" / "b.safetensors")
+        assert (await follower.find("b", None)).name == "b"
+        assert (await follower.find("caf\\xe9", None)).name == "caf\\xe9"

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,44 @@ def test_a_header_longer_than_the_limit(tmp_path):
 def test_an_empty_tensor(tmp_path):
     path = with_header(tmp_path / "x.safetensors", {"x": entry(shape=[0, 3], offsets=[0, 0])})
     assert dict(read_tensors(path, ["x"]))["x"].shape == (0, 3)
+
+
+def header_of(path: Path, text: bytes, data: bytes = b"") -> Path:
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"a":[' + b"[]," * 2_000_000 + b"[]]}",
+        b'{"a":' + b"[" * 2_000_000 + b"]" * 2_000_000 + b"}",
+        b"{" + b",".join(b'"%x":0' % i for i in range(2_000_000)) + b"}",
+    ],
+    ids=["wide", "deep", "keys"],
+)
+def test_a_header_of_too_many_parts_is_not_parsed(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(json, "loads", lambda _: pytest.fail("parsed"))
+    with pytest.raises(UnsupportedCheckpoint, match="more than 1048576 parts"):
+        read_header(header_of(tmp_path / "x.safetensors", text))
+
+
+@pytest.mark.parametrize("sides", [[int("9" * 4000)] * 600, [1] * 9, [0, 1 << 41]], ids=["endless", "many", "empty"])
+def test_shapes_that_torch_could_not_have_are_refused_unmultiplied(tmp_path, sides):
+    end = 2 if 0 not in sides else 0
+    text = json.dumps({"a": {"dtype": "F16", "shape": sides, "data_offsets": [0, end]}}).encode()
+    begun = time.monotonic()
+    with pytest.raises(UnsupportedCheckpoint, match=r"a is F16 of shape .*, but has bytes 0 to") as caught:
+        read_header(header_of(tmp_path / "x.safetensors", text, bytes(end)))
+    assert len(str(caught.value)) < 300
+    assert time.monotonic() - begun < 2
+
+
+@pytest.mark.parametrize("dtype", ["\ud800", "F\n" * 1000], ids=["surrogate", "lines"])
+def test_words_of_the_header_stand_in_errors_as_plain_text(tmp_path, dtype):
+    text = json.dumps({"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, 2]}}).encode()
+    with pytest.raises(UnsupportedCheckpoint, match="which is not known here") as caught:
+        read_header(header_of(tmp_path / "x.safetensors", text, b"12"))
+    assert str(caught.value).isascii()
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 200

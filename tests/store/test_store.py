@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from app.errors import InvalidParameter, UnknownModel, UnsupportedCheckpoint
+from app.store import store as store_module
 from app.store.checkpoint import Checkpoint, load_autoencoder
 from app.store.digests import Digest, digest_of
 from app.store.known import Known
@@ -337,9 +338,9 @@ def test_a_look_reads_no_weights_and_lists_nothing_new(store, monkeypatch):
     look = store.look(patient=False)
     assert [source.stem for source in look.unread] == ["a"]
     assert store.entries() == []
-    assert store.identify(look.unread[0])
+    assert store.identify(next(iter(look.unread)))
     assert listed(store) == {"a": "taesd"}
-    assert store.look().unread == ()
+    assert not store.look().unread
 
 
 def test_a_file_that_changes_while_it_is_hashed_is_not_listed(store, monkeypatch):
@@ -381,3 +382,13 @@ def test_what_the_webui_and_others_leave_in_the_folders_is_an_error_in_one_line(
     store.scan()
     assert all(reason.startswith("no VAE inside") for reason in listed(store).values())
     assert len(listed(store)) == 3
+
+
+def test_a_reason_has_no_halves_of_surrogates(store, monkeypatch):
+    def fail(*_):
+        raise UnsupportedCheckpoint("half \ud800 a pair")
+
+    monkeypatch.setattr(store_module, "identify_source", fail)
+    put(store, "VAE/x.pt")
+    store.scan()
+    assert listed(store) == {"x": "half \\ud800 a pair"}

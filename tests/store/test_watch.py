@@ -126,3 +126,17 @@ async def test_nothing_to_watch_waits_for_the_end():
     stop.set()
     with pytest.raises(StopAsyncIteration):
         await asyncio.wait_for(task, SECONDS)
+
+
+async def test_names_that_are_not_utf_8(folder):
+    """watchfiles takes no such directory, and ends when such a file comes: that must be an error that is handled."""
+    (folder / "VAE" / os.fsdecode(b"caf\xe9")).mkdir()
+    async with watched(folder) as word:
+        (folder / "VAE" / "b.pt").touch()
+        assert await word()
+    events = changes(walk(folder), asyncio.Event())
+    task = asyncio.ensure_future(anext(events))
+    await asyncio.sleep(0.3)
+    (folder / "VAE" / os.fsdecode(b"caf\xe9.pt")).touch()
+    with pytest.raises(RuntimeError, match="Unable to decode path"):
+        await asyncio.wait_for(task, SECONDS)
