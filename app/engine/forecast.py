@@ -25,7 +25,7 @@ from app.vae.strips import Banded, forecast_bytes
 MARGIN = 1.05
 """Over the counted bytes: the allocator's rounding. What was allocated was measured at 0.97 to 1.00 of the count."""
 
-OVERHEAD = 3 << 20
+OVERHEAD = 5 << 20
 """Over all: what libraries set up for themselves in the first run of a shape, whatever the size of the picture."""
 
 REMEMBERED = 4096  # forecasts kept: the shapes come from requests, so there is no end to them

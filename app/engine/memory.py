@@ -6,14 +6,13 @@ from typing import Protocol
 
 import torch
 
-from app.allocator import give_back
+from app.allocator import GAPS, give_back, keep_pages
 
 CUDA_HEADROOM = 512 << 20
 """Left to the driver, to convolution workspaces outside torch's allocator and to fragmentation."""
 
-HOST_SHARE = 0.5
-"""Of the machine's (or the container's) memory, what tensors may take: with `allocator.keep_pages` the heap of the
-process was measured at up to 1.9 times its tensors (docs/engine.md)."""
+HOST_SHARE = 0.75
+"""Of the machine's (or the container's) memory, what tensors may take; the rest is Python's, torch's and others'."""
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -30,11 +29,11 @@ class DeviceMemory(Protocol):
     def release(self) -> None:
         """Gives cached but unused blocks back."""
 
-    def start_peak(self) -> None:
-        """Begins a measurement of working memory."""
+    def begin(self, forecast: int, free: int) -> None:
+        """Before work that should take `forecast` of `free` bytes; begins the measurement of what it takes."""
 
     def peak(self) -> int | None:
-        """Bytes that the work since `start_peak` took at most; None where that cannot be measured."""
+        """Bytes that the work since `begin` took at most; None where that cannot be measured."""
 
     def kinds(self, resident: int) -> dict[str, int]:
         """Bytes by kind (total, free, allocated, reserved), for the metrics."""
@@ -45,6 +44,7 @@ class FixedMemory:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self._keeps: bool | None = None  # whether freed pages are kept; the process may have begun either way
 
     def capacity(self) -> int:
         """The limit."""
@@ -59,8 +59,12 @@ class FixedMemory:
         gc.collect()
         give_back()
 
-    def start_peak(self) -> None:
-        """Nothing to begin."""
+    def begin(self, forecast: int, free: int) -> None:
+        """Has freed pages kept for the next tensor where there is room for the gaps that this leaves."""
+        roomy = GAPS * forecast <= free
+        if roomy != self._keeps:
+            self._keeps = roomy
+            keep_pages(roomy)
 
     def peak(self) -> int | None:
         """Not measured."""
@@ -98,7 +102,7 @@ class CudaMemory:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def start_peak(self) -> None:
+    def begin(self, forecast: int, free: int) -> None:
         """Resets torch's peak counter."""
         torch.cuda.reset_peak_memory_stats(self.device)
         self._level = torch.cuda.memory_allocated(self.device)

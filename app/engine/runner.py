@@ -174,7 +174,7 @@ class Runner:
     ) -> compute.Outcome | Failure:
         task = group[0].task
         started = time.monotonic()
-        outcome = await on(self.thread, self._attempt, module, group, inputs, plan)
+        outcome = await on(self.thread, self._attempt, module, group, inputs, plan, self._cache.free)
         seconds = time.monotonic() - started
         for job in group:
             job.seconds["compute"] = job.seconds.get("compute", 0.0) + seconds
@@ -188,7 +188,7 @@ class Runner:
         return outcome
 
     def _attempt(
-        self, module: Autoencoder, group: list[Job], inputs: dict[Job, Tensor], plan: ExecutionPlan
+        self, module: Autoencoder, group: list[Job], inputs: dict[Job, Tensor], plan: ExecutionPlan, free: int
     ) -> compute.Outcome | Failure:
         """On the device thread: a forward that returns its failure instead of raising it."""
 
@@ -197,7 +197,7 @@ class Runner:
             if all(job.gone or job.late(now) for job in group):
                 raise Cancelled
 
-        self._memory.start_peak()
+        self._memory.begin(self.reserved, free)
         try:
             check()
             return compute.run(module, [inputs[job] for job in group], [job.task for job in group], plan, check)

@@ -89,7 +89,7 @@ def test_the_forecast_covers_the_measured_peak(op, dtype, execution, side):
     item = torch.tensor(array, device="cuda")
     compute.run(module, [item], [Task(op, model)], plan, lambda: None)  # libraries' own workspaces
     torch.cuda.synchronize()
-    memory.start_peak()
+    memory.begin(0, memory.free(0))
     compute.run(module, [item], [Task(op, model)], plan, lambda: None)
     peak = memory.peak()
     forecast = Forecaster("cuda").peak(network_shape(model, op, side, side), plan)
