@@ -17,9 +17,9 @@ import httpx
 from tqdm import tqdm
 
 from app.errors import InvalidParameter, ServiceError
-from app.store.folder import ROOTS
 from app.store.formats import SUFFIXES
 from app.store.known import Known, fetchable, named
+from app.store.tree import ROOTS
 
 HUB = "https://huggingface.co"
 REVISION = "main"  # a file is what its sha256 says, whichever commit it comes from

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from app.errors import UnsupportedCheckpoint
 from app.store.declared import FamilySource
-from app.store.folder import Stamp, stamp
 from app.store.formats import Format, read_header, read_tensors
 from app.store.identify import Config
 from app.store.known import Fp16
 from app.store.rebuilds import short
 from app.store.renames import canonical_keys
+from app.store.tree import Stamp, stamp
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
 from app.vae.autoencoder_tiny import AutoencoderTiny
 from app.vae.families import Family

@@ -9,12 +9,13 @@ from app.errors import UnsupportedCheckpoint
 from app.store.checkpoint import COUNTER, STATISTICS, Checkpoint, agrees, blank, some
 from app.store.declared import Declared, from_config, from_metadata, from_sidecar, norm_groups
 from app.store.digests import Digest
-from app.store.folder import DIFFUSERS_WEIGHTS, Source, Stamp, stamp
+from app.store.folder import DIFFUSERS_WEIGHTS, Source
 from app.store.formats import Header, TensorInfo, dtype_name, read_header
 from app.store.identify import Config, Hints, family_of
 from app.store.known import Known, lookup
 from app.store.rebuilds import short
 from app.store.renames import DROPPED, HALVES, NUMBERED, PREFIXES, canonical_keys, half_of, is_tiny, prefix_of
+from app.store.tree import Stamp, stamp
 from app.vae.autoencoder_kl import KLConfig
 from app.vae.autoencoder_tiny import TinyConfig
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from app.errors import UnsupportedCheckpoint
 from app.store.checkpoint import COUNTER, read_files
-from app.store.folder import Stamp
 from app.store.known import Known, lookup
+from app.store.tree import Stamp
 
 CACHE = ".latentd-hashes.json"  # hidden, so that no scan takes it for a sidecar
 VERSION = 1  # of the file, and of what `tensors_digest` is taken over

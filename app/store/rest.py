@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from app.store.folder import Stamp
+from app.store.tree import Stamp
 
 QUIET_SECONDS = 0.5
 """A file that was written a moment ago is read once it has been left alone for so long."""

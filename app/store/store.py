@@ -10,10 +10,11 @@ from app.errors import Unavailable, UnsupportedCheckpoint
 from app.store.checkpoint import Checkpoint
 from app.store.describe import identify_source
 from app.store.digests import Digest, DigestCache, digest_of
-from app.store.folder import Source, Stamp, Tree, names_of, source_of, sources, stamp, walk
+from app.store.folder import Source, names_of, source_of, sources
 from app.store.known import lookup
 from app.store.resolve import Entry, Unreadable, resolve
 from app.store.rest import DOUBT_SECONDS, OLD_AT_FIRST, OLD_SECONDS, QUIET_SECONDS, Rest
+from app.store.tree import Stamp, Tree, stamp, walk
 
 REASON = 500  # characters of an error that is listed
 

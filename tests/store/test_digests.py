@@ -14,8 +14,8 @@ from app.errors import Unavailable
 from app.store import store as store_module
 from app.store.checkpoint import Checkpoint
 from app.store.digests import CACHE, Digest, DigestCache, digest_of, sha256_of, tensors_digest
-from app.store.folder import stamp
 from app.store.store import ModelStore
+from app.store.tree import stamp
 from tests.store.weights import SUFFIXES, as_diffusers, state_of, under, write
 
 SOME = Digest("a" * 64, (), "b" * 64)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from app.store.folder import names_of, source_of, sources, walk
+from app.store.folder import names_of, source_of, sources
+from app.store.tree import walk
 
 KL = '{"_class_name": "AutoencoderKL"}'
 

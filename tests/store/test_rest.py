@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from app.store.folder import Stamp
 from app.store.rest import Rest
+from app.store.tree import Stamp
 
 HERE = Path("x.safetensors")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app.store.folder import Tree, walk
+from app.store.tree import Tree, walk
 from app.store.watch import changes
 
 SECONDS = 2.0
