@@ -22,7 +22,8 @@ from statistics import median
 import httpx
 import numpy as np
 
-from benchmarks.load import LEVELS, array_of, client, latent, npy, png, service
+from benchmarks.calls import array_of, latent, npy, png
+from benchmarks.load import LEVELS, client, service
 from tests.store.weights import state_of, write
 
 EFFECT_SECONDS = 2.0  # from the end of a swap to the first answer with the new weights

@@ -43,7 +43,7 @@ class CountingMode(TorchDispatchMode):
     """
 
     def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation for it
         self.alive = 0
         self.peak = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in ignored}
@@ -135,7 +135,7 @@ def count(shape: Shape, plan: ExecutionPlan, device: torch.device) -> int:
     if plan.execution != "whole":
         maps = forecast_bytes(Banded(plan.execution), network, size, dtype, device)
         return maps + _ends(shape, plan, device)
-    module.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's annotation lacks memory_format
     x = torch.empty(size, dtype=dtype, device="meta", memory_format=torch.channels_last)
     mode = CountingMode()
     with mode, torch.inference_mode():
