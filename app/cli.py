@@ -190,7 +190,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _files(args: argparse.Namespace) -> int:
-    from app.files import send_files
+    from app.tools.folders import send_files
 
     query = {name: value for name in QUERY if (value := getattr(args, name, None)) is not None}
     settings = _settings(models=args.models, device=args.device)
@@ -200,8 +200,8 @@ def _files(args: argparse.Namespace) -> int:
 
 
 def _models(args: argparse.Namespace) -> int:
-    from app.store.facts import facts_of, table
     from app.store.store import ModelStore
+    from app.tools.facts import facts_of, table
 
     settings = _settings(models=args.models)
     if not settings.models.is_dir():
@@ -215,21 +215,21 @@ def _models(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from app.store.facts import facts_of, lines
+    from app.tools.facts import facts_of, lines
 
     facts = facts_of(_open(args.file))
     return _print(json.dumps(facts, indent=2)) if args.json else _print(*lines(facts))
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from app.store.rewrite import convert
+    from app.tools.convert import convert
 
     source = _open(args.source)
     return _written(convert(source, _wanted(args)))
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from app.store.merge import Blend, merge
+    from app.tools.merge import Blend, merge
 
     blend = Blend(
         encoder_ratio=args.ratio if args.encoder_ratio is None else args.encoder_ratio,
@@ -241,15 +241,15 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from app.compare import compare_models
+    from app.tools.compare import compare_models
 
     settings = _settings(models=args.folder, device=args.device)
     return compare_models(args.image, args.models, args.output, settings, url=args.url, key=args.key, as_json=args.json)
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    from app.fetch import HUB, fetch, listing
-    from app.store.folder import shown
+    from app.text import shown
+    from app.tools.fetch import HUB, fetch, listing
 
     if args.list:
         return _print(*listing())
@@ -270,13 +270,13 @@ def _open(path: Path) -> Any:
 
 
 def _wanted(args: argparse.Namespace) -> Any:
-    from app.store.rewrite import CAST_TO, Output
+    from app.tools.convert import CAST_TO, Output
 
     return Output(args.target, args.layout, CAST_TO[args.dtype] if args.dtype else None, args.force)
 
 
 def _written(path: Path) -> int:
-    from app.store.folder import shown
+    from app.text import shown
 
     facts = _open(path)
     what = f"{facts.family.name} ({facts.family_source}), {facts.weight_dtype}, sha256 {facts.sha256}"

@@ -95,11 +95,3 @@ class OutOfMemory(ServiceError):
 
 class NonFiniteOutput(ServiceError):
     """The output has NaN or Inf in every precision that was allowed."""
-
-
-def one_line(text: str) -> str:
-    """The text with escapes for line breaks, other controls, and the halves of surrogate pairs that UTF-8 lacks.
-
-    Names in files and in requests may hold all of these.
-    """
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

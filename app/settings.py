@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from app.engine.jobs import Precision
+from app.terms import Precision
 
 
 class InvalidSetting(ValueError):

@@ -16,11 +16,11 @@ from diffusers import AutoencoderKL as Reference
 from torch import Tensor
 
 from app.errors import UnsupportedCheckpoint
+from app.execution.primitive import Whole
 from app.store.checkpoint import load_autoencoder
-from app.store.formats import read_header
-from app.store.renames import canonical_keys
 from app.store.store import open_checkpoint
-from app.vae.execution import Whole
+from app.weights.files import read_header
+from app.weights.renames import canonical_keys
 from benchmarks.pairs import table
 from tests.store.hostile import CORPUS, Hostile
 from tests.store.lightning import save_lightning

@@ -12,10 +12,10 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor
 
-from app.store.renames import canonical_keys
+from app.execution.primitive import Whole
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
 from app.vae.autoencoder_tiny import AutoencoderTiny, TinyConfig
-from app.vae.execution import Whole
+from app.weights.renames import canonical_keys
 
 Network = Literal["kl", "tiny"]
 Op = Literal["encode", "decode"]

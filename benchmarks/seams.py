@@ -14,11 +14,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from app.execution.banded import RECOMPUTE, STRIPS, run
+from app.execution.primitive import Whole
 from app.store.checkpoint import load_autoencoder
-from app.store.rewrite import Output, convert
 from app.store.store import open_checkpoint
-from app.vae.execution import Whole
-from app.vae.strips import RECOMPUTE, STRIPS, run
+from app.tools.convert import Output, convert
 
 ROOT = Path(__file__).parent.parent
 AMPLIFIED = 8

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from app.allocator import give_back, keep_pages
 from app.engine.forecast import CountingMode
-from app.vae.execution import Whole
-from app.vae.strips import RECOMPUTE, STRIPS, AnyExecution, Banded, execute, forecast_bytes, run
+from app.execution.banded import RECOMPUTE, STRIPS, AnyExecution, Banded, execute, forecast_bytes, run
+from app.execution.primitive import Whole
 from benchmarks.pairs import alternate, table
 from benchmarks.peer import SPATIAL_FACTOR, Op, inputs, ours, peer, run_peer
 

@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from app.engine.forecast import CountingMode
-from app.vae.execution import Whole
-from app.vae.strips import RECOMPUTE, STRIPS, AnyExecution, Banded, forecast_bytes
+from app.execution.banded import RECOMPUTE, STRIPS, AnyExecution, Banded, forecast_bytes
+from app.execution.primitive import Whole
 from benchmarks.peer import LATENT_CHANNELS, SPATIAL_FACTOR, ours, peer
 from benchmarks.tiling import TILE
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from app.allocator import keep_pages
+from app.execution.primitive import Whole
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
-from app.vae.execution import Whole
 
 CONFIG = KLConfig(
     encoder_widths=(32, 64, 96, 128),

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from app import __version__
 from app.cli import main
-from app.fetch import Fetched
 from app.settings import Settings
+from app.tools.fetch import Fetched
 from tests.service import latent, listening, npy, picture
 from tests.store.weights import as_diffusers, state_of, write
 
@@ -373,7 +373,7 @@ def test_compare_is_given_what_was_asked_for(run, monkeypatch, tmp_path):
         calls.append((args, options))
         return 0
 
-    monkeypatch.setattr("app.compare.compare_models", compare_models)
+    monkeypatch.setattr("app.tools.compare.compare_models", compare_models)
     assert run("compare", "a.png", "--models", "a, b,", "--folder", tmp_path, "--json")[0] == 0
     ((image, names, output, settings), options) = calls.pop()
     assert (str(image), names, str(output), settings.models) == ("a.png", ["a", "b"], "compare.png", tmp_path)
@@ -391,7 +391,7 @@ def test_fetch_takes_the_hub_from_flag_or_variable(run, monkeypatch, tmp_path):
         calls.append((name, models, base, token, force))
         return [Fetched(tmp_path / "new", new=True), Fetched(tmp_path / "old", new=False)]
 
-    monkeypatch.setattr("app.fetch.fetch", fetch)
+    monkeypatch.setattr("app.tools.fetch.fetch", fetch)
     for name in ("HF_TOKEN", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     status, out, _ = run("fetch", "taesd", "--models", tmp_path)

@@ -27,8 +27,3 @@ def test_the_tree_is_as_drawn():
 def test_overloaded_says_when_to_come_back():
     error = errors.Overloaded("full", 2.5)
     assert (str(error), error.retry_after) == ("full", 2.5)
-
-
-def test_one_line_is_one_line_of_utf_8_and_plain_text_stays():
-    assert errors.one_line("größe: 3 × 4") == "größe: 3 × 4"
-    assert errors.one_line("a\r\nb\0\ud800\u2028c") == "a\\r\\nb\\x00\\ud800\\u2028c"

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from app import errors
 from app.api.schemas import Problem
 from app.store.checkpoint import CheckpointChanged
+from app.text import one_line
 
 log = logging.getLogger("app.api")
 
@@ -86,7 +87,7 @@ def problem(request: Request, kind: Kind, detail: str, headers: dict[str, str] |
         type=f"urn:latentd:problem:{kind.code}",
         title="Client Closed Request" if kind.status == CLIENT_GONE else HTTPStatus(kind.status).phrase,
         status=kind.status,
-        detail=errors.one_line(detail),
+        detail=one_line(detail),
         instance=quote(request.scope["path"]),  # request.url would parse the Host header, whatever is in it
         code=kind.code,
         request_id=request_id(request),

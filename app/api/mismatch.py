@@ -6,9 +6,9 @@ import numpy as np
 from fastapi import Request
 
 from app.api.schemas import DecodeQuery
-from app.engine.jobs import Convention
 from app.errors import FamilyMismatch, InvalidParameter
-from app.store.identify import CUSTOM
+from app.store.family import CUSTOM
+from app.terms import Convention
 from app.vae.families import FAMILIES, Family, takes
 from app.vae.latent_format import LatentFormat
 from app.wire.arrays import LatentShape

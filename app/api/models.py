@@ -10,8 +10,8 @@ from app.api.schemas import LoadQuery, Model, Models, NoQuery, Plan, PlanQuery, 
 from app.engine.jobs import Task
 from app.errors import UnknownModel
 from app.store.checkpoint import Checkpoint
-from app.store.folder import shown
-from app.store.resolve import Entry
+from app.store.names import Entry
+from app.text import shown
 
 router = APIRouter(prefix="/models", tags=["models"], dependencies=GUARD, responses=PROBLEM)
 admin = APIRouter(prefix="/models", tags=["admin"], dependencies=ADMIN, responses=PROBLEM)

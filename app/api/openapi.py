@@ -10,7 +10,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from app.api.context import GUARD
 from app.api.errors import MEDIA
 from app.api.schemas import Problem
-from app.store.identify import CUSTOM
+from app.store.family import CUSTOM
 from app.vae.families import FAMILIES
 
 BINARY = {"type": "string", "format": "binary"}

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from app.engine.jobs import Convention, Precision, Tiling
+from app.terms import Convention, Precision, Tiling
 
 
 def _size(text: str) -> str:

@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from app.engine.jobs import Job, Op
+from app.engine.jobs import Job
 from app.errors import DeadlineExceeded, Overloaded, TooLarge
 from app.metrics import Metrics
+from app.terms import Op
 
 
 @dataclass(frozen=True)

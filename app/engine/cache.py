@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from app.engine.memory import DeviceMemory
-from app.engine.planning import TORCH_DTYPES, Dtype
+from app.engine.planning import TORCH_DTYPES
 from app.errors import ModelBusy, OutOfMemory
 from app.metrics import Metrics
 from app.store.checkpoint import Autoencoder, Checkpoint
+from app.terms import Dtype
 
 Key = tuple[str, Dtype]
 Load = Callable[[Checkpoint, Dtype], Awaitable[Autoencoder]]

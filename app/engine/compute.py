@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from app.engine.jobs import Task
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan
 from app.errors import Unavailable
+from app.execution.banded import STRIPS, AnyExecution, Banded, execute
+from app.execution.primitive import AttentionBlock, Whole
 from app.store.checkpoint import Autoencoder
-from app.vae.execution import AttentionBlock, Whole
-from app.vae.strips import STRIPS, AnyExecution, Banded, execute
 
 Check = Callable[[], None]
 """Called between bands, and between the layers of a whole run; raises to cancel."""

@@ -12,17 +12,18 @@ import torch
 
 from app.engine.batcher import Batcher, QueueLimits, Ticket
 from app.engine.forecast import Forecaster
-from app.engine.jobs import Job, Op, Precision, Result, Task, check_shape, picture_pixels
+from app.engine.jobs import Job, Result, Task, check_shape, picture_pixels
 from app.engine.memory import memory_of
 from app.engine.planner import PlanAnswer, Verdicts
-from app.engine.planning import Fp16, dtypes
+from app.engine.planning import dtypes
 from app.engine.worker import Load, Worker, torch_device
 from app.errors import Unavailable
 from app.metrics import Metrics
 from app.store.checkpoint import Checkpoint, load_autoencoder
 from app.store.follow import FIRST_SECONDS, Follower
-from app.store.resolve import Entry
+from app.store.names import Entry
 from app.store.store import ModelStore
+from app.terms import Fp16, Op, Precision
 
 LOAD_SECONDS = 0.5
 """What bringing a model to a device is taken to cost when devices are compared: a 335 MB file from the page cache."""

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from app.engine.jobs import Op
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan
+from app.execution.banded import Banded, forecast_bytes
+from app.execution.primitive import Whole
 from app.store.checkpoint import Checkpoint, blank
-from app.vae.execution import Whole
-from app.vae.strips import Banded, forecast_bytes
+from app.terms import Op
 
 MARGIN = 1.05
 """Over the counted bytes: the allocator's rounding. What was allocated was measured at 0.97 to 1.00 of the count."""

@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from app.errors import InvalidImage, InvalidLatent
+from app.terms import Convention, Op, Precision, Tiling
 
 if TYPE_CHECKING:  # at run time it would load torch, which the command line does only when it must
     from app.store.checkpoint import Checkpoint
-
-Op = Literal["encode", "decode"]
-Convention = Literal["scaled", "raw"]
-Precision = Literal["auto", "fp16", "bf16", "fp32"]
-Tiling = Literal["auto", "never", "always"]
 
 
 @dataclass(frozen=True)

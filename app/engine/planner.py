@@ -6,11 +6,12 @@ import torch
 
 from app.engine.cache import ModelCache
 from app.engine.forecast import Forecaster, Shape, network_shape
-from app.engine.jobs import Precision, Task, picture_pixels
+from app.engine.jobs import Task, picture_pixels
 from app.engine.memory import DeviceMemory
-from app.engine.planning import TORCH_DTYPES, Dtype, ExecutionPlan, Fp16, after, candidates, choose, dtypes
+from app.engine.planning import TORCH_DTYPES, ExecutionPlan, after, candidates, choose, dtypes
 from app.errors import OutOfMemory
 from app.store.checkpoint import Checkpoint
+from app.terms import Dtype, Fp16, Precision
 
 
 class Verdicts:

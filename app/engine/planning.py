@@ -10,12 +10,10 @@ from typing import Literal, get_args
 
 import torch
 
-from app.engine.jobs import Precision, Tiling
+from app.terms import Dtype, Fp16, Precision, Tiling
 
-Dtype = Literal["fp16", "bf16", "fp32"]
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 ExecutionName = Literal["whole", "strips", "recompute"]  # in this order: each takes less memory than the one before
-Fp16 = Literal["ok", "overflows", "unknown"]
 
 FORWARD_PIXELS = 8_388_608
 """Output pixels of one whole forward: at 256 channels, 2**31 elements, where CUDA kernels index with 32 bits."""

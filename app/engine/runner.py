@@ -23,10 +23,11 @@ from app.engine.cache import ModelCache
 from app.engine.jobs import Job, Result
 from app.engine.memory import DeviceMemory
 from app.engine.planner import Planner, shape_of
-from app.engine.planning import Dtype, ExecutionPlan
+from app.engine.planning import ExecutionPlan
 from app.errors import DeadlineExceeded, NonFiniteOutput, OutOfMemory, ServiceError, Unavailable
 from app.metrics import Metrics
 from app.store.checkpoint import Autoencoder
+from app.terms import Dtype
 
 log = logging.getLogger("app.engine")
 T = TypeVar("T")

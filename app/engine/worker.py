@@ -16,14 +16,15 @@ from app.engine import compute
 from app.engine.batcher import Batcher, QueueLimits, Rate
 from app.engine.cache import ModelCache
 from app.engine.forecast import Forecaster
-from app.engine.jobs import Job, Precision, Task
+from app.engine.jobs import Job, Task
 from app.engine.memory import DeviceMemory
 from app.engine.planner import PlanAnswer, Planner, Verdicts
-from app.engine.planning import TORCH_DTYPES, Dtype
+from app.engine.planning import TORCH_DTYPES
 from app.engine.runner import Runner, Staged, on
 from app.errors import OutOfMemory, Unavailable
 from app.metrics import Metrics
 from app.store.checkpoint import Autoencoder, Checkpoint, load_autoencoder
+from app.terms import Dtype, Precision
 
 STALL_SECONDS = 120.0
 """A batch may show no progress for so long, or for ten times its expected time, before liveness turns red."""

@@ -1,1 +1,1 @@
-"""Files on disk -> checkpoints: formats, key names, identification, loading, hot reload. Knows no device policy."""
+"""The models folder -> checkpoints: noticing what changes, identity, names. Knows no file format, no device policy."""

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from app.errors import UnsupportedCheckpoint
 from app.store.declared import FamilySource
-from app.store.formats import Format, read_header, read_tensors
-from app.store.identify import Config
-from app.store.known import Fp16
-from app.store.rebuilds import short
-from app.store.renames import canonical_keys
+from app.store.family import Config
 from app.store.tree import Stamp, stamp
+from app.terms import Fp16
+from app.text import short
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
 from app.vae.autoencoder_tiny import AutoencoderTiny
 from app.vae.families import Family
+from app.weights.files import Format, read_header, read_tensors
+from app.weights.renames import canonical_keys
 
 Autoencoder = AutoencoderKL | AutoencoderTiny
 

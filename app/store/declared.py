@@ -7,7 +7,7 @@ from typing import Literal
 
 from app.errors import UnsupportedCheckpoint
 from app.store.folder import read_json
-from app.store.rebuilds import short
+from app.text import short
 from app.vae.families import FAMILIES, Architecture
 
 FamilySource = Literal["config", "checkpoint", "hash", "operator", "default"]

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.store.formats import SUFFIXES, Format
-from app.store.renames import half_of
 from app.store.tree import Stamp
+from app.text import shown
+from app.weights.files import SUFFIXES, Format
+from app.weights.renames import half_of
 
 DIFFUSERS_WEIGHTS = tuple(
     f"diffusion_pytorch_model{variant}" for variant in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
@@ -99,11 +100,6 @@ def _choice(source: Source, choice: int) -> str:
     file, parent = source.path, source.path.parent.name
     name = source.stem + ("" if source.format == "diffusers" else file.suffix)
     return shown((f"{parent}/{source.stem}", name, f"{parent}/{name}", file.as_posix().lstrip("/"))[choice - 1])
-
-
-def shown(path: Path | str) -> str:
-    """A name or path as text that any encoding can carry: bytes that are not UTF-8 become escapes."""
-    return str(path).encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _files(place: Path, weights: set[str], names: set[str]) -> list[Source]:

@@ -9,7 +9,7 @@ from contextlib import aclosing, suppress
 from app.errors import Unavailable, UnknownModel
 from app.store.checkpoint import Checkpoint
 from app.store.folder import Source
-from app.store.resolve import Entry
+from app.store.names import Entry
 from app.store.store import ModelStore
 from app.store.tree import Tree
 from app.store.watch import changes

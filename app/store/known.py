@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import PurePosixPath
-from typing import Literal
 
 from app.errors import UnknownModel
-
-Fp16 = Literal["ok", "overflows", "unknown"]
+from app.terms import Fp16
 
 
 @dataclass(frozen=True)

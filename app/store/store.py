@@ -8,11 +8,11 @@ from pathlib import Path
 
 from app.errors import Unavailable, UnsupportedCheckpoint
 from app.store.checkpoint import Checkpoint
-from app.store.describe import identify_source
 from app.store.digests import Digest, DigestCache, digest_of
 from app.store.folder import Source, names_of, source_of, sources
+from app.store.identity import identify_source
 from app.store.known import lookup
-from app.store.resolve import Entry, Unreadable, resolve
+from app.store.names import Entry, Unreadable, resolve
 from app.store.rest import DOUBT_SECONDS, OLD_AT_FIRST, OLD_SECONDS, QUIET_SECONDS, Rest
 from app.store.tree import Stamp, Tree, stamp, walk
 

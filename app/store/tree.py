@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.store.formats import SUFFIXES
+from app.weights.files import SUFFIXES
 
 ROOTS = frozenset({"vae", "vae_approx", "vae-approx", "vae-taesd", "stable-diffusion", "checkpoints"})  # in any case
 DEEPEST = 64  # folders in folders: os.walk calls itself

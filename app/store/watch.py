@@ -8,8 +8,8 @@ from pathlib import Path
 
 from watchfiles import Change, awatch
 
-from app.store.folder import shown
 from app.store.tree import Tree
+from app.text import shown
 
 DEBOUNCE_MS, STEP_MS = 200, 50
 """Changes that follow each other within a step are one, up to the debounce; watchfiles' own is 1600 ms."""

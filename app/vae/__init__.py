@@ -1,1 +1,1 @@
-"""The networks, their latent formats and families, and the ways to execute a network. Pure torch."""
+"""The networks, one file each; their architectures and families as rows; latent formats. Pure torch."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app.errors import UnsupportedCheckpoint
-from app.vae.execution import Execution
+from app.execution.primitive import Execution
 from app.vae.posterior import DiagonalGaussian, Posterior
 
 NORM_EPS = 1e-6  # of every GroupNorm of the LDM autoencoders

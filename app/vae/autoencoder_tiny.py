@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app.errors import UnsupportedCheckpoint
-from app.vae.execution import Activation, Execution, tanh_clamp
+from app.execution.primitive import Activation, Execution, tanh_clamp
 from app.vae.posterior import Dirac, Posterior
 
 POOL_GROUPS = 4  # of the GroupNorm in TAEF2's mid-blocks

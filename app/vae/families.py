@@ -8,6 +8,7 @@ github.com/madebyollin/taesd (tiny autoencoders: pixels in [0, 1], latents as th
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from app.terms import Convention
 from app.vae.latent_format import LatentFormat
 
 Architecture = Literal["kl", "tiny"]
@@ -43,7 +44,15 @@ class Family:
     @property
     def size_multiple(self) -> int:
         """Pictures are padded to multiples of this many pixels, so that packed latents come out whole."""
-        return self.spatial_factor * self.latent_format.patch
+        return self.side("scaled")
+
+    def side(self, convention: Convention) -> int:
+        """Pixels per latent position along one side."""
+        return self.spatial_factor * (self.latent_format.patch if convention == "scaled" else 1)
+
+    def channels(self, convention: Convention) -> int:
+        """Channels of a latent."""
+        return self.latent_channels * (self.latent_format.patch**2 if convention == "scaled" else 1)
 
 
 def _kl(name: str, channels: int, latent_format: LatentFormat, space: str, **more: Any) -> Family:
@@ -74,7 +83,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def takes(family: str, latents_of: str, convention: Literal["scaled", "raw"]) -> bool:
+def takes(family: str, latents_of: str, convention: Convention) -> bool:
     """Whether a VAE of one family decodes latents of another, both by name, to what they are meant to be.
 
     Families of one latent space with the same constants do (SD 1.x and 2.x); and a tiny autoencoder, which is made to

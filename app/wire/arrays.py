@@ -2,18 +2,17 @@
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 
 from app.errors import InvalidLatent
+from app.terms import Convention
 from app.wire.declared import Declared, Values, check_size, values
 from app.wire.npy import npy_header
 from app.wire.npz import npz_headers, read_npz
 from app.wire.sniff import ARRAYS, sniff
 from app.wire.tensors import safetensors_header
-
-Convention = Literal["scaled", "raw"]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from app.engine import compute
 from app.engine.jobs import Task
 from app.engine.planning import ExecutionPlan
 from app.errors import Unavailable
-from app.vae.execution import Whole
+from app.execution.primitive import Whole
 from tests.fakes import FAMILY, checkpoint, latent, load, picture
 
 TOY = checkpoint("toy")

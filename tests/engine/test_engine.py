@@ -11,7 +11,7 @@ from app.engine.batcher import QueueLimits
 from app.engine.engine import device_names
 from app.engine.jobs import Task
 from app.errors import InvalidImage, InvalidLatent, OutOfMemory, Unavailable, UnsupportedCheckpoint
-from app.vae import strips
+from app.execution import banded as strips
 from tests.fakes import FAMILY, Forwards, checkpoint, latent, load, picture, running, submit, submit_all, until, value
 
 HOT, COLD = checkpoint("hot"), checkpoint("cold")

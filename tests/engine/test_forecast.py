@@ -7,8 +7,8 @@ from app.engine import compute, forecast
 from app.engine.forecast import MARGIN, OVERHEAD, CountingMode, Forecaster, Shape, count, network_shape
 from app.engine.jobs import Task
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan
+from app.execution import banded as strips
 from app.store.checkpoint import blank
-from app.vae import strips
 from app.vae.autoencoder_kl import KLConfig
 from tests.fakes import FAMILY, checkpoint, latent, load, picture
 

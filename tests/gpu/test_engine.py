@@ -11,10 +11,11 @@ import torch
 
 from app.engine import compute
 from app.engine.forecast import Forecaster, network_shape
-from app.engine.jobs import Op, Task
+from app.engine.jobs import Task
 from app.engine.memory import CudaMemory
 from app.engine.planning import FORWARD_PIXELS, ExecutionPlan
 from app.errors import OutOfMemory
+from app.terms import Op
 from app.vae.autoencoder_kl import KLConfig
 from tests.fakes import Forwards, checkpoint, latent, load, picture, running, submit, value
 

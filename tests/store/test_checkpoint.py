@@ -8,9 +8,9 @@ from diffusers import AutoencoderKL as Reference
 from torch import nn
 
 from app.errors import UnsupportedCheckpoint
+from app.execution.primitive import Whole
 from app.store.checkpoint import CheckpointChanged, load_autoencoder, read_state
 from app.store.store import open_checkpoint
-from app.vae.execution import Whole
 from app.vae.families import FAMILIES
 from tests.store.weights import (
     SUFFIXES,

@@ -18,7 +18,7 @@ from app.store import store as store_module
 from app.store.checkpoint import Checkpoint
 from app.store.digests import digest_of
 from app.store.follow import Follower
-from app.store.resolve import Unreadable
+from app.store.names import Unreadable
 from app.store.store import ModelStore
 from tests.store.weights import state_of, under, write
 

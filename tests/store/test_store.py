@@ -14,7 +14,7 @@ from app.store import store as store_module
 from app.store.checkpoint import Checkpoint, load_autoencoder
 from app.store.digests import Digest, digest_of
 from app.store.known import Known
-from app.store.resolve import Unreadable
+from app.store.names import Unreadable
 from app.store.store import ModelStore
 from tests.store.weights import as_diffusers, state_of, under, write, write_folder
 
@@ -122,7 +122,7 @@ def test_the_names_in_an_error_are_capped(store):
 
 
 def test_a_prefix_of_two_models_is_ambiguous_but_not_of_two_copies(store, monkeypatch):
-    monkeypatch.setattr("app.store.resolve.PREFIX", 0)
+    monkeypatch.setattr("app.store.names.PREFIX", 0)
     put(store, "VAE/a.pt")
     shutil.copy(store.folder / "VAE/a.pt", store.folder / "VAE/copy.pt")
     store.scan()

@@ -9,10 +9,10 @@ from diffusers import AutoencoderKLFlux2 as ReferenceFlux2
 from torch import Tensor
 
 from app.errors import UnsupportedCheckpoint
-from app.store.renames import canonical_keys
+from app.execution.primitive import Whole
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
-from app.vae.execution import Whole
 from app.vae.families import FAMILIES
+from app.weights.renames import canonical_keys
 
 GROUPS = 4
 WIDTHS = (8, 16, 16, 32)

@@ -10,9 +10,9 @@ from diffusers import AutoencoderTiny as Reference
 from torch import Tensor, nn
 
 from app.errors import UnsupportedCheckpoint
-from app.store.renames import canonical_keys
+from app.execution.primitive import Whole
 from app.vae.autoencoder_tiny import AutoencoderTiny, TinyConfig
-from app.vae.execution import Whole
+from app.weights.renames import canonical_keys
 
 TOLERANCE = 1e-4  # of the output's range, in float32
 WEIGHTS = Path(__file__).parents[3] / "shared" / "weights"

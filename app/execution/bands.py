@@ -1,0 +1,219 @@
+"""Knows how one pass runs: feature maps as bands of rows, pulled from target to source, no row computed twice.
+
+A band is a contiguous channels_last tensor (B, C, rows, W). A convolution reads a window of prepared rows
+(normalised, activated; zeros only beyond the picture's own edges) and carries the window's last rows over
+to the next band, so that there is no overlap between bands and no seam.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from app.execution.enlarging import enlarge, merged
+from app.execution.moments import Moments, normalise
+from app.execution.passes import Pass
+from app.execution.primitive import attend, tokens
+from app.execution.program import Conv, Node
+
+Affine = tuple[Tensor, Tensor]
+"""A GroupNorm of one map as scale and shift, each (B, C) in float32."""
+
+
+class Rows:
+    """The rows of one map that are alive: written at the bottom, freed from the top."""
+
+    def __init__(self) -> None:
+        self.stop = 0  # rows written so far
+        self._bands: deque[tuple[int, Tensor]] = deque()
+
+    def append(self, band: Tensor) -> None:
+        """Writes a band below the others."""
+        self._bands.append((self.stop, band))
+        self.stop += band.shape[2]
+
+    def read(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """(row, view) of the bands that the rows start..stop lie in, clipped to these rows."""
+        for top, band in self._bands:
+            first, last = max(start, top), min(stop, top + band.shape[2])
+            if first < last:
+                yield first, band[:, :, first - top : last - top]
+
+    def free(self, row: int) -> None:
+        """Lets go of the bands that lie above `row` as a whole."""
+        while self._bands and self._bands[0][0] + self._bands[0][1].shape[2] <= row:
+            self._bands.popleft()
+
+    def trim(self, row: int) -> None:
+        """`free`, and what is left of the top band becomes a small tensor of its own."""
+        self.free(row)
+        if self._bands and self._bands[0][0] < row:
+            top, band = self._bands.popleft()
+            self._bands.appendleft((row, band[:, :, row - top :].clone()))
+
+
+class Walk:
+    """The state of one pass: what its nodes have computed, and how far their readers have read."""
+
+    def __init__(self, each: Pass, maps: dict[Node, Rows], moments: dict[Node, Moments], like: Tensor) -> None:
+        self._kept = maps
+        self._like = like  # dtype and device of every map
+        self._frees = frozenset(each.frees)
+        self._rows = {node: Rows() for node in each.nodes if node not in each.targets}
+        self._made = dict.fromkeys(each.nodes, 0)  # rows of each node computed so far
+        self._carry: dict[Node, Tensor] = {}  # prepared rows that a convolution's next band reads again
+        self._merged = {
+            node: merged(node.op.conv.weight) for node in each.nodes if isinstance(node.op, Conv) and node.op.up == 2
+        }
+        self._affine = {
+            node: moments[node.normed].scale_and_shift(node.op.norm)
+            for node in each.nodes
+            if node.normed is not None and node.op is not None and node.op.norm is not None
+        }
+        self._read: dict[Node, dict[tuple[Node, str], int]] = {}  # rows that each reader of a map has done with
+        for node in each.nodes:
+            for role, source in (("x", node.x), ("add", node.add)):
+                if source is not None:
+                    self._read.setdefault(source, {})[node, role] = 0
+
+    def band(self, node: Node, stop: int) -> Tensor:
+        """The rows of `node` from where its last band ended to `stop`."""
+        op, start = node.op, self._made[node]
+        assert isinstance(op, Conv) and node.x is not None
+        self._pull(node.x, op.reads(stop, node.x.shape[2]))
+        out = self._bare(node, op, node.x, stop) if op.windowless else self._convolve(node, op, node.x, stop)
+        if node.add is not None:
+            self._pull(node.add, stop)
+            for row, part in self._source(node.add).read(start, stop):
+                out[:, :, row - start : row - start + part.shape[2]] += part
+                del part  # the loop's name would keep the map's last band alive
+            self._release(node.add, (node, "add"), stop)
+        self._made[node] = stop
+        return out if op.then is None else op.then(out, inplace=True)
+
+    def _pull(self, node: Node, stop: int) -> None:
+        """Makes sure that the rows < stop of `node` are there."""
+        if node in self._rows and self._made[node] < stop:
+            self._rows[node].append(self.band(node, stop))
+
+    def _source(self, node: Node) -> Rows:
+        return self._rows[node] if node in self._rows else self._kept[node]
+
+    def _release(self, node: Node, reader: tuple[Node, str], stop: int) -> None:
+        """Lets go of the rows that every reader has done with."""
+        self._read[node][reader] = stop
+        done = min(self._read[node].values())
+        if node in self._rows:
+            self._rows[node].trim(done)
+        elif node in self._frees:
+            self._kept[node].free(done)
+
+    def _bare(self, node: Node, op: Conv, x: Node, stop: int) -> Tensor:
+        """A 1x1 convolution of the rows where they lie."""
+        parts = [op.conv(part) for _, part in self._source(x).read(self._made[node], stop)]
+        self._release(x, (node, "x"), stop)
+        return _channels_last(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
+
+    def _convolve(self, node: Node, op: Conv, x: Node, stop: int) -> Tensor:
+        """A convolution of a window of x, whose rows are numbered as those of x: the padding begins at -top."""
+        left, right, top, _ = op.pad
+        b, c, height, width = x.shape
+        start = self._made[node]
+        first = op.stride * (start // op.up) - top
+        carry = self._carry.pop(node, None)
+        ready = max(first, 0) if carry is None else first + carry.shape[2]
+        end = max(ready, op.reads(stop, height))
+        sides = (0, 0) if left == right else (left, right)  # equal sides are padded by the convolution itself
+        window = torch.empty(
+            (b, c, op.below(stop) - first, width + sum(sides)),
+            dtype=self._like.dtype,
+            device=self._like.device,
+            memory_format=torch.channels_last,
+        )
+        if carry is not None:
+            window[:, :, : carry.shape[2]] = carry
+        elif first < 0:
+            window[:, :, :-first].zero_()
+        del carry
+        inner = window[..., sides[0] : sides[0] + width]
+        for row, part in self._source(x).read(ready, end):
+            _write(part, self._affine.get(node), inner[:, :, row - first : row - first + part.shape[2]])
+            del part
+        if op.act is not None:
+            op.act(inner[:, :, ready - first : end - first], inplace=True)
+        window[:, :, end - first :].zero_()
+        window[..., : sides[0]].zero_()
+        window[..., sides[0] + width :].zero_()
+        self._release(x, (node, "x"), end)
+        following = op.stride * (stop // op.up) - top
+        if following < first + window.shape[2] and stop < node.shape[2]:
+            self._carry[node] = window[:, :, following - first :].clone()
+        if op.up == 2:
+            return enlarge(window, self._merged[node], op.conv.bias, start % 2, stop - start)
+        padding = (0, left if left == right else 0)
+        return _channels_last(
+            F.conv2d(window, op.conv.weight, op.conv.bias, op.conv.stride, padding, groups=op.conv.groups)
+        )
+
+
+def _write(x: Tensor, affine: Affine | None, out: Tensor) -> None:
+    if affine is None:
+        out.copy_(x)
+    else:
+        normalise(x, *affine, out)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _attention(each: Pass, x: Rows, affine: Affine, like: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(row, band) of x + proj_out(softmax(q k^T / sqrt(C)) v): keys and values whole, queries band by band."""
+    (node,) = each.targets
+    block = node.op
+    assert block is not None and not isinstance(block, Conv)
+    b, c, h, w = node.shape
+    keys, values = (like.new_empty((b, 1, h * w, c)) for _ in range(2))
+    for row, part in x.read(0, h):
+        normed = torch.empty_like(part, memory_format=torch.channels_last)
+        normalise(part, *affine, normed)
+        at = slice(row * w, (row + part.shape[2]) * w)
+        keys[:, :, at] = tokens(block.k(normed))
+        values[:, :, at] = tokens(block.v(normed))
+        del part, normed
+    for start in range(0, h, each.rows):
+        stop = min(h, start + each.rows)
+        out = torch.cat([part for _, part in x.read(start, stop)], dim=2)
+        if each.frees:
+            x.free(stop)
+        normed = torch.empty_like(out)
+        normalise(out, *affine, normed)
+        attended = attend(tokens(block.q(normed)), keys, values)
+        out += block.proj_out(attended.reshape(b, stop - start, w, c).permute(0, 3, 1, 2))
+        del normed, attended
+        yield start, out
+        del out
+
+
+def walk(
+    each: Pass, maps: dict[Node, Rows], moments: dict[Node, Moments], like: Tensor
+) -> Iterator[tuple[Node, int, Tensor]]:
+    """Runs one pass: yields (target, first row, band) in order of rows.
+
+    `maps` are the kept maps, whose bands are freed as `each.frees` says; `moments` the statistics that the pass's
+    GroupNorms need; `like` any tensor of the maps' dtype and device.
+    """
+    (target, *_) = each.targets
+    if target.attends:
+        assert target.x is not None and target.op is not None and target.op.norm is not None
+        affine = moments[target.x].scale_and_shift(target.op.norm)
+        for start, band in _attention(each, maps[target.x], affine, like):
+            yield target, start, band
+            del band
+        return
+    state = Walk(each, maps, moments, like)
+    for start in range(0, target.shape[2], each.rows):
+        for target in each.targets:
+            yield target, start, state.band(target, min(target.shape[2], start + each.rows))

@@ -1,0 +1,209 @@
+"""Knows which layers a network runs and on what shapes: its forward recorded as nodes, before a tensor is touched.
+
+The networks are written against `Execution`; `record` gives them an execution that notes each layer instead of
+computing it. What is kept in memory, and in which order bands are computed, is then arithmetic on the nodes.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import nn
+
+from app.execution.primitive import Activation, AttentionBlock, Network, Pad
+
+Shape = tuple[int, int, int, int]
+"""(B, C, H, W)."""
+
+
+@dataclass(frozen=True)
+class Conv:
+    """then(conv(up(act(norm(x)))) + add), with the padding spelled out."""
+
+    conv: nn.Conv2d
+    norm: nn.GroupNorm | None
+    act: Activation | None
+    up: int  # output rows per row of x before the stride: 2 where a 3x3 convolution sees x enlarged
+    pad: Pad  # (left, right, top, bottom)
+    then: Activation | None
+
+    @property
+    def kernel(self) -> int:
+        """Rows of the kernel."""
+        return int(self.conv.kernel_size[0])
+
+    @property
+    def stride(self) -> int:
+        """Rows of the padded input per row of the output."""
+        return int(self.conv.stride[0])
+
+    @property
+    def windowless(self) -> bool:
+        """Whether the rows of x can be convolved where they lie: a bare 1x1."""
+        bare = self.norm is None and self.act is None and self.up == 1 and not any(self.pad)
+        return bare and tuple(self.conv.kernel_size) == (1, 1) and tuple(self.conv.stride) == (1, 1)
+
+    def below(self, stop: int) -> int:
+        """The row of x above which the output rows < stop read; beyond the last row where they read padding."""
+        return self.stride * (-(-stop // self.up) - 1) - self.pad[2] + self.kernel
+
+    def reads(self, stop: int, height: int) -> int:
+        """Rows of x, which has `height`, that the output rows < stop need."""
+        return min(height, self.below(stop))
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One feature map and how it is made: the layer `op` of `x`, plus `add`. The input has neither."""
+
+    shape: Shape
+    op: Conv | AttentionBlock | None = None
+    x: "Node | None" = None
+    add: "Node | None" = None
+
+    @property
+    def sources(self) -> tuple["Node", ...]:
+        """The maps that this one is computed from."""
+        return tuple(source for source in (self.x, self.add) if source is not None)
+
+    @property
+    def normed(self) -> "Node | None":
+        """The map whose statistics must be known before the first row can be computed."""
+        norm = self.op.norm if self.op is not None else None
+        return None if norm is None else self.x
+
+    @property
+    def attends(self) -> bool:
+        """Whether every row needs all rows of x."""
+        return self.op is not None and not isinstance(self.op, Conv)
+
+    @cached_property
+    def elements(self) -> int:
+        """Numbers in the whole map."""
+        b, c, h, w = self.shape
+        return b * c * h * w
+
+    @cached_property
+    def banded_flops(self) -> int:
+        """`flops` as bands compute the map; see `enlarging`."""
+        return self.flops * 4 // 9 if isinstance(self.op, Conv) and self.op.up == 2 else self.flops
+
+    @cached_property
+    def flops(self) -> int:
+        """Multiplications and additions of the whole map, convolutions and attention only."""
+        b, c, h, w = self.shape
+        if isinstance(self.op, Conv):
+            kernel_h, kernel_w = self.op.conv.kernel_size
+            return 2 * self.elements * kernel_h * kernel_w * self.op.conv.in_channels // self.op.conv.groups
+        return 4 * b * c * (h * w) * (h * w + 2 * c) if self.attends else 0
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """The nodes that the output depends on, from the input to the output, each after its sources."""
+
+    nodes: tuple[Node, ...]
+    readers: dict[Node, tuple[Node, ...]]
+
+    @property
+    def input(self) -> Node:
+        """The map that the caller gives."""
+        return self.nodes[0]
+
+    @property
+    def output(self) -> Node:
+        """The map that the caller gets."""
+        return self.nodes[-1]
+
+    @cached_property
+    def flops(self) -> int:
+        """The work of `Whole`."""
+        return sum(node.flops for node in self.nodes)
+
+    def cuts(self) -> tuple[Node, ...]:
+        """The nodes at which no other map is live: input, block outputs, resampling layers, output."""
+        place = {node: i for i, node in enumerate(self.nodes)}
+        live = 0  # the last node that reads any map before this one
+        cuts = []
+        for i, node in enumerate(self.nodes):
+            if live <= i:
+                cuts.append(node)
+            live = max([live, *(place[reader] for reader in self.readers[node])])
+        return tuple(cuts)
+
+
+def inside(targets: Iterable[Node], known: Iterable[Node]) -> tuple[Node, ...]:
+    """`targets` and the nodes between them and the `known` ones, each after its sources."""
+    found: dict[Node, None] = {}
+    stop = frozenset(known)
+
+    def visit(node: Node) -> None:
+        if node not in stop and node not in found:
+            for source in node.sources:
+                visit(source)
+            found[node] = None
+
+    for target in targets:
+        visit(target)
+    return tuple(found)
+
+
+@dataclass
+class _Recorder:
+    """An `Execution` whose maps are nodes."""
+
+    nodes: list[Node] = field(default_factory=list)
+
+    def conv(
+        self,
+        x: Node,
+        conv: nn.Conv2d,
+        *,
+        norm: nn.GroupNorm | None = None,
+        act: Activation | None = None,
+        up: bool = False,
+        pad: Pad | None = None,
+        add: Node | None = None,
+        then: Activation | None = None,
+    ) -> Node:
+        if isinstance(conv.padding, str) or conv.padding_mode != "zeros" or tuple(conv.dilation) != (1, 1):
+            raise ValueError(f"bands need a convolution padded with zeros by numbers, without dilation: {conv}")
+        pad_h, pad_w = (int(side) for side in conv.padding)
+        left, right, top, bottom = pad if pad is not None else (pad_w, pad_w, pad_h, pad_h)
+        plain = (conv.kernel_size, conv.stride, conv.groups) == ((3, 3), (1, 1), 1)
+        if up and not (plain and (left, right, top, bottom) == (1, 1, 1, 1)):
+            raise ValueError(f"bands enlarge before a 3x3 convolution padded by 1 only: {conv}")
+        scale = 2 if up else 1
+        b, _, h, w = x.shape
+        height = (h * scale + top + bottom - conv.kernel_size[0]) // conv.stride[0] + 1
+        width = (w * scale + left + right - conv.kernel_size[1]) // conv.stride[1] + 1
+        if height < 1 or width < 1 or conv.kernel_size[0] < conv.stride[0]:
+            raise ValueError(f"a map of {h}x{w} is too small for {conv}, or its stride skips rows")
+        op = Conv(conv, norm, act, scale, (left, right, top, bottom), then)
+        return self._add(Node((b, conv.out_channels, height, width), op, x, add))
+
+    def attention(self, x: Node, block: AttentionBlock) -> Node:
+        return self._add(Node(x.shape, block, x))
+
+    def _add(self, node: Node) -> Node:
+        self.nodes.append(node)
+        return node
+
+
+def record(network: Network, shape: tuple[int, ...]) -> Program:
+    """The program that `network` runs on an input of `shape` (B, C, H, W).
+
+    Raises ValueError where a layer cannot be run over bands, or a map has no rows or columns left.
+    """
+    recorder = _Recorder()
+    b, c, h, w = shape
+    start = Node((b, c, h, w))
+    output = network(recorder, start)
+    nodes = (start, *inside((output,), (start,)))
+    readers: dict[Node, list[Node]] = {node: [] for node in nodes}
+    for node in nodes:
+        for source in node.sources:
+            readers[source].append(node)
+    # In the network's own order: a block's first convolution before its shortcut.
+    place = {node: i for i, node in enumerate((start, *recorder.nodes))}
+    return Program(tuple(sorted(nodes, key=place.__getitem__)), {node: tuple(found) for node, found in readers.items()})

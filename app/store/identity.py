@@ -1,0 +1,202 @@
+"""Finds out what a source of weights is: headers and shapes first, its bytes' hash last, no tensor at all."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.errors import UnsupportedCheckpoint
+from app.store.checkpoint import COUNTER, STATISTICS, Checkpoint, agrees, blank, some
+from app.store.declared import Declared, from_config, from_metadata, from_sidecar, norm_groups
+from app.store.digests import Digest
+from app.store.family import Config, Hints, family_of
+from app.store.folder import DIFFUSERS_WEIGHTS, Source
+from app.store.known import Known, lookup
+from app.store.tree import Stamp, stamp
+from app.text import short
+from app.vae.autoencoder_kl import KLConfig
+from app.vae.autoencoder_tiny import TinyConfig
+from app.weights.files import Header, TensorInfo, dtype_name, read_header
+from app.weights.renames import DROPPED, HALVES, NUMBERED, PREFIXES, canonical_keys, half_of, is_tiny, prefix_of
+
+MOST_TENSORS = 4096  # of an autoencoder: SDXL's has 248
+LARGEST = 1 << 28  # values of one tensor: SDXL's largest has 2 359 296
+WIDEST = 1 << 20  # channels: keeps what the network makes of them within what torch can count
+BLOCK_TENSORS = 8  # of a residual block at least
+
+
+def identify_source(
+    source: Source,
+    name: str,
+    default_family: str | None,
+    digest: Callable[[Source], Digest],
+    twin: Callable[[str], Known | None] = lambda tensors: None,
+) -> Checkpoint:
+    """Finds out what a source is, from headers and shapes; `digest` is asked last, as it reads every byte.
+
+    `twin` is asked for the known file that has the same tensors, where these bytes are not known themselves.
+    Raises UnsupportedCheckpoint with the reason.
+    """
+    stamps = tuple(_stamp(path) for path in source.watched)
+    weights = _weights(source)
+    declared = _declarations(source, weights.metadata)
+    config = _config(weights, declared)
+    hashed = digest(source)
+    row = lookup(hashed.sha256, hashed.halves) or twin(hashed.tensors)
+    family, family_source = family_of(
+        config,
+        Hints(
+            declared=declared,
+            pipeline=weights.pipeline or (_beside(source) if row is None else {}),
+            known_family=row.family if row else None,
+            default_family=default_family,
+            stem=source.stem,
+        ),
+    )
+    values = {key: info for key, info in weights.tensors.items() if not key.startswith(STATISTICS)}
+    dtypes = {dtype_name(info.dtype) for info in values.values()}
+    return Checkpoint(
+        name=name,
+        path=source.path,
+        files=source.files,
+        sha256=hashed.sha256,
+        tensors_sha256=hashed.tensors,
+        format=source.format,
+        family=family,
+        family_source=family_source,
+        config=config,
+        known_as=row.name if row else None,
+        fp16=row.fp16 if row else "unknown",
+        parameters=sum(math.prod(info.shape) for info in values.values()),
+        weight_dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
+        baked=bool(weights.pipeline),
+        stamps=stamps,
+    )
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The autoencoder's tensors by LDM name, and what lies beside them in the files."""
+
+    tensors: Mapping[str, TensorInfo]
+    pipeline: Mapping[str, tuple[int, ...]]  # shapes of a full checkpoint's other tensors
+    metadata: Mapping[str, str]
+    others: Mapping[str, str]  # what is there in place of a dense tensor, by LDM name
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self.tensors.items()}
+
+
+def _weights(source: Source) -> _Weights:
+    if not source.files:
+        sharded = any(source.path.glob("*-of-*")) or any(source.path.glob("*.index.json"))
+        raise UnsupportedCheckpoint(
+            "its weights are split over several files; one file was expected"
+            if sharded
+            else f"a config.json without weights: expected {DIFFUSERS_WEIGHTS[0]} beside it"
+        )
+    tensors: dict[str, TensorInfo] = {}
+    pipeline: dict[str, tuple[int, ...]] = {}
+    metadata: dict[str, str] = {}
+    others: dict[str, str] = {}
+    for path in source.files:
+        header = read_header(path)
+        names = canonical_keys(header.tensors, path.stem)
+        others |= _others(header, path.stem)
+        metadata.update(header.metadata)
+        for key, name in names.items():
+            if name in tensors:
+                raise UnsupportedCheckpoint(f"{name} is there twice")
+            tensors[name] = header.tensors[key]
+        if prefix := prefix_of(header.tensors):
+            own = (prefix, *DROPPED)
+            pipeline |= {key: info.shape for key, info in header.tensors.items() if not key.startswith(own)}
+    _check_halves(source, tensors)
+    return _Weights(tensors, pipeline, metadata, others)
+
+
+def _others(header: Header, stem: str) -> dict[str, str]:
+    """What has the place of a tensor, by the LDM name that the tensor would have."""
+    keys = [key for key in header.others if half_of(stem) or not NUMBERED.match(key)]  # lists of a trainer, too
+    names = canonical_keys([*header.tensors, *keys], stem)
+    return {names[key]: header.others[key] for key in keys if key in names}
+
+
+def _beside(source: Source) -> Mapping[str, tuple[int, ...]]:
+    """The shapes of the full checkpoint NAME that a NAME.vae.* belongs to; none where it says nothing."""
+    if source.owner is None:
+        return {}
+    try:
+        header = read_header(source.owner)
+    except UnsupportedCheckpoint:
+        return {}
+    own = (*PREFIXES, *DROPPED)
+    return {key: info.shape for key, info in header.tensors.items() if not key.startswith(own)}
+
+
+def _check_halves(source: Source, names: Iterable[str]) -> None:
+    names = list(names)
+    there = [half for half in HALVES if any(name.startswith(f"{half}.") for name in names)]
+    if not there:
+        raise UnsupportedCheckpoint(
+            f"no VAE inside: no key begins with encoder. or decoder. ({some(names) or 'no tensors'})"
+        )
+    if len(there) == 1:
+        other = next(half for half in HALVES if half not in there)
+        stem = source.stem.removesuffix(f"_{there[0]}")
+        raise UnsupportedCheckpoint(f"only the {there[0]}: {stem}_{other}.* is missing beside it")
+
+
+def _declarations(source: Source, metadata: Mapping[str, str]) -> tuple[Declared, ...]:
+    sidecar = from_sidecar(source.sidecar) if source.sidecar else None
+    config = from_config(source.config) if source.config else None
+    return tuple(item for item in (sidecar, config, from_metadata(metadata)) if item is not None)
+
+
+def _config(weights: _Weights, declared: tuple[Declared, ...]) -> Config:
+    """The configuration that the shapes say, once the strict load is sure to succeed with it."""
+    shapes = weights.shapes
+    _check_size(shapes)
+    config: Config
+    if is_tiny(shapes):
+        config = TinyConfig.from_shapes(shapes)
+    else:
+        config = KLConfig.from_shapes(shapes, norm_groups(declared))
+        _check_blocks(config, shapes)
+    wanted = {key: tuple(value.shape) for key, value in blank(config).state_dict().items()}
+    if missing := [key for key in wanted if key not in shapes and key != COUNTER]:
+        if wrong := next((key for key in missing if key in weights.others), None):
+            raise UnsupportedCheckpoint(f"{wrong} is {weights.others[wrong]}; a dense tensor was expected")
+        raise UnsupportedCheckpoint(f"missing {some(missing)}")
+    if left := [key for key in shapes if key not in wanted]:
+        raise UnsupportedCheckpoint(f"left over {some(left)}")
+    for key, shape in wanted.items():
+        if key in shapes and not agrees(shapes[key], shape):
+            raise UnsupportedCheckpoint(f"{key} has shape {shapes[key]}; expected {shape}")
+        if key != COUNTER and not weights.tensors[key].dtype.is_floating_point:
+            raise UnsupportedCheckpoint(f"{key} is {dtype_name(weights.tensors[key].dtype)}; expected floating point")
+    return config
+
+
+def _check_size(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UnsupportedCheckpoint for what only a hostile file has: a network of its shapes would fill the memory."""
+    if len(shapes) > MOST_TENSORS:
+        raise UnsupportedCheckpoint(f"refused: {len(shapes)} tensors; an autoencoder has at most {MOST_TENSORS}")
+    for key, shape in shapes.items():
+        if math.prod(shape) > LARGEST or max(shape, default=0) > WIDEST:
+            raise UnsupportedCheckpoint(f"refused: {short(key)} of shape {shape} is too large for an autoencoder")
+
+
+def _check_blocks(config: KLConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UnsupportedCheckpoint unless there may be weights for as many blocks as level 0 has, in every level."""
+    blocks = len(config.encoder_widths) * (config.encoder_depth + config.decoder_depth)
+    if blocks * BLOCK_TENSORS > len(shapes):
+        raise UnsupportedCheckpoint(f"missing tensors: {blocks} residual blocks, but only {len(shapes)} tensors")
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        return stamp(path)
+    except OSError as error:
+        raise UnsupportedCheckpoint(f"{path.name} cannot be read: {error.strerror}") from error

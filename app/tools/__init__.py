@@ -1,0 +1,1 @@
+"""What the command line does with files: convert, merge, compare, fetch, folders of pictures, facts."""

@@ -1,0 +1,207 @@
+"""A checkpoint -> a .safetensors file or a diffusers folder: another layout, another dtype, out of a full checkpoint.
+
+Tensors pass through one at a time; at the same dtype they keep every bit.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from app.errors import InvalidParameter, UnsupportedCheckpoint
+from app.store.checkpoint import STATISTICS, Checkpoint, CheckpointChanged, blank
+from app.store.declared import KEYS
+from app.store.folder import DIFFUSERS_WEIGHTS
+from app.text import shown
+from app.tools.diffusers_config import diffusers_config
+from app.tools.facts import file_layout
+from app.vae.autoencoder_kl import KLConfig
+from app.vae.families import FAMILIES
+from app.weights.files import DTYPE_NAMES, SUFFIXES, TensorInfo, dtype_name, read_header, read_tensors
+from app.weights.renames import Layout, canonical_keys, diffusers_keys, half_of, layout_shape
+from app.weights.writing import TensorSpec, Write, file_order, publish, safetensors_writer
+
+CAST_TO = {name: dtype for dtype, name in DTYPE_NAMES.items() if name != "fp64"}
+"""What --dtype may say: fp16, bf16, fp32."""
+
+NORM_GROUPS = 32  # where nothing is declared
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a checkpoint lies."""
+
+    path: Path
+    key: str
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is asked of the file to be written; None keeps what the source has."""
+
+    target: Path
+    layout: Layout | None = None
+    dtype: torch.dtype | None = None
+    force: bool = False
+
+
+def convert(source: Checkpoint, output: Output) -> Path:
+    """Writes the autoencoder of a checkpoint anew, without prefixes; returns the file with the weights.
+
+    Raises InvalidParameter for a target that cannot be, UnsupportedCheckpoint when the source cannot be read, a weight
+    overflows in the new dtype, or diffusers has no such network, and OSError.
+    """
+    places = places_of(source)
+    dtypes = {name: new_dtype(name, place.info.dtype, output.dtype) for name, place in places.items()}
+
+    def tensors(names: Iterable[str]) -> Iterator[Tensor]:
+        names = list(names)
+        for name, tensor in zip(names, read_places(places[name] for name in names), strict=True):
+            yield cast(name, tensor, dtypes[name])
+
+    return write_checkpoint(source, dtypes, tensors, source_metadata(source), output, (source,))
+
+
+def write_checkpoint(
+    like: Checkpoint,
+    dtypes: Mapping[str, torch.dtype],
+    tensors: Callable[[Iterable[str]], Iterator[Tensor]],
+    metadata: Mapping[str, str],
+    output: Output,
+    sources: tuple[Checkpoint, ...],
+) -> Path:
+    """Writes tensors of these LDM names and dtypes as an autoencoder like `like`; returns the weights' file.
+
+    `tensors` gives those of the names that it is called with, in that order. Raises as `convert`, and
+    CheckpointChanged when a source was written to meanwhile.
+    """
+    layout = output.layout or file_layout(like)
+    weights, config = _targets(output.target, layout)
+    for source in sources:
+        _check_apart(source, weights)
+    keys = diffusers_keys(dtypes) if layout == "diffusers" else {name: name for name in dtypes}
+    names = {key: name for name, key in keys.items()}
+    shapes = {name: tuple(value.shape) for name, value in blank(like.config).state_dict().items()}
+    ordered = file_order(
+        TensorSpec(key, dtypes[name], layout_shape(name, shapes[name], layout)) for key, name in names.items()
+    )
+
+    def shaped() -> Iterator[Tensor]:
+        for spec, tensor in zip(ordered, tensors([names[spec.key] for spec in ordered]), strict=True):
+            yield tensor.reshape(spec.shape)
+
+    def check() -> None:
+        for source in sources:
+            if source.changed():
+                raise CheckpointChanged(f"{source.path} was written to meanwhile; nothing was made of it")
+
+    files: dict[Path, Write] = {weights: safetensors_writer(ordered, shaped(), metadata)}
+    if config is None:
+        publish(files, force=output.force, check=check)
+        return weights
+    text = json.dumps(diffusers_config(like), indent=2, sort_keys=True) + "\n"
+    files[config] = lambda file: file.write(text.encode())
+    new = not output.target.exists()
+    output.target.mkdir(exist_ok=True)
+    try:
+        publish(files, force=output.force, check=check)
+    except BaseException:
+        if new:
+            with suppress(OSError):
+                output.target.rmdir()
+        raise
+    return weights
+
+
+def places_of(checkpoint: Checkpoint) -> dict[str, Place]:
+    """Where the tensors of a checkpoint lie, by LDM name. Raises UnsupportedCheckpoint."""
+    places: dict[str, Place] = {}
+    for path in checkpoint.files:
+        tensors = read_header(path).tensors
+        for key, name in canonical_keys(tensors, path.stem).items():
+            places[name] = Place(path, key, tensors[key])
+    return places
+
+
+def read_places(places: Iterable[Place]) -> Iterator[Tensor]:
+    """The tensors at these places in this order, as the files have them; each file is opened once."""
+    places = list(places)
+    readers = {
+        path: read_tensors(path, [place.key for place in places if place.path == path])
+        for path in {place.path for place in places}
+    }
+    for place in places:
+        _, tensor = next(readers[place.path])
+        if (tensor.dtype, tuple(tensor.shape)) != (place.info.dtype, place.info.shape):
+            raise UnsupportedCheckpoint(f"{place.path.name} has changed since it was identified")
+        yield tensor
+
+
+def new_dtype(name: str, dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """What a tensor's dtype becomes: statistics and counters keep theirs in every precision."""
+    return dtype if wanted is None or name.startswith(STATISTICS) else wanted
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; itself if it has it. Raises UnsupportedCheckpoint where a finite weight overflows."""
+    if tensor.dtype == dtype:
+        return tensor
+    result = tensor.to(dtype)
+    finite = result.to(torch.float64).isfinite()  # not every dtype has isfinite
+    if not bool(finite.all()):
+        exact = tensor.to(torch.float64)
+        lost = exact[exact.isfinite() & ~finite]
+        if lost.numel():
+            raise UnsupportedCheckpoint(
+                f"{name} has the value {lost[lost.abs().argmax()].item():g}, beyond the range of {dtype_name(dtype)}: "
+                "bf16 and fp32 hold it"
+            )
+    return result
+
+
+def source_metadata(source: Checkpoint) -> dict[str, str]:
+    """The source's own metadata, what it was, and what makes the result identify itself wherever it is put."""
+    metadata: dict[str, str] = {}
+    for path in source.files:
+        metadata.update(read_header(path).metadata)
+    for key in KEYS:
+        metadata.pop(key, None)  # a sidecar may have overruled it
+    family = source.family
+    metadata |= {
+        "format": "pt",
+        "family": family.name,
+        "family_source": source.family_source,
+        "source_sha256": source.sha256,
+        "source_name": shown(source.name if source.path.is_dir() else source.path.name),
+    }
+    row = FAMILIES.get(family.name)
+    if row is None or row.latent_format != family.latent_format:
+        metadata["scaling_factor"] = repr(family.latent_format.scaling_factor)
+        metadata["shift_factor"] = repr(family.latent_format.shift_factor)
+    if isinstance(source.config, KLConfig) and source.config.norm_groups != NORM_GROUPS:
+        metadata["norm_num_groups"] = str(source.config.norm_groups)
+    return metadata
+
+
+def _targets(target: Path, layout: Layout) -> tuple[Path, Path | None]:
+    """(file for the weights, file for the configuration where the target is a folder)."""
+    if target.suffix.lower() == ".safetensors" and not target.is_dir():
+        if half := half_of(target.stem):
+            raise InvalidParameter(f"{target.name} would be taken for the {half} alone: give it a name without _{half}")
+        return target, None
+    if layout == "diffusers" and (target.is_dir() or target.suffix.lower() not in SUFFIXES):
+        return target / DIFFUSERS_WEIGHTS[0], target / "config.json"
+    raise InvalidParameter(
+        f"cannot write to {target}: expected the name of a .safetensors file, or with --layout diffusers of a folder"
+    )
+
+
+def _check_apart(source: Checkpoint, weights: Path) -> None:
+    for path in source.files:
+        if weights.exists() and weights.samefile(path):
+            raise InvalidParameter(f"{weights} is the source itself: write to another file")

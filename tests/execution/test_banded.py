@@ -1,0 +1,256 @@
+"""Bands against the whole: the same function for every network, size, band height and precision."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from app.engine.forecast import CountingMode
+from app.execution.banded import RECOMPUTE, STRIPS, Banded, execute, forecast_bytes, run
+from app.execution.primitive import Whole
+from app.execution.program import record
+from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
+from app.vae.autoencoder_tiny import AutoencoderTiny, TinyConfig, TinyLayer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Operations this small cost a busy machine more in waking a second thread than they take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+CPU = torch.device("cpu")
+
+EXECUTIONS = [
+    Banded("strips", 1),  # bands of one row, where the map has few
+    Banded("strips", 5000),
+    STRIPS,  # bands larger than these pictures
+    Banded("recompute", 1),
+    Banded("recompute", 5000),
+    Banded("recompute", 20_000, budget_bytes=600_000),
+    RECOMPUTE,
+]
+
+
+def layer(index, c_in, c_out, **more):
+    return TinyLayer(index=index, c_in=c_in, c_out=c_out, **more)
+
+
+def kl(**more):
+    torch.manual_seed(0)
+    config = KLConfig((32, 64, 64), (32, 64, 64), 2, 2, 4, norm_groups=8, **more)
+    return AutoencoderKL(config).requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def tiny(pool):
+    torch.manual_seed(0)
+    encoder = (
+        layer(0, 3, 16),
+        layer(1, 16, 16, block=True),
+        layer(2, 16, 24, bias=False, stride=2),
+        layer(3, 24, 24, block=True, pool=pool),
+        layer(4, 24, 16, bias=False, stride=2, relu=True),
+        layer(6, 16, 4),
+    )
+    decoder = (
+        layer(1, 4, 16, relu=True),
+        layer(3, 16, 16, block=True, pool=pool),
+        layer(6, 16, 24, bias=False, up=True),
+        layer(7, 24, 16, block=True),
+        layer(10, 16, 16, bias=False, up=True),
+        layer(11, 16, 3),
+    )
+    return AutoencoderTiny(TinyConfig(encoder, decoder)).requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+FAMILIES = {
+    "kl": kl,
+    "kl without attention or 1x1": lambda: kl(mid_attention=False, quant_conv=False, post_quant_conv=False),
+    "tiny": lambda: tiny(pool=False),
+    "tiny with norms": lambda: tiny(pool=True),
+}
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def vae(request):
+    return FAMILIES[request.param]()
+
+
+def cases(vae, sizes):
+    """(network, input) of decodes of latents and encodes of pictures, odd ones among them."""
+    torch.manual_seed(1)
+    for b, h, w in sizes:
+        yield vae.decode, torch.randn(b, 4, h, w)
+        yield vae.encode, torch.randn(b, 3, 4 * h + 3, 4 * w + 1)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS, ids=repr)
+def test_equals_whole(vae, execution):
+    for network, x in cases(vae, [(1, 16, 12), (3, 5, 9), (1, 23, 4), (1, 1, 1)]):
+        whole = run(Whole(), network, x)
+        banded = run(execution, network, x)
+        span = (whole.max() - whole.min()).item()
+        assert banded.shape == whole.shape
+        assert (banded - whole).abs().max() <= 1e-5 * max(span, 1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("execution", [Banded("strips", 5000), Banded("recompute", 5000)], ids=str)
+def test_half_precision_is_as_near_the_truth_as_whole(name, execution):
+    full, half = FAMILIES[name](), FAMILIES[name]().to(torch.bfloat16)
+    sizes = [(2, 20, 16)]
+    for (truth, x), (rounded, _) in zip(cases(full, sizes), cases(half, sizes), strict=True):
+        exact = run(Whole(), truth, x)
+        whole, banded = (run(each, rounded, x.bfloat16()).float() for each in (Whole(), execution))
+        assert rms(banded - exact) <= 1.1 * rms(whole - exact)
+
+
+def rms(x):
+    return x.square().mean().sqrt().item()
+
+
+def test_bands_come_in_order_and_cover_the_output():
+    vae = kl()
+    x = torch.randn(1, 4, 16, 8)
+    rows, bands = zip(*execute(Banded("strips", 5000), vae.decode, x), strict=True)
+    assert len(bands) > 4
+    assert rows[0] == 0
+    assert all(
+        row + band.shape[2] == following for row, band, following in zip(rows, bands, (*rows[1:], 64), strict=True)
+    )
+    assert all(band.is_inference() for band in bands)
+    assert next(iter(execute(Whole(), vae.decode, x)))[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["strips", "recompute"])
+@pytest.mark.parametrize("half", ["decode", "encode"])
+@pytest.mark.parametrize("name", ["kl", "tiny with norms"])
+def test_forecast_holds(kind, half, name):
+    """The memory counted in a real run lies at most a quarter under the forecast, and never above it."""
+    vae = FAMILIES[name]()
+    network = getattr(vae, half)
+    x = torch.randn(1, 4, 40, 24) if half == "decode" else torch.randn(1, 3, 160, 96)
+    for band_elements in (20_000, 100_000):
+        execution = Banded(kind, band_elements)
+        counted = count(execution, network, x, vae)
+        forecast = forecast_bytes(execution, network, tuple(x.shape), x.dtype, x.device)
+        assert counted <= forecast <= 1.25 * counted
+
+
+def count(execution, network, x, vae):
+    live = CountingMode([x, *vae.parameters()])
+    with torch.inference_mode(), live:
+        for _, band in execute(execution, network, x):
+            del band
+    assert live.alive == 0
+    return live.peak
+
+
+def test_memory_is_a_fraction_of_wholes():
+    vae = FAMILIES["kl"]()
+    for network, x in ((vae.decode, torch.randn(1, 4, 40, 32)), (vae.encode, torch.randn(1, 3, 160, 128))):
+        whole = count(Whole(), network, x, vae)
+        assert count(Banded("strips", 40_000), network, x, vae) <= 0.45 * whole
+        assert count(Banded("recompute", 40_000), network, x, vae) <= 0.3 * whole
+
+
+def test_a_budget_buys_the_fastest_plan_that_fits():
+    network, shape = kl().decode, (1, 4, 40, 32)
+    program = record(network, shape)
+    lean = Banded("recompute", 20_000).plan(program, torch.float32, CPU)
+    fast = Banded("strips", 20_000).plan(program, torch.float32, CPU)
+    for budget in (fast.peak_elements * 4, lean.peak_elements * 4):
+        plan = Banded("recompute", 20_000, budget_bytes=budget).plan(program, torch.float32, CPU)
+        assert plan.peak_elements * 4 <= budget
+    assert Banded("recompute", 20_000, budget_bytes=1 << 40).plan(program, torch.float32, CPU).flops < program.flops
+    assert Banded("recompute", budget_bytes=0).plan(program, torch.float32, CPU).peak_elements <= lean.peak_elements * 4
+
+
+def test_items_of_a_batch_do_not_touch():
+    """NaN in one item of a batch leaves the others as they would be alone."""
+    vae = kl()
+    z = torch.randn(2, 4, 8, 8)
+    alone = run(STRIPS, vae.decode, z[:1])
+    z[1] = float("nan")
+    both = run(STRIPS, vae.decode, z)
+    torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=0)
+    assert both[1].isnan().all()
+
+
+class Gone(Exception):
+    """The client left."""
+
+
+@pytest.mark.parametrize("kind", ["strips", "recompute"])
+def test_cancelled_between_bands_and_freed(kind):
+    vae = kl()
+    x = torch.randn(1, 4, 16, 16)
+    live = CountingMode([x, *vae.parameters()])
+    calls = 0
+
+    def check():
+        nonlocal calls
+        calls += 1
+        if calls == 40:
+            raise Gone
+
+    with torch.inference_mode(), live:
+        with pytest.raises(Gone):
+            run(Banded(kind, 5000), vae.decode, x, check=check)
+        gc.collect()
+    assert calls == 40
+    assert live.peak > 0
+    assert live.alive == 0
+
+
+def test_a_consumer_that_stops_frees_the_rest():
+    vae = kl()
+    bands = execute(Banded("strips", 5000), vae.decode, torch.randn(1, 4, 16, 16))
+    _, band = next(bands)
+    storage = weakref.ref(band.untyped_storage())
+    bands.close()
+    del band
+    assert storage() is None
+
+
+def test_runs_on_meta():
+    vae = kl().to("meta")
+    for execution in (Banded("strips", 5000), Banded("recompute", 5000)):
+        assert run(execution, vae.decode, torch.empty(2, 4, 9, 7, device="meta")).shape == (2, 3, 36, 28)
+
+
+def test_tells_its_passes(caplog):
+    with caplog.at_level("DEBUG", logger="app.vae"):
+        run(Banded("strips", 5000), kl().decode, torch.randn(1, 4, 8, 8))
+    assert "strips pass 1/" in caplog.text
+
+
+def test_the_network_is_left_alone():
+    """No state changes meaning: weights and gradients flags are the same after a banded run."""
+    vae = kl()
+    before = {key: value.clone() for key, value in vae.state_dict().items()}
+    x = torch.randn(1, 4, 8, 8)
+    kept = x.clone()
+    run(RECOMPUTE, vae.decode, x)
+    assert torch.equal(x, kept)
+    assert all(torch.equal(before[key], value) for key, value in vae.state_dict().items())
+
+
+def test_an_activation_before_an_enlargement():
+    """No family has it yet; the primitive allows it."""
+    norm, conv = torch.nn.GroupNorm(2, 8), torch.nn.Conv2d(8, 8, 3, padding=1)
+    wide = torch.nn.Conv2d(8, 8, 7)
+
+    def network(run_, x):
+        x = run_.conv(x, conv)
+        x = run_.conv(x, conv, norm=norm, act=F.silu, up=True, then=F.relu)
+        return run_.conv(x, wide, act=F.relu, pad=(3, 2, 2, 3))
+
+    x = torch.randn(2, 8, 9, 5)
+    for execution in EXECUTIONS:
+        torch.testing.assert_close(run(execution, network, x), run(Whole(), network, x), atol=1e-5, rtol=1e-5)
