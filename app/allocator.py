@@ -41,3 +41,16 @@ def give_back() -> None:
     """Returns the heap's free pages to the kernel; a no-op where the C library is not glibc."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class Heap:
+    """The heap of this process, switched before each forward that needs it otherwise."""
+
+    def __init__(self) -> None:
+        self._keeps: bool | None = None  # the process may have begun either way
+
+    def keep(self, keep: bool) -> None:
+        """`keep_pages`, where it is not so already."""
+        if keep != self._keeps:
+            self._keeps = keep
+            keep_pages(keep)

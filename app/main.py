@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Info
 
 from app import __version__
+from app.allocator import Heap
 from app.api import compare, errors, health, models, openapi, routes
 from app.api.access import Access
 from app.api.context import Context, Limits
@@ -35,8 +36,11 @@ CLOSING_SECONDS = 5
 
 
 def build_engine(settings: Settings, registry: CollectorRegistry) -> Engine:
-    """The engine as the settings want it, not started. Raises InvalidSetting."""
+    """The engine as the settings want it, not started; this process is its own. Raises InvalidSetting."""
     _check(settings)
+    # What `deterministic` and "fp32" promise on CUDA. Both are switches of the whole process.
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.allow_tf32 = False
     metrics = Metrics(registry)
     options = EngineOptions(
         devices=settings.devices,
@@ -45,6 +49,7 @@ def build_engine(settings: Settings, registry: CollectorRegistry) -> Engine:
         cache_bytes=settings.cache_bytes,
         memory_limit_bytes=settings.memory_limit_bytes,
         precision=settings.precision,
+        keep_pages=Heap().keep,
     )
     engine = Engine(options, ModelStore(settings.models, settings.default_family), metrics)
     registry.register(StateCollector(engine.gauges))
@@ -86,9 +91,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         metrics=engine.metrics,
         limits=Limits(
             body_bytes=settings.max_body_bytes,
-            pixels=settings.max_pixels,
+            picture_pixels=settings.max_pixels,
             items=settings.queue_size,
-            total_pixels=max(settings.queue_pixels, settings.max_pixels),
+            pixels=max(settings.queue_pixels, settings.max_pixels),
         ),
         api_keys=settings.keys,
         admin_key=settings.admin_key.get_secret_value() if settings.admin_key else None,

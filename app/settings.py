@@ -7,7 +7,10 @@ from typing import Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from app.engine.batcher import QueueLimits
 from app.terms import Precision
+
+_QUEUE = QueueLimits()
 
 
 class InvalidSetting(ValueError):
@@ -26,9 +29,9 @@ class Settings(BaseSettings):
     cache_bytes: int | None = Field(None, gt=0)
     memory_limit_bytes: int | None = Field(None, gt=0)
     precision: Precision = "auto"
-    queue_size: int = Field(256, gt=0)
-    queue_pixels: int = Field(512 << 20, gt=0)
-    batch_pixels: int = Field(4 << 20, gt=0)
+    queue_size: int = Field(_QUEUE.items, gt=0)
+    queue_pixels: int = Field(_QUEUE.pixels, gt=0)
+    batch_pixels: int = Field(_QUEUE.batch_pixels, gt=0)
     max_body_bytes: int = Field(256 << 20, gt=0)
     max_pixels: int = Field(8192 * 8192, gt=0)
     drain_seconds: float = Field(30.0, ge=0, le=86_400)

@@ -28,7 +28,7 @@ from app.vae.families import FAMILIES
 
 SMALL = KLConfig((8, 16), (8, 16), 1, 1, 4, norm_groups=4)  # spatial factor 2
 FAMILY = replace(FAMILIES["sd1"], name="toy", spatial_factor=2)
-LIMITS = QueueLimits(requests=256, pixels=1 << 26, batch_pixels=1 << 20)
+LIMITS = QueueLimits(items=256, pixels=1 << 26, batch_pixels=1 << 20)
 
 
 def checkpoint(name: str = "toy", config: KLConfig = SMALL) -> Checkpoint:
@@ -102,7 +102,7 @@ async def running(
 async def submit(engine: Engine, task: Task, *arrays: np.ndarray, deadline: float | None = None) -> list[Result]:
     """One request with these arrays."""
     async with engine.admit(task, [array.shape for array in arrays], deadline) as admission:
-        return await admission.run(task, arrays)
+        return await admission.run(arrays)
 
 
 async def submit_all(engine: Engine, task: Task, arrays: Sequence[np.ndarray]) -> list[Any]:
@@ -131,6 +131,7 @@ class Forwards:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[tuple[str, str, int]] = []  # (model, plan, items)
+        self.threads: list[str] = []  # named after their devices
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
@@ -140,6 +141,7 @@ class Forwards:
 
     def __call__(self, module: Any, inputs: list[torch.Tensor], tasks: list[Task], plan: Any, check: Any) -> Any:
         self.log.append((tasks[0].checkpoint.name, str(plan), len(inputs)))
+        self.threads.append(threading.current_thread().name.partition("-")[0])
         self.entered.set()
         assert self.gate.wait(60)
         self.before(inputs, plan)

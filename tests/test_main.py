@@ -302,13 +302,13 @@ async def test_every_setting_reaches_its_reader(tmp_path):
     engine = build_engine(settings, CollectorRegistry())
     options, limits = engine.options, engine.options.limits
     assert (engine.store.folder, options.default_model, options.precision) == (tmp_path, "a", "bf16")
-    assert (limits.requests, limits.pixels, limits.batch_pixels) == (3, 4, 5)
+    assert (limits.items, limits.pixels, limits.batch_pixels) == (3, 4, 5)
     assert (options.cache_bytes, options.memory_limit_bytes) == (1, 2 << 20)
     assert [worker.name for worker in engine.workers] == ["cpu:0", "cpu:1"]
     app = create_app(Settings(models=tmp_path, device="cpu", max_body_bytes=6, max_pixels=7, queue_pixels=4))
     assert app.state.context.limits.body_bytes == 6
-    assert app.state.context.limits.pixels == 7
-    assert app.state.context.limits.total_pixels == 7  # one picture may always come
+    assert app.state.context.limits.picture_pixels == 7
+    assert app.state.context.limits.pixels == 7  # one picture may always come
 
 
 async def test_the_default_family_stands_in_where_nothing_says(models):

@@ -1,16 +1,14 @@
 """The answer to /encode and /decode: its bytes in the type that was asked for, and headers that say what happened."""
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from urllib.parse import quote
 
 import numpy as np
 from fastapi import Response
 
-from app.engine.jobs import Result, Task
-from app.metrics import Metrics
+from app.api.clock import Clock
+from app.api.work import Done, Size
+from app.engine.jobs import Task
 from app.wire.images import write_image
 from app.wire.npy import write_npy
 from app.wire.npz import write_npz, write_zip
@@ -19,40 +17,6 @@ from app.wire.tensors import write_safetensors
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
 PNG, JPEG, WEBP, ZIP = "image/png", "image/jpeg", "image/webp", "application/zip"
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
-
-Size = tuple[int, int]
-"""(width, height) in pixels."""
-
-
-@dataclass
-class Clock:
-    """Milliseconds of each stage of one request, for Server-Timing."""
-
-    op: str
-    metrics: Metrics
-    stages: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("read", "queue", "load", "compute", "write"), 0.0)
-    )
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Adds the time of its block to a stage."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stages[name] += (time.perf_counter() - started) * 1000
-
-    def add(self, results: Sequence[Result]) -> None:
-        """The engine's stages: those of the item that took longest."""
-        for stage in ("queue", "load", "compute"):
-            self.stages[stage] += max(result.seconds.get(stage, 0.0) for result in results) * 1000
-
-    def finish(self) -> str:
-        """The value of Server-Timing; the metrics get the same."""
-        for stage, ms in self.stages.items():
-            self.metrics.stage_seconds.labels(self.op, stage).observe(ms / 1000)
-        return ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in self.stages.items())
 
 
 def latents_body(media: str, arrays: list[np.ndarray], task: Task, sizes: Sequence[Size]) -> bytes:
@@ -88,27 +52,20 @@ def _sizes(sizes: Sequence[Size]) -> str:
     return ", ".join(f"{width}x{height}" for width, height in distinct)
 
 
-def answer(
-    body: bytes,
-    media: str,
-    task: Task,
-    results: Sequence[Result],
-    clock: Clock,
-    sizes: Sequence[Size],
-    warning: str | None = None,
-) -> Response:
+def answer(body: bytes, media: str, done: Done, clock: Clock, sizes: Sequence[Size]) -> Response:
     """The body, and headers that say what happened to it."""
-    told = next((result for result in results if result.reason), results[0])
+    told = next((result for result in done.results if result.reason), done.results[0])
+    checkpoint = done.task.checkpoint
     headers = {
-        "X-Model": quote(task.checkpoint.name, safe=PRINTABLE),  # a file's name: any character but / and NUL
-        "X-Model-SHA256": task.checkpoint.sha256,
+        "X-Model": quote(checkpoint.name, safe=PRINTABLE),  # a file's name: any character but / and NUL
+        "X-Model-SHA256": checkpoint.sha256,
         "X-Plan": told.plan,
-        "X-Latents": task.latents,
+        "X-Latents": done.task.latents,
         "X-Image-Size": _sizes(sizes),
         "Server-Timing": clock.finish(),
     }
     if told.reason:
         headers["X-Plan-Reason"] = told.reason
-    if warning:
-        headers["X-Warning"] = quote(warning, safe=PRINTABLE)
+    if done.warning:
+        headers["X-Warning"] = quote(done.warning, safe=PRINTABLE)
     return Response(body, media_type=media, headers=headers)

@@ -5,7 +5,7 @@ import math
 import textwrap
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
 
@@ -13,14 +13,15 @@ import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
 from app.api.accept import negotiate
-from app.api.answer import JPEG, PNG, WEBP, ZIP, Clock, Size
+from app.api.answer import JPEG, PNG, WEBP, ZIP
 from app.api.body import deadline_of, read_pictures, while_connected
+from app.api.clock import Clock
 from app.api.context import GUARD, Context, Limits, Shared
-from app.api.current import RUNS
 from app.api.openapi import BINARY, PROBLEM, takes
 from app.api.schemas import Compared, CompareQuery, Comparison
-from app.engine.engine import Admission
+from app.api.work import Size, latent_shape_of, picture_shape
 from app.engine.jobs import Task
+from app.engine.requests import Admission, Work
 from app.errors import (
     InvalidParameter,
     NonFiniteOutput,
@@ -30,7 +31,7 @@ from app.errors import (
     UnknownModel,
     UnsupportedCheckpoint,
 )
-from app.store.checkpoint import Checkpoint, CheckpointChanged
+from app.store.checkpoint import Checkpoint
 from app.wire.difference import difference
 from app.wire.fit import fit, fitted_size
 from app.wire.images import image_size, read_image, write_image
@@ -50,12 +51,10 @@ router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
 
 @dataclass(frozen=True)
 class _Trip:
-    """A model that has room in the queue for both ways, or the reason why it cannot take part."""
+    """A model that takes part, or the reason why it cannot."""
 
     asked: str  # a name, or a hash prefix
     model: Checkpoint | UnsupportedCheckpoint
-    ways: tuple[tuple[Task, Admission], ...] = ()
-    room: AsyncExitStack = field(default_factory=AsyncExitStack, repr=False)
 
     @property
     def row(self) -> Compared:
@@ -63,6 +62,10 @@ class _Trip:
         if not isinstance(self.model, Checkpoint):
             return Compared(model=self.asked)
         return Compared(model=self.model.name, sha256=self.model.sha256, family=self.model.family.name)
+
+
+Row = tuple[Compared, Cell]
+Run = Callable[[], Awaitable[Row]]
 
 
 @router.post(
@@ -93,26 +96,20 @@ async def compare(request: Request, query: Annotated[CompareQuery, Query()], sha
     _check_size(size, seen, len(trips), shared.limits)
 
     def read() -> np.ndarray:
-        image = read_image(bodies[0], background=query.rgb, max_pixels=shared.limits.pixels)
+        image = read_image(bodies[0], background=query.rgb, max_pixels=shared.limits.picture_pixels)
         return image if query.fit == "pad" else fit(image, multiple, query.fit)
 
-    async def again(trip: _Trip) -> _Trip:
-        """After its file was replaced before its weights were loaded."""
-        assert isinstance(trip.model, Checkpoint)
-        await shared.engine.replaced(trip.model, deadline)
-        anew = _Trip(trip.asked, await shared.engine.resolve(trip.asked))
-        await trip.room.aclose()  # what is left of the old room: a queue that just held them all has no more
-        return await admit(anew)
+    picture: list[np.ndarray] = []  # read once there is room for all of it
 
-    async def work(trips: list[_Trip]) -> tuple[list[Compared], list[Cell]]:
+    async def work(runs: list[tuple[_Trip, Run]]) -> tuple[list[Compared], list[Cell]]:
         with clock.stage("read"):
-            original = await asyncio.to_thread(read)
-            first = Cell(await asyncio.to_thread(shrunk, original), ("original", f"{seen[0]}x{seen[1]}"))
-        done: list[tuple[Compared, Cell]] = []
+            picture.append(await asyncio.to_thread(read))
+            first = Cell(await asyncio.to_thread(shrunk, picture[0]), ("original", f"{seen[0]}x{seen[1]}"))
+        done: list[Row] = []
         errors: list[ServiceError] = []
-        for trip in trips:  # one after the other: each model is loaded once, however few the device holds
+        for trip, run in runs:  # one after the other: each model is loaded once, however few the device holds
             try:
-                done.append(await _with_current(trip, original, clock, again))
+                done.append(await run())
             except OWN_FAULTS as error:
                 errors.append(error)
                 done.append(_failure(trip.row, error))
@@ -121,10 +118,9 @@ async def compare(request: Request, query: Annotated[CompareQuery, Query()], sha
         return [row for row, _ in done], [first, *(cell for _, cell in done)]
 
     async with AsyncExitStack() as room:
-        admit = partial(_admit, room, shared, query, seen, deadline)
-        # Room for all of it before the picture is decoded: the request is refused now, or served whole.
-        admitted = [await admit(trip) for trip in trips]
-        rows, cells = await while_connected(request, work(admitted))
+        # The request is refused now, or served whole.
+        runs = [(trip, await _admitted(room, shared, query, seen, deadline, trip, picture, clock)) for trip in trips]
+        rows, cells = await while_connected(request, work(runs))
     with clock.stage("write"):
         numbers = Comparison(image_size=f"{seen[0]}x{seen[1]}", models=rows)
         content = await asyncio.to_thread(_body, media, numbers, cells)
@@ -157,58 +153,53 @@ def _check_size(size: Size, seen: Size, models: int, limits: Limits) -> None:
     limits.check([size])
     if 2 * models > limits.items:
         raise TooLarge(f"{models} models, both ways, are {2 * models} items; the queue holds {limits.items}")
-    if (pixels := 2 * models * seen[0] * seen[1]) > limits.total_pixels:
+    if (pixels := 2 * models * seen[0] * seen[1]) > limits.pixels:
         raise TooLarge(
             f"{models} models, both ways, at {seen[0]}x{seen[1]} are {pixels} pixels; "
-            f"at most {limits.total_pixels} are accepted in one request"
+            f"at most {limits.pixels} are accepted in one request"
         )
 
 
-async def _admit(
-    room: AsyncExitStack, shared: Context, query: CompareQuery, size: Size, deadline: float | None, trip: _Trip
-) -> _Trip:
-    """The trip with room in the queue for both ways, which ends with `room`."""
+async def _admitted(
+    room: AsyncExitStack,
+    shared: Context,
+    query: CompareQuery,
+    size: Size,
+    deadline: float | None,
+    trip: _Trip,
+    picture: list[np.ndarray],
+    clock: Clock,
+) -> Run:
+    """A model's round trip, with room in the queue for both ways, which ends with `room`."""
     if not isinstance(trip.model, Checkpoint):
-        return trip
-    family = trip.model.family
-    multiple, channels = family.size_multiple, family.latent_channels * family.latent_format.patch**2
-    width, height = fitted_size(*size, multiple, "pad")
-    encode = Task("encode", trip.model, precision=query.precision, tiling=query.tiling)
-    ways = (
-        (encode, (height, width, 3)),
-        (replace(encode, op="decode"), (channels, height // multiple, width // multiple)),
-    )
-    own = await room.enter_async_context(AsyncExitStack())
-    admitted = [(task, await own.enter_async_context(shared.engine.admit(task, [at], deadline))) for task, at in ways]
-    return _Trip(trip.asked, trip.model, tuple(admitted), own)
+        return partial(_unusable, trip.model)
+
+    def prepare(checkpoint: Checkpoint) -> Work[Row]:
+        multiple = checkpoint.family.size_multiple
+        padded = fitted_size(*size, multiple, "pad")
+        encode = Task("encode", checkpoint, precision=query.precision, tiling=query.tiling)
+        decode = replace(encode, op="decode")
+
+        async def round_trip(there: Admission, back: Admission) -> Row:
+            latents = await there.run([await asyncio.to_thread(fit, picture[0], multiple, "pad")])
+            pictures = await back.run([latents[0].array])
+            clock.add(latents)
+            clock.add(pictures)
+            with clock.stage("write"):
+                row, plan = _Trip(trip.asked, checkpoint).row, pictures[0].plan
+                return await asyncio.to_thread(_measured, row, plan, picture[0], pictures[0].array)
+
+        parts = [(encode, [picture_shape(padded)]), (decode, [latent_shape_of(padded, decode)])]
+        return Work(parts, round_trip)
+
+    return await room.enter_async_context(shared.engine.request(trip.model, trip.asked, prepare, deadline))
 
 
-async def _with_current(
-    trip: _Trip, original: np.ndarray, clock: Clock, again: Callable[[_Trip], Awaitable[_Trip]]
-) -> tuple[Compared, Cell]:
-    for _ in range(RUNS - 1):
-        try:
-            return await _round_trip(trip, original, clock)
-        except CheckpointChanged:
-            trip = await again(trip)
-    return await _round_trip(trip, original, clock)
+async def _unusable(error: UnsupportedCheckpoint) -> Row:
+    raise error
 
 
-async def _round_trip(trip: _Trip, original: np.ndarray, clock: Clock) -> tuple[Compared, Cell]:
-    """The row and the cell of one model."""
-    if not isinstance(trip.model, Checkpoint):
-        raise trip.model
-    (encode, there), (decode, back) = trip.ways
-    padded = await asyncio.to_thread(fit, original, trip.model.family.size_multiple, "pad")
-    latents = await there.run(encode, [padded])
-    pictures = await back.run(decode, [latents[0].array])
-    clock.add(latents)
-    clock.add(pictures)
-    with clock.stage("write"):
-        return await asyncio.to_thread(_measured, trip.row, pictures[0].plan, original, pictures[0].array)
-
-
-def _measured(row: Compared, plan: str, original: np.ndarray, padded: np.ndarray) -> tuple[Compared, Cell]:
+def _measured(row: Compared, plan: str, original: np.ndarray, padded: np.ndarray) -> Row:
     picture = padded[: original.shape[0], : original.shape[1]]
     found = difference(original, picture)
     identical = math.isinf(found.psnr)
@@ -232,7 +223,7 @@ def _measured(row: Compared, plan: str, original: np.ndarray, padded: np.ndarray
     return row, Cell(shrunk(picture), lines)
 
 
-def _failure(row: Compared, error: ServiceError) -> tuple[Compared, Cell]:
+def _failure(row: Compared, error: ServiceError) -> Row:
     text = " ".join(str(error).split())
     return row.model_copy(update={"error": text}), Cell(None, (row.model, *textwrap.wrap(text, WRAP)[:3]))
 

@@ -21,19 +21,21 @@ class Limits:
     """What one request may bring: more could never be queued, however long its client waited."""
 
     body_bytes: int
-    pixels: int  # of one picture
+    picture_pixels: int  # of each picture
     items: int
-    total_pixels: int
+    pixels: int
 
     def check(self, sizes: Sequence[tuple[int, int]]) -> None:
         """Raises TooLarge for pictures of these sizes (width, height) that are too large, too many or both."""
         for width, height in sizes:
-            if width * height > self.pixels:
-                raise TooLarge(f"{width}x{height} are {width * height} pixels; at most {self.pixels} are accepted")
+            if width * height > self.picture_pixels:
+                raise TooLarge(
+                    f"{width}x{height} are {width * height} pixels; at most {self.picture_pixels} are accepted"
+                )
         if len(sizes) > self.items:
             raise TooLarge(f"{len(sizes)} pictures in one request; at most {self.items} are accepted")
-        if (total := sum(width * height for width, height in sizes)) > self.total_pixels:
-            raise TooLarge(f"{total} pixels in one request; at most {self.total_pixels} are accepted")
+        if (total := sum(width * height for width, height in sizes)) > self.pixels:
+            raise TooLarge(f"{total} pixels in one request; at most {self.pixels} are accepted")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ hot one cannot starve another.
 """
 
 import asyncio
-import math
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -21,9 +20,9 @@ from app.terms import Op
 class QueueLimits:
     """What a queue may hold, and what one batch may."""
 
-    requests: int  # items waiting or being read
-    pixels: int
-    batch_pixels: int
+    items: int = 256  # waiting or being read
+    pixels: int = 512 << 20
+    batch_pixels: int = 4 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,16 +79,16 @@ class Batcher:
         Raises Overloaded when the queue is full or the deadline cannot be met, TooLarge for more items than the queue
         ever holds.
         """
-        if items > self.limits.requests:
-            raise TooLarge(f"{items} items in one request: the queue holds {self.limits.requests}")
+        if items > self.limits.items:
+            raise TooLarge(f"{items} items in one request: the queue holds {self.limits.items}")
         wait = self.wait_seconds()
-        full = self._items + items > self.limits.requests or (
+        full = self._items + items > self.limits.items or (
             self._pixels + pixels > self.limits.pixels and self._items > 0
         )
         if full:
             self._metrics.rejected.labels("queue_full").inc()
             raise Overloaded(
-                f"the queue is full: {self._items} of {self.limits.requests} items, "
+                f"the queue is full: {self._items} of {self.limits.items} items, "
                 f"{self._pixels} of {self.limits.pixels} pixels",
                 retry_after=max(1.0, wait),
             )
@@ -174,10 +173,6 @@ class Batcher:
         queued = sum(self.rate.of(jobs) for jobs in self._queues.values())
         running = max(0.0, self._running_until - time.monotonic())
         return sum(self._unread.values()) + queued + self._staged + running
-
-    def retry_after(self) -> int:
-        """Whole seconds for the Retry-After header, at least one."""
-        return max(1, math.ceil(self.wait_seconds()))
 
     def drain(self, error: Exception) -> None:
         """Fails everything queued."""

@@ -4,7 +4,6 @@ Pure functions, called on a device thread.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from app.engine.jobs import Task
+from app.engine.jobs import Output, Task
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan
 from app.errors import Unavailable
 from app.execution.banded import STRIPS, AnyExecution, Banded, execute
 from app.execution.primitive import AttentionBlock, Whole
 from app.store.checkpoint import Autoencoder
+
+OUTPUTS: dict[Output, tuple[int, torch.dtype]] = {
+    "uint8": (255, torch.uint8),
+    "uint16": (65535, torch.int32),
+    "float32": (0, torch.float32),
+}
+"""Levels of a picture, 0 for none, and the dtype that they have on their way: torch computes nothing in uint16."""
 
 Check = Callable[[], None]
 """Called between bands, and between the layers of a whole run; raises to cancel."""
@@ -78,24 +84,14 @@ def run(module: Autoencoder, inputs: list[Tensor], tasks: list[Task], plan: Exec
     """One forward of items that share a batch key.
 
     Inputs are uint8 (H, W, 3) to encode, floating (C, h, w) to decode, on the module's device. Outputs are float16
-    (C, h, w) latents, or uint8 / uint16 (H, W, 3) pictures, on the host.
+    (C, h, w) latents, or (H, W, 3) pictures as `Task.output` says, on the host.
     """
     task = tasks[0]
     batch = torch.stack(inputs)
     execution = execution_of(plan, check)
-    with _repeatable(task.deterministic, batch.device):
-        if task.op == "encode":
-            return _encode(module, batch, tasks, plan, execution, check)
-        return _decode(module, batch, task, plan, execution, check)
-
-
-def _repeatable(deterministic: bool, device: torch.device) -> AbstractContextManager[None]:
-    if deterministic and device.type == "cuda":
-        flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True
-        )
-        return flags
-    return nullcontext()  # CPU kernels repeat themselves for a fixed number of threads
+    if task.op == "encode":
+        return _encode(module, batch, tasks, plan, execution, check)
+    return _decode(module, batch, task, plan, execution, check)
 
 
 def _encode(
@@ -131,17 +127,15 @@ def _decode(
     n, _, h, w = z.shape
     side = family.spatial_factor
     low, high = family.pixel_range
-    levels = 255 if task.bits == 8 else 65535
-    host = torch.empty(
-        (n, h * side, w * side, 3),
-        dtype=torch.uint8 if task.bits == 8 else torch.int32,
-        pin_memory=batch.device.type == "cuda",
-    )
+    levels, on_host = OUTPUTS[task.output]
+    host = torch.empty((n, h * side, w * side, 3), dtype=on_host, pin_memory=batch.device.type == "cuda")
     finite = torch.ones(n, dtype=torch.bool, device=batch.device)
     for row, band in execute(execution, module.decode, z, check=check):
         finite &= band.isfinite().flatten(1).all(dim=1)
-        picture = band.float().sub_(low).mul_(levels / (high - low)).clamp_(0, levels).round_().to(host.dtype)
+        if levels:
+            picture = band.float().sub_(low).mul_(levels / (high - low)).clamp_(0, levels).round_().to(host.dtype)
+        else:
+            picture = band.float().sub_(low).mul_(2 / (high - low)).sub_(1)
         host[:, row : row + band.shape[2]].copy_(picture.permute(0, 2, 3, 1), non_blocking=True)
     flags: list[bool] = finite.tolist()  # waits for the copies too: same stream
-    pictures = host.numpy() if task.bits == 8 else host.numpy().astype(np.uint16)
-    return Outcome(list(pictures), flags)
+    return Outcome(list(host.numpy().astype(task.output, copy=False)), flags)

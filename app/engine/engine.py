@@ -2,24 +2,26 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Self, get_args
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar, get_args
 
 import numpy as np
 import torch
+from prometheus_client import CollectorRegistry
 
-from app.engine.batcher import Batcher, QueueLimits, Ticket
+from app.engine.batcher import Batcher, QueueLimits
 from app.engine.forecast import Forecaster
-from app.engine.jobs import Job, Result, Task, check_shape, picture_pixels
+from app.engine.jobs import Result, Task, check_shape, picture_pixels
 from app.engine.memory import memory_of
 from app.engine.planner import PlanAnswer, Verdicts
 from app.engine.planning import dtypes
+from app.engine.requests import Admission, Prepare, Shape, Work
 from app.engine.worker import Load, Worker, torch_device
 from app.errors import Unavailable
 from app.metrics import Metrics
-from app.store.checkpoint import Checkpoint, load_autoencoder
+from app.store.checkpoint import Checkpoint, CheckpointChanged, load_autoencoder
 from app.store.follow import FIRST_SECONDS, Follower
 from app.store.names import Entry
 from app.store.store import ModelStore
@@ -31,17 +33,24 @@ LOAD_SECONDS = 0.5
 REPLACED_SECONDS = 60.0
 """A request whose model is being replaced waits so long for the new file to be whole."""
 
+RUNS = 4
+"""Of one request at most: a file that is replaced faster than it can be read is somebody's mistake."""
+
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class EngineOptions:
     """What the operator decided, as plain values."""
 
-    devices: tuple[str, ...]
-    limits: QueueLimits
+    devices: tuple[str, ...] = ("auto",)
+    limits: QueueLimits = field(default_factory=QueueLimits)
     default_model: str | None = None
     cache_bytes: int | None = None
     memory_limit_bytes: int | None = None
     precision: Precision = "auto"
+    keep_pages: Callable[[bool], object] | None = None
+    """Told before a forward on a CPU whether freed pages may stay: `allocator.Heap.keep`, where the process is ours."""
 
 
 @dataclass(frozen=True)
@@ -55,41 +64,17 @@ class Residency:
     pinned: bool
 
 
-class Admission:
-    """Room in one device's queue for one request; its items are run by `run`, or the room is given back."""
-
-    def __init__(self, worker: Worker, ticket: Ticket, deadline: float | None) -> None:
-        self._worker = worker
-        self._ticket: Ticket | None = ticket
-        self._deadline = deadline
-
-    async def run(self, task: Task, arrays: Sequence[np.ndarray]) -> list[Result]:
-        """Queues one job an array and waits for all of them; the first error is raised, the others are dropped."""
-        for array in arrays:
-            check_shape(task, array.shape)
-        loop = asyncio.get_running_loop()
-        jobs = [Job(task, array, self._deadline, loop.create_future()) for array in arrays]
-        ticket, self._ticket = self._ticket, None  # from here on the jobs stand for it, each leaves by itself
-        assert ticket is not None, "an admission runs once"
-        self._worker.batcher.put(ticket, jobs)
-        try:
-            return list(await asyncio.gather(*(job.future for job in jobs)))
-        finally:
-            for job in jobs:
-                job.future.cancel()
-
-    def close(self) -> None:
-        """Gives the room back if no job took it."""
-        if self._ticket is not None:
-            self._worker.batcher.give_back(self._ticket)
-
-
 class Engine:
     """`async with` starts the devices and ends them. All methods belong to the event loop."""
 
     def __init__(
-        self, options: EngineOptions, store: ModelStore, metrics: Metrics, load: Load = load_autoencoder
+        self,
+        options: EngineOptions,
+        store: ModelStore,
+        metrics: Metrics | None = None,
+        load: Load = load_autoencoder,
     ) -> None:
+        metrics = metrics or Metrics(CollectorRegistry())
         self.options = options
         self.store = store
         self.folder = Follower(store)
@@ -111,6 +96,7 @@ class Engine:
                 limits=options.limits,
                 cache_bytes=options.cache_bytes,
                 precision=options.precision,
+                keep_pages=options.keep_pages,
                 forecaster=forecasters[torch_device(name).type],
                 verdicts=verdicts,
                 metrics=metrics,
@@ -189,11 +175,61 @@ class Engine:
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
+    async def run(
+        self,
+        model: str | None,
+        task: Callable[[Checkpoint], Task],
+        arrays: Sequence[np.ndarray],
+        deadline: float | None = None,
+    ) -> list[Result]:
+        """Runs arrays through the model of a name: `run("sdxl", partial(Task, "decode"), [latent])`.
+
+        Pictures are uint8 (H, W, 3), latents float16 or float32 (C, h, w). `deadline` is on time.monotonic(). Raises as
+        `resolve`, `admit` and the forward do; see `app.errors`.
+        """
+        shapes = [array.shape for array in arrays]
+
+        def prepare(checkpoint: Checkpoint) -> Work[list[Result]]:
+            return Work([(task(checkpoint), shapes)], lambda admission: admission.run(arrays))
+
+        async with self.request(await self.resolve(model), model, prepare, deadline) as work:
+            return await work()
+
     @asynccontextmanager
-    async def admit(
-        self, task: Task, shapes: Sequence[tuple[int, ...]], deadline: float | None
-    ) -> AsyncIterator[Admission]:
-        """Room for a request's arrays, before any of them is decoded.
+    async def request(
+        self, checkpoint: Checkpoint, model: str | None, prepare: Prepare[T], deadline: float | None
+    ) -> AsyncIterator[Callable[[], Coroutine[Any, Any, T]]]:
+        """Room for a request's work on a checkpoint, and what does it.
+
+        Where the file is replaced before its weights are loaded, the work is prepared and admitted anew for what
+        `model` means then; a device that holds the old weights serves with them. Raises as `admit` and `resolve`.
+        """
+        async with AsyncExitStack() as room:
+            do = await self._admitted(room, prepare(checkpoint), deadline)
+
+            async def run() -> T:
+                nonlocal do, checkpoint
+                for _ in range(RUNS - 1):
+                    try:
+                        return await do()
+                    except CheckpointChanged:
+                        await self.replaced(checkpoint, deadline)
+                        checkpoint = await self.resolve(model)
+                        await room.aclose()  # first: a queue that just held this request has no more than its room
+                        do = await self._admitted(room, prepare(checkpoint), deadline)
+                return await do()
+
+            yield run
+
+    async def _admitted(
+        self, room: AsyncExitStack, work: Work[T], deadline: float | None
+    ) -> Callable[[], Awaitable[T]]:
+        admissions = [await room.enter_async_context(self.admit(task, shapes, deadline)) for task, shapes in work.parts]
+        return lambda: work.do(*admissions)
+
+    @asynccontextmanager
+    async def admit(self, task: Task, shapes: Sequence[Shape], deadline: float | None) -> AsyncIterator[Admission]:
+        """Room for a task's arrays, before any of them is decoded.
 
         Raises Unavailable while draining, Overloaded when the queue is full or the deadline cannot be met, and
         InvalidLatent or InvalidImage when the shapes do not fit the model.
@@ -206,7 +242,8 @@ class Engine:
         pixels = sum(picture_pixels(task, shape) for shape in shapes)
         worker = self._worker_for(task)
         seconds = worker.rate.seconds(task.checkpoint.sha256, task.op, pixels)
-        admission = Admission(worker, worker.batcher.admit(len(shapes), pixels, deadline, seconds), deadline)
+        ticket = worker.batcher.admit(len(shapes), pixels, deadline, seconds)
+        admission = Admission(worker, ticket, task, deadline)
         self._open += 1
         self._idle.clear()
         try:
@@ -216,10 +253,6 @@ class Engine:
             self._open -= 1
             if not self._open:
                 self._idle.set()
-
-    def retry_after(self) -> int:
-        """Seconds until the least busy device should be free."""
-        return min(worker.batcher.retry_after() for worker in self.workers)
 
     async def plan(self, task: Task, shape: tuple[int, ...]) -> PlanAnswer:
         """What the device that would get such a job would do with it now."""

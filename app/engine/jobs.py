@@ -14,6 +14,9 @@ from app.terms import Convention, Op, Precision, Tiling
 if TYPE_CHECKING:  # at run time it would load torch, which the command line does only when it must
     from app.store.checkpoint import Checkpoint
 
+Output = Literal["uint8", "uint16", "float32"]
+"""Of a decoded picture: rounded to 8 or 16 bits, or as the network gives it, black at -1, white at 1, unclamped."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -25,7 +28,7 @@ class Task:
     precision: Precision = "auto"
     tiling: Tiling = "auto"
     deterministic: bool = False
-    bits: Literal[8, 16] = 8  # of a decoded picture
+    output: Output = "uint8"  # of a decoded picture
     seed: int | None = None  # encode: draw from the posterior; None takes its mode
 
 
@@ -33,11 +36,9 @@ class Task:
 class Result:
     """One finished item and what happened to it."""
 
-    array: np.ndarray  # encode: float16 (C, h, w); decode: uint8 or uint16 (H, W, 3)
+    array: np.ndarray  # encode: float16 (C, h, w); decode: `Task.output`, (H, W, 3)
     plan: str  # "fp16/whole"
     reason: str | None  # why the plan was not the first choice
-    device: str
-    batch: int  # items in the forward that gave this one
     seconds: dict[str, float]  # queue, load, compute
 
 
@@ -64,7 +65,7 @@ class Job:
         """Jobs of equal keys may share a forward; a deterministic job shares with nobody."""
         task = self.task
         alone = id(self) if task.deterministic else None
-        wishes = (task.latents, task.precision, task.tiling, task.bits)
+        wishes = (task.latents, task.precision, task.tiling, task.output)
         # The family too: the same bytes may lie in the folder twice, declared as two families.
         return (task.op, task.checkpoint.sha256, task.checkpoint.family, self.array.shape, wishes, alone)
 
@@ -82,8 +83,7 @@ def picture_pixels(task: Task, shape: tuple[int, ...]) -> int:
     """Pixels of the picture side, from the shape of one item's array."""
     if task.op == "encode":
         return shape[0] * shape[1]
-    family = task.checkpoint.family
-    side = family.spatial_factor * (family.latent_format.patch if task.latents == "scaled" else 1)
+    side = task.checkpoint.family.side(task.latents)
     return shape[-2] * shape[-1] * side * side
 
 
@@ -99,8 +99,7 @@ def check_shape(task: Task, shape: tuple[int, ...]) -> None:
         if shape[0] % multiple or shape[1] % multiple:
             raise InvalidImage(f"{shape[1]}x{shape[0]} is not a multiple of {multiple} as {family.name} needs it")
         return
-    patch = family.latent_format.patch
-    expected = family.latent_channels * (patch * patch if task.latents == "scaled" else 1)
+    expected = family.channels(task.latents)
     if shape[-3] != expected:
         raise InvalidLatent(
             f"{task.checkpoint.name} ({family.name}) takes {task.latents} latents of {expected} channels, "
@@ -109,8 +108,5 @@ def check_shape(task: Task, shape: tuple[int, ...]) -> None:
 
 
 def _hint(task: Task, channels: int) -> str:
-    family = task.checkpoint.family
-    if family.latent_format.patch > 1 and channels in (family.latent_channels, family.latent_channels * 4):
-        other = "raw" if task.latents == "scaled" else "scaled"
-        return f": are they latents={other}?"
-    return ""
+    other: Convention = "raw" if task.latents == "scaled" else "scaled"
+    return f": are they latents={other}?" if channels == task.checkpoint.family.channels(other) else ""

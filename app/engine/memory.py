@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from app.allocator import GAPS, give_back, keep_pages
+from app.allocator import give_back
 
 CUDA_HEADROOM = 512 << 20
 """Left to the driver, to convolution workspaces outside torch's allocator and to fragmentation."""
@@ -29,8 +29,8 @@ class DeviceMemory(Protocol):
     def release(self) -> None:
         """Gives cached but unused blocks back."""
 
-    def begin(self, forecast: int, free: int) -> None:
-        """Before work that should take `forecast` of `free` bytes; begins the measurement of what it takes."""
+    def begin(self) -> None:
+        """Begins the measurement of what work takes."""
 
     def peak(self) -> int | None:
         """Bytes that the work since `begin` took at most; None where that cannot be measured."""
@@ -44,7 +44,6 @@ class FixedMemory:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._keeps: bool | None = None  # whether freed pages are kept; the process may have begun either way
 
     def capacity(self) -> int:
         """The limit."""
@@ -59,12 +58,8 @@ class FixedMemory:
         gc.collect()
         give_back()
 
-    def begin(self, forecast: int, free: int) -> None:
-        """Has freed pages kept for the next tensor where there is room for the gaps that this leaves."""
-        roomy = GAPS * forecast <= free
-        if roomy != self._keeps:
-            self._keeps = roomy
-            keep_pages(roomy)
+    def begin(self) -> None:
+        """Nothing: see `peak`."""
 
     def peak(self) -> int | None:
         """Not measured."""
@@ -102,7 +97,7 @@ class CudaMemory:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def begin(self, forecast: int, free: int) -> None:
+    def begin(self) -> None:
         """Resets torch's peak counter."""
         torch.cuda.reset_peak_memory_stats(self.device)
         self._level = torch.cuda.memory_allocated(self.device)

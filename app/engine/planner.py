@@ -56,9 +56,9 @@ class Planner:
         """The precisions to try."""
         return dtypes(task.precision, self.precision, self.device, self.verdicts.of(task.checkpoint))
 
-    def demoted(self, task: Task) -> bool:
-        """Whether a known overflow in fp16 keeps the task from its first precision."""
-        return self.order(task)[0] != dtypes(task.precision, self.precision, self.device, "ok")[0]
+    def demoted(self, task: Task, order: tuple[Dtype, ...]) -> bool:
+        """Whether a known overflow in fp16 keeps the task, which is tried in this order, from its first precision."""
+        return order[0] != dtypes(task.precision, self.precision, self.device, "ok")[0]
 
     def unusual(self, task: Task, plan: ExecutionPlan) -> bool:
         """Whether a request's own wish led to another plan than the first choice for everybody."""
@@ -136,9 +136,6 @@ class Planner:
 
 def shape_of(task: Task, shape: tuple[int, ...]) -> Shape:
     """The network-side shape of one item's array."""
-    if task.op == "encode":
-        return network_shape(task.checkpoint, "encode", *shape[:2])
-    side = task.checkpoint.family.spatial_factor
-    if task.latents == "scaled":
-        side *= task.checkpoint.family.latent_format.patch
-    return network_shape(task.checkpoint, "decode", shape[-2] * side, shape[-1] * side)
+    side = 1 if task.op == "encode" else task.checkpoint.family.side(task.latents)
+    height, width = shape[:2] if task.op == "encode" else shape[-2:]
+    return network_shape(task.checkpoint, task.op, height * side, width * side)

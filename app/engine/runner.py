@@ -9,27 +9,29 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from app.allocator import GAPS
 from app.engine import compute
-from app.engine.cache import ModelCache
+from app.engine.cache import ModelCache, Resident
 from app.engine.jobs import Job, Result
 from app.engine.memory import DeviceMemory
 from app.engine.planner import Planner, shape_of
 from app.engine.planning import ExecutionPlan
 from app.errors import DeadlineExceeded, NonFiniteOutput, OutOfMemory, ServiceError, Unavailable
 from app.metrics import Metrics
-from app.store.checkpoint import Autoencoder
+from app.store.checkpoint import Autoencoder, Checkpoint
 from app.terms import Dtype
 
 log = logging.getLogger("app.engine")
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -45,12 +47,15 @@ class Failure:
     error: Exception
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Staged:
-    """A batch whose arrays are on the device."""
+    """A batch whose arrays are on the device, the precisions that it is to be tried in, and its module in the first."""
 
     jobs: list[Job]
+    dtypes: tuple[Dtype, ...]
     inputs: dict[Job, Tensor]
+    resident: Resident | None
+    """In use by this batch; None where it had to make room for the batch before, and must be loaded again."""
 
 
 async def on(thread: ThreadPoolExecutor, function: Callable[..., T], *args: object) -> T:
@@ -69,6 +74,8 @@ class Runner:
         memory: DeviceMemory,
         planner: Planner,
         metrics: Metrics,
+        keep_pages: Callable[[bool], object] | None,
+        unstage: Callable[[], bool],
     ) -> None:
         self.name = name
         self.progress = time.monotonic()  # of the running batch, from the device thread
@@ -80,20 +87,27 @@ class Runner:
         self._memory = memory
         self._planner = planner
         self._metrics = metrics
+        self._keep_pages = keep_pages
+        self._unstage = unstage
 
     async def run(self, staged: Staged) -> None:
         """Ends every job of the batch, with a result or an error. Raises nothing but cancellation."""
         jobs = staged.jobs
         task = jobs[0].task
         tried: list[Dtype] = []
+        resident, staged.resident = staged.resident, None
         try:
             self.check_device()
-            if self._planner.demoted(task):
+            if self._planner.demoted(task, staged.dtypes):
                 _because(jobs, "non_finite")
-            for dtype in self._planner.order(task):
+            for dtype in staged.dtypes:
                 if tried:
                     self._fall_back(jobs, tried[-1], dtype)
-                jobs = await self._walk_executions(jobs, staged.inputs, dtype, after_fp16="fp16" in tried)
+                if resident is None:
+                    resident = await self._acquire(task.checkpoint, dtype)
+                jobs = await self._walk_executions(jobs, staged.inputs, resident, after_fp16="fp16" in tried)
+                self._cache.release(resident)
+                resident = None
                 if not jobs:
                     return
                 tried.append(dtype)
@@ -106,6 +120,8 @@ class Runner:
             await self.reject(jobs, error)
         finally:
             self.reserved = 0
+            if resident is not None:
+                self._cache.release(resident)
 
     def check_device(self) -> None:
         """Raises Unavailable once the device is lost: nothing more is sent to it."""
@@ -120,41 +136,49 @@ class Runner:
         self._end(jobs, failure)
 
     async def _walk_executions(
-        self, jobs: list[Job], inputs: dict[Job, Tensor], dtype: Dtype, *, after_fp16: bool
+        self, jobs: list[Job], inputs: dict[Job, Tensor], resident: Resident, *, after_fp16: bool
     ) -> list[Job]:
         """Runs the jobs in one precision and returns those whose output was not finite."""
-        resident = await self._cache.acquire(jobs[0].task.checkpoint, dtype)
         overflowed: list[Job] = []
         groups: deque[tuple[list[Job], ExecutionPlan | None]] = deque([(jobs, None)])
-        try:
-            while groups:
-                group, failed = groups.popleft()
-                group = [job for job in group if not self._dropped(job)]
-                if not group:
+        while groups:
+            group, failed = groups.popleft()
+            group = [job for job in group if not self._dropped(job)]
+            if not group:
+                continue
+            try:
+                plan = await self._with_room(self._plan, group, resident.dtype, failed)
+            except OutOfMemory as error:
+                self.fail(group, error, "oom")
+                continue
+            if len(group) > plan.batch:
+                groups.appendleft((group[plan.batch :], failed))
+                group = group[: plan.batch]
+            outcome = await self._forward(resident.module, group, inputs, plan)
+            if isinstance(outcome, Failure):
+                groups.extendleft(self._after(outcome, group, plan))
+                continue
+            for job, array, finite in zip(group, outcome.arrays, outcome.finite, strict=True):
+                if not finite:
+                    overflowed.append(job)
                     continue
-                try:
-                    plan = await self._plan(group, dtype, failed)
-                except OutOfMemory as error:
-                    self.fail(group, error, "oom")
-                    continue
-                if len(group) > plan.batch:
-                    groups.appendleft((group[plan.batch :], failed))
-                    group = group[: plan.batch]
-                outcome = await self._forward(resident.module, group, inputs, plan)
-                if isinstance(outcome, Failure):
-                    groups.extendleft(self._after(outcome, group, plan))
-                    continue
-                for job, array, finite in zip(group, outcome.arrays, outcome.finite, strict=True):
-                    if not finite:
-                        overflowed.append(job)
-                        continue
-                    if after_fp16:
-                        self._planner.verdicts.overflows(job.task.checkpoint)
-                    self._finish(job, array, plan, len(group))
-        finally:
-            self._cache.release(resident)
+                if after_fp16:
+                    self._planner.verdicts.overflows(job.task.checkpoint)
+                self._finish(job, array, plan)
         self._metrics.nonfinite.inc(len(overflowed))
         return overflowed
+
+    async def _acquire(self, checkpoint: Checkpoint, dtype: Dtype) -> Resident:
+        return await self._with_room(self._cache.acquire, checkpoint, dtype)
+
+    async def _with_room(self, step: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """A step that may find no room; the batch that is staged behind gives up its weights before it fails."""
+        try:
+            return await step(*args, **kwargs)
+        except OutOfMemory:
+            if not self._unstage():
+                raise
+        return await step(*args, **kwargs)
 
     async def _plan(self, group: list[Job], dtype: Dtype, failed: ExecutionPlan | None) -> ExecutionPlan:
         """The plan for a group; idle models make way for it. Raises OutOfMemory."""
@@ -175,7 +199,8 @@ class Runner:
     ) -> compute.Outcome | Failure:
         task = group[0].task
         started = time.monotonic()
-        outcome = await on(self.thread, self._attempt, module, group, inputs, plan, self._cache.free)
+        roomy = GAPS * self.reserved <= self._cache.free
+        outcome = await on(self.thread, self._attempt, module, group, inputs, plan, roomy)
         seconds = time.monotonic() - started
         for job in group:
             job.seconds["compute"] = job.seconds.get("compute", 0.0) + seconds
@@ -189,7 +214,7 @@ class Runner:
         return outcome
 
     def _attempt(
-        self, module: Autoencoder, group: list[Job], inputs: dict[Job, Tensor], plan: ExecutionPlan, free: int
+        self, module: Autoencoder, group: list[Job], inputs: dict[Job, Tensor], plan: ExecutionPlan, roomy: bool
     ) -> compute.Outcome | Failure:
         """On the device thread: a forward that returns its failure instead of raising it."""
 
@@ -198,7 +223,9 @@ class Runner:
             if all(job.gone or job.late(now) for job in group):
                 raise Cancelled
 
-        self._memory.begin(self.reserved, free)
+        if self._keep_pages is not None:
+            self._keep_pages(roomy)
+        self._memory.begin()
         try:
             check()
             return compute.run(module, [inputs[job] for job in group], [job.task for job in group], plan, check)
@@ -288,10 +315,10 @@ class Runner:
             self._metrics.cancelled.labels("compute").inc()
         return job.gone
 
-    def _finish(self, job: Job, array: np.ndarray, plan: ExecutionPlan, batch: int) -> None:
+    def _finish(self, job: Job, array: np.ndarray, plan: ExecutionPlan) -> None:
         if not job.gone:
             reason = job.reason or ("requested" if self._planner.unusual(job.task, plan) else None)
-            job.future.set_result(Result(array, str(plan), reason, self.name, batch, job.seconds))
+            job.future.set_result(Result(array, str(plan), reason, job.seconds))
 
 
 def _because(jobs: list[Job], reason: str) -> None:

@@ -46,6 +46,7 @@ class Worker:
         limits: QueueLimits,
         cache_bytes: int | None,
         precision: Precision,
+        keep_pages: Callable[[bool], object] | None,
         forecaster: Forecaster,
         verdicts: Verdicts,
         metrics: Metrics,
@@ -60,7 +61,17 @@ class Worker:
         self._load_module = load
         self._stage_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-stage")
         self.planner = Planner(self.device.type, memory, self.cache, forecaster, verdicts, precision)
-        self._runner = Runner(name, self.device, self.cache, memory, self.planner, metrics)
+        self._runner = Runner(
+            name,
+            self.device,
+            self.cache,
+            memory,
+            self.planner,
+            metrics,
+            keep_pages if self.device.type == "cpu" else None,
+            self._unstage,
+        )
+        self._staged: Staged | None = None  # behind the running batch
         self._serving: asyncio.Task[None] | None = None
         self._running: asyncio.Task[None] | None = None
         self._jobs: list[Job] = []  # of the running batch, or the last one
@@ -128,12 +139,14 @@ class Worker:
             jobs = await self.batcher.take()
             try:
                 self._runner.check_device()
-                staged = await self._stage(jobs)
+                self._staged = await self._stage(jobs)
                 if self._running is not None:
                     await asyncio.wait([self._running])
+                staged, self._staged = self._staged, None
                 self._running = asyncio.create_task(self._run(staged))
             except asyncio.CancelledError:  # between the queue and the device: nobody else knows of these jobs
                 self._runner.fail(jobs, _stopping(), "stopped")
+                self._unstage()
                 raise
             except Exception as error:  # noqa: BLE001  the batch boundary: a load that failed is these jobs' own
                 self.batcher.failed()
@@ -142,23 +155,32 @@ class Worker:
     async def _stage(self, jobs: list[Job]) -> Staged:
         """Makes the model resident and copies the arrays to the device."""
         task = jobs[0].task
-        dtype = self.planner.order(task)[0]
+        dtypes = self.planner.order(task)
         started = time.monotonic()
         try:
-            resident = await self.cache.acquire(task.checkpoint, dtype, self._runner.reserved)
+            resident = await self.cache.acquire(task.checkpoint, dtypes[0], self._runner.reserved)
         except OutOfMemory:
             if self._running is None or self._running.done():
                 raise
             await asyncio.wait([self._running])  # there may be room once the running batch has let go
-            resident = await self.cache.acquire(task.checkpoint, dtype)
+            resident = await self.cache.acquire(task.checkpoint, dtypes[0])
         loaded = time.monotonic() - started
         try:
             tensors = await on(self._stage_thread, _to_device, [job.array for job in jobs], self.device)
-        finally:
+        except BaseException:
             self.cache.release(resident)
+            raise
         for job in jobs:
             job.seconds["load"] = loaded
-        return Staged(jobs, dict(zip(jobs, tensors, strict=True)))
+        return Staged(jobs, dtypes, dict(zip(jobs, tensors, strict=True)), resident)
+
+    def _unstage(self) -> bool:
+        """Gives up the weights that only the staged batch holds, which loads them again; whether there were any."""
+        if self._staged is None or self._staged.resident is None:
+            return False
+        self.cache.release(self._staged.resident)
+        self._staged.resident = None
+        return True
 
     async def _run(self, staged: Staged) -> None:
         jobs = staged.jobs

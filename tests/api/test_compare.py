@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from app.api import compare as module
 from app.api.compare import _measured
 from app.api.schemas import Compared
+from app.engine.requests import Admission
 from app.store.checkpoint import CheckpointChanged
 from app.wire.difference import difference
 from tests.service import SIDE, array_of, occupied, picture, picture_of, pixels, refused, serving, until
@@ -211,57 +212,48 @@ async def test_a_deadline_that_passes_ends_all_of_it(models):
         assert idle(service)
 
 
+class Replaced:
+    """Model files that are replaced while a request waits: the first runs of these models find their files changed."""
+
+    def __init__(self, monkeypatch, service, times):
+        self.times, self.waited = times, []
+        self.run = Admission.run
+
+        async def run(admission, arrays):
+            return await self.ran(admission, arrays)
+
+        monkeypatch.setattr(Admission, "run", run)
+        monkeypatch.setattr(service.engine, "replaced", self.wait)
+
+    async def ran(self, admission, arrays):
+        name = admission._task.checkpoint.name
+        if self.times.get(name, 0):
+            self.times[name] -= 1
+            raise CheckpointChanged("replaced again and again")
+        return await self.run(admission, arrays)
+
+    async def wait(self, checkpoint, deadline):
+        self.waited.append(checkpoint.name)
+
+
 async def test_a_model_whose_file_is_replaced_meanwhile_is_taken_anew(service, monkeypatch):
-    run, calls = module._round_trip, []
-
-    async def replaced(checkpoint, deadline):
-        calls.append(checkpoint.name)
-
-    async def once_changed(trip, original, clock):
-        if not calls:
-            raise CheckpointChanged("replaced")
-        return await run(trip, original, clock)
-
-    monkeypatch.setattr(module, "_round_trip", once_changed)
-    monkeypatch.setattr(service.engine, "replaced", replaced)
+    replaced = Replaced(monkeypatch, service, {"kl": 1})
     found = await numbers(service)
-    assert calls == ["kl"]
+    assert replaced.waited == ["kl"]
     assert [row["error"] for row in found["models"]] == [None, None]
     assert idle(service)
 
 
 async def test_a_replaced_model_finds_room_in_a_queue_that_just_held_them_all(models, monkeypatch):
-    run, calls = module._round_trip, []
-
-    async def replaced(checkpoint, deadline):
-        calls.append(checkpoint.name)
-
-    async def once_changed(trip, original, clock):
-        if not calls:
-            raise CheckpointChanged("replaced")
-        return await run(trip, original, clock)
-
     async with serving(models, queue_size=4) as service:
-        monkeypatch.setattr(module, "_round_trip", once_changed)
-        monkeypatch.setattr(service.engine, "replaced", replaced)
+        Replaced(monkeypatch, service, {"kl": 1})
         found = await numbers(service)
         assert [row["error"] for row in found["models"]] == [None, None]
         assert idle(service)
 
 
 async def test_a_model_that_never_keeps_still_is_its_own_failure(service, monkeypatch):
-    run = module._round_trip
-
-    async def replaced(checkpoint, deadline):
-        pass
-
-    async def changed(trip, original, clock):
-        if trip.asked == "kl":
-            raise CheckpointChanged("replaced again and again")
-        return await run(trip, original, clock)
-
-    monkeypatch.setattr(module, "_round_trip", changed)
-    monkeypatch.setattr(service.engine, "replaced", replaced)
+    Replaced(monkeypatch, service, {"kl": 99})
     found = await numbers(service)
     assert [row["error"] for row in found["models"]] == ["replaced again and again", None]
     assert idle(service)

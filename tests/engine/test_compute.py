@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -35,15 +37,27 @@ def decoded(module, arrays):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-@pytest.mark.parametrize(("bits", "levels", "dtype"), [(8, 255, np.uint8), (16, 65535, np.uint16)])
-def test_a_picture_is_the_output_rounded_to_its_levels(module, plan, bits, levels, dtype):
+@pytest.mark.parametrize(("output", "levels"), [("uint8", 255), ("uint16", 65535)])
+def test_a_picture_is_the_output_rounded_to_its_levels(module, plan, output, levels):
     arrays = [latent(seed=seed) for seed in range(2)]
-    outcome = run(module, arrays, [Task("decode", TOY, bits=bits)] * 2, plan)
+    outcome = run(module, arrays, [Task("decode", TOY, output=output)] * 2, plan)
     expected = np.clip((decoded(module, arrays).astype(np.float64) + 1) / 2 * levels, 0, levels)
     for array, right in zip(outcome.arrays, expected, strict=True):
-        assert (array.dtype, array.shape) == (dtype, (16, 16, 3))
+        assert (array.dtype, array.shape) == (np.dtype(output), (16, 16, 3))
         assert np.abs(array - right).max() <= 0.5 + levels * 1e-5
     assert outcome.finite == [True, True]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("pixel_range", [(-1.0, 1.0), (0.0, 1.0)])
+def test_a_picture_may_be_the_network_s_own_float(module, plan, pixel_range):
+    low, high = pixel_range
+    model = replace(TOY, family=replace(FAMILY, pixel_range=pixel_range))
+    outcome = run(module, [latent()], [Task("decode", model, output="float32")], plan)
+    expected = (decoded(module, [latent()])[0] - low) / (high - low) * 2 - 1
+    assert outcome.arrays[0].dtype == np.float32
+    assert np.abs(expected).max() > 1  # not clamped
+    np.testing.assert_allclose(outcome.arrays[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from app.allocator import GAPS
 from app.engine import memory
 from app.engine.memory import CUDA_HEADROOM, HOST_SHARE, CudaMemory, FixedMemory, host_memory, memory_of
 
@@ -12,18 +11,9 @@ def test_a_fixed_memory_is_its_limit_less_the_weights():
     fixed = memory_of(torch.device("cpu"), 1000)
     assert (fixed.capacity(), fixed.free(300)) == (1000, 700)
     assert fixed.kinds(300) == {"total": 1000, "free": 700, "allocated": 300, "reserved": 300}
-    fixed.begin(forecast=100, free=700)
+    fixed.begin()
     assert fixed.peak() is None
     fixed.release()
-
-
-def test_pages_are_kept_only_where_the_gaps_have_room(monkeypatch):
-    said: list[bool] = []
-    monkeypatch.setattr(memory, "keep_pages", said.append)
-    fixed = FixedMemory(1000)
-    for forecast in (100, 500, int(1000 / GAPS) + 1, 900, 100):
-        fixed.begin(forecast, free=1000)
-    assert said == [True, False, True]  # told once each time it changes
 
 
 def test_cpu_devices_share_the_host_but_each_has_a_limit_that_was_set():
@@ -81,7 +71,7 @@ def test_a_limit_binds_the_arithmetic_and_the_allocator_alike(monkeypatch):
 def test_a_peak_is_counted_from_where_it_began(monkeypatch):
     Card(monkeypatch)
     cuda = memory_of(torch.device("cuda:0"), None)
-    cuda.begin(GIB, GIB)
+    cuda.begin()
     assert cuda.peak() == 3 * GIB
 
 

@@ -44,9 +44,9 @@ def planner(precision="auto", device="cpu", room=1000):
 
 def test_a_verdict_moves_everybody_s_start():
     plans = planner("fp16")
-    assert (plans.order(TASK), plans.demoted(TASK)) == (("fp16", "fp32"), False)
+    assert (plans.order(TASK), plans.demoted(TASK, plans.order(TASK))) == (("fp16", "fp32"), False)
     plans.verdicts.overflows(TOY)
-    assert (plans.order(TASK), plans.demoted(TASK)) == (("fp32",), True)
+    assert (plans.order(TASK), plans.demoted(TASK, plans.order(TASK))) == (("fp32",), True)
     assert plans.order(Task("decode", TOY, precision="fp16")) == ("fp16",)
     assert plans.verdicts.of(TOY) == "overflows"
     assert plans.verdicts.of(checkpoint("other")) == "unknown"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from app.engine import compute
+from app.engine.cache import ModelCache
 from app.engine.forecast import CountingMode
 from app.engine.jobs import Task
 from app.engine.worker import STALL_SECONDS
@@ -32,8 +33,21 @@ def room_for(items):
 
 async def lone(engine, task, array):
     (result,) = await submit(engine, task, array)
-    assert result.batch == 1
     return result.array
+
+
+async def test_a_batch_takes_its_module_once(monkeypatch):
+    acquired, acquire = [], ModelCache.acquire
+
+    async def counting(cache, *args):
+        acquired.append(args)
+        return await acquire(cache, *args)
+
+    monkeypatch.setattr(ModelCache, "acquire", counting)
+    async with running(TOY) as engine:
+        await submit(engine, Task("decode", TOY), latent())
+        assert len(acquired) == 1
+        assert not any(resident.in_use for resident in engine.residencies(TOY.sha256))
 
 
 # -- memory --------------------------------------------------------------------------------------------------------
@@ -104,6 +118,31 @@ async def test_every_allocator_that_says_so_is_out_of_memory(forwards, error):
         (result,) = await submit(engine, Task("decode", TOY), latent())
         assert (result.plan, result.reason) == ("fp32/strips", "oom")
         assert engine.lost is None
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+async def test_the_batch_staged_behind_gives_up_its_weights_before_a_batch_fails(forwards, fallback):
+    """Room for two modules: the staged one's, and the running one's in one precision of the two that it needs."""
+    loud, other = checkpoint("loud"), checkpoint("other")
+    room = loud.weight_bytes(torch.float32) + other.weight_bytes(torch.float16)
+    async with running(loud, other, precision="fp16", cache_bytes=room if fallback else 1 << 30) as engine:
+        with forwards.held():
+            first = asyncio.ensure_future(submit(engine, Task("decode", loud), latent()))
+            await until(forwards.entered.is_set)
+            second = asyncio.ensure_future(submit(engine, Task("decode", other), latent()))
+            await until(lambda: engine.workers[0]._staged is not None)
+        (result,), (behind,) = await asyncio.gather(first, second)
+        assert (result.plan, behind.plan) == ("fp32/whole", "fp16/whole")
+        assert engine.workers[0].cache.nbytes <= room or not fallback
+
+
+async def test_pages_are_kept_where_the_gaps_have_room_and_only_by_who_may_tune_the_process(monkeypatch):
+    said: list[bool] = []
+    async with running(TOY, keep_pages=said.append) as engine:
+        await submit(engine, Task("decode", TOY), latent())
+        monkeypatch.setattr(engine.workers[0].memory, "limit", 8 << 20)  # bytes: the forecast is over half of it
+        await submit(engine, Task("decode", TOY), latent())
+    assert said == [True, False]
 
 
 async def test_the_tensors_of_a_failed_forward_are_gone_before_the_next(forwards):

@@ -63,7 +63,7 @@ async def test_bands_equal_the_whole_in_half_precision(op):
     array = latent(64) if op == "decode" else picture(512)
     module = load(model, torch.float16, torch.device("cuda"))
     wide = load(model, torch.float32, torch.device("cuda"))
-    item, task = torch.tensor(array, device="cuda"), Task(op, model, bits=16)
+    item, task = torch.tensor(array, device="cuda"), Task(op, model, output="uint16")
 
     def run(network, plan):
         return compute.run(network, [item], [task], plan, lambda: None).arrays[0].astype(float)
@@ -90,7 +90,7 @@ def test_the_forecast_covers_the_measured_peak(op, dtype, execution, side):
     item = torch.tensor(array, device="cuda")
     compute.run(module, [item], [Task(op, model)], plan, lambda: None)  # libraries' own workspaces
     torch.cuda.synchronize()
-    memory.begin(0, memory.free(0))
+    memory.begin()
     compute.run(module, [item], [Task(op, model)], plan, lambda: None)
     peak = memory.peak()
     forecast = Forecaster("cuda").peak(network_shape(model, op, side, side), plan)

@@ -1,0 +1,99 @@
+"""What an encode and a decode are, whatever dialect asks for them: room for shapes, reading in threads, running."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from fastapi import Request
+
+from app.api.body import while_connected
+from app.api.clock import Clock
+from app.api.context import Context
+from app.engine.jobs import Result, Task
+from app.engine.requests import Admission, Prepare, Work
+from app.store.checkpoint import Checkpoint
+from app.wire.arrays import LatentShape
+
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """The arrays of a request, and what looks wrong with them, in one line."""
+
+    arrays: Sequence[np.ndarray]
+    warning: str | None = None
+
+
+Read = Callable[[], Awaitable[Given]]
+"""Decodes in threads what a request brought; called once there is room for it."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a request's arrays, and the task that they were."""
+
+    task: Task
+    results: list[Result]
+    warning: str | None
+
+
+def encoding(task: Task, sizes: Sequence[Size], read: Read, clock: Clock) -> Work[Done]:
+    """Pictures of these sizes, fitted to the model, to latents."""
+    return _work(task, [picture_shape(size) for size in sizes], read, clock)
+
+
+def decoding(task: Task, shape: LatentShape, read: Read, clock: Clock) -> Work[Done]:
+    """A batch of latents to pictures."""
+    return _work(task, [(shape.channels, shape.height, shape.width)] * shape.batch, read, clock)
+
+
+def picture_shape(size: Size) -> tuple[int, int, int]:
+    """Of the array of a picture."""
+    return size[1], size[0], 3
+
+
+def latent_shape_of(size: Size, task: Task) -> tuple[int, int, int]:
+    """Of the latent that a picture of this size, a multiple of the family's, has."""
+    family, side = task.checkpoint.family, task.checkpoint.family.side(task.latents)
+    return family.channels(task.latents), size[1] // side, size[0] // side
+
+
+def picture_size(shape: LatentShape, task: Task) -> Size:
+    """Of the picture that a latent decodes to, in pixels."""
+    side = task.checkpoint.family.side(task.latents)
+    return shape.width * side, shape.height * side
+
+
+async def resolved(request: Request, model: str | None, shared: Context) -> Checkpoint:
+    """The checkpoint of a name, a hash prefix or None, noted for the log and the metrics."""
+    checkpoint = await shared.engine.resolve(model)
+    request.state.model = checkpoint.name
+    return checkpoint
+
+
+async def finished(
+    request: Request,
+    checkpoint: Checkpoint,
+    model: str | None,
+    prepare: Prepare[Done],
+    deadline: float | None,
+    shared: Context,
+) -> Done:
+    """The work, for as long as its client waits. The body must be read."""
+    async with shared.engine.request(checkpoint, model, prepare, deadline) as run:
+        done = await while_connected(request, run())
+    request.state.model = done.task.checkpoint.name
+    return done
+
+
+def _work(task: Task, shapes: Sequence[tuple[int, ...]], read: Read, clock: Clock) -> Work[Done]:
+    async def do(admission: Admission) -> Done:
+        with clock.stage("read"):
+            given = await read()
+        results = await admission.run(given.arrays)
+        clock.add(results)
+        return Done(task, results, given.warning)
+
+    return Work([(task, shapes)], do)
