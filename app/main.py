@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -24,6 +25,7 @@ from app.api.access import Access
 from app.api.context import Context, Limits
 from app.engine.batcher import QueueLimits
 from app.engine.engine import Engine, EngineOptions
+from app.engine.gauges import gauges
 from app.metrics import Metrics, StateCollector
 from app.settings import InvalidSetting, Settings
 from app.store.store import ModelStore
@@ -52,7 +54,7 @@ def build_engine(settings: Settings, registry: CollectorRegistry) -> Engine:
         keep_pages=Heap().keep,
     )
     engine = Engine(options, ModelStore(settings.models, settings.default_family), metrics)
-    registry.register(StateCollector(engine.gauges))
+    registry.register(StateCollector(partial(gauges, engine)))
     build = Info("vae_build", "What is running.", registry=registry)
     build.info({"version": __version__, "torch": torch.__version__, "cuda": torch.version.cuda or ""})
     return engine

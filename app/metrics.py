@@ -9,8 +9,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
-Gauges = Callable[[], Iterator[tuple[str, str, dict[str, str], float]]]
-"""Yields (name, help, labels, value) of everything that is read at scrape time."""
+Gauge = tuple[str, str, dict[str, str], float]
+"""(name, help, labels, value) of something that is read at scrape time."""
 
 
 class Metrics:
@@ -46,7 +46,7 @@ class Metrics:
 class StateCollector:
     """Reads the service's state when Prometheus asks, instead of keeping gauges up to date."""
 
-    def __init__(self, gauges: Gauges) -> None:
+    def __init__(self, gauges: Callable[[], Iterator[Gauge]]) -> None:
         self._gauges = gauges
 
     def collect(self) -> Iterator[Metric]:

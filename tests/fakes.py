@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from app.engine import compute
 from app.engine.batcher import QueueLimits
 from app.engine.engine import Engine, EngineOptions
+from app.engine.gauges import gauges
 from app.engine.jobs import Job, Result, Task
 from app.metrics import Metrics, StateCollector
 from app.store.checkpoint import Autoencoder, Checkpoint
@@ -94,7 +96,7 @@ async def running(
     metrics = Metrics(CollectorRegistry())
     chosen = EngineOptions(**{"devices": ("cpu",), "limits": limits, **options})
     engine = Engine(chosen, cast(ModelStore, Shelf(*checkpoints)), metrics, load)
-    metrics.registry.register(cast(Any, StateCollector(engine.gauges)))
+    metrics.registry.register(cast(Any, StateCollector(partial(gauges, engine))))
     async with engine:
         yield engine
 

@@ -151,12 +151,12 @@ def test_a_client_that_leaves_is_not_computed_for(server):
         with occupied(engine):
             # One on the device and one staged behind it; what comes then stays in the queue.
             busy = [pool.submit(client.post, "/encode", content=picture(side, SIDE)) for side in (32, 32)]
-            waits_until(lambda: engine._open == 2)
+            waits_until(lambda: engine.open_requests == 2)
             assert not any(answer.done() for answer in busy)
             with closing(socket.create_connection(("127.0.0.1", port))) as leaving:
                 leaving.sendall(post("/encode", picture(64, 32)))
-                waits_until(lambda: engine._open == 3)
-            waits_until(lambda: engine._open == 2)
+                waits_until(lambda: engine.open_requests == 3)
+            waits_until(lambda: engine.open_requests == 2)
         assert [answer.result().status_code for answer in busy] == [200, 200]
         waits_until(lambda: worker.batcher.items == 0)
         assert client.post("/encode", content=picture()).status_code == 200
@@ -218,7 +218,7 @@ def test_what_does_not_end_in_time_is_told_to_come_back(models):
         assert httpx.post(url, content=picture(), timeout=60).status_code == 200  # started
         with occupied(server.engine):
             waiting = pool.submit(httpx.post, url, content=picture(), timeout=60)
-            asyncio.run(until(lambda: server.engine._open == 1))
+            asyncio.run(until(lambda: server.engine.open_requests == 1))
             server.handle_exit(signal.SIGTERM, None)
             answer = waiting.result()
         assert "shutting down" in refused(answer, 503, "unavailable")

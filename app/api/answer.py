@@ -1,14 +1,15 @@
-"""The answer to /encode and /decode: its bytes in the type that was asked for, and headers that say what happened."""
+"""The answer to /encode and /decode: which type the Accept header wants, its bytes, headers that say what happened."""
 
+import re
 from collections.abc import Sequence
 from urllib.parse import quote
 
 import numpy as np
 from fastapi import Response
 
-from app.api.clock import Clock
-from app.api.work import Done, Size
+from app.api.work import Clock, Done, Size
 from app.engine.jobs import Task
+from app.errors import NotAcceptable
 from app.wire.images import write_image
 from app.wire.npy import write_npy
 from app.wire.npz import write_npz, write_zip
@@ -16,6 +17,7 @@ from app.wire.tensors import write_safetensors
 
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
 PNG, JPEG, WEBP, ZIP = "image/png", "image/jpeg", "image/webp", "application/zip"
+_WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 
 
@@ -69,3 +71,34 @@ def answer(body: bytes, media: str, done: Done, clock: Clock, sizes: Sequence[Si
     if done.warning:
         headers["X-Warning"] = quote(done.warning, safe=PRINTABLE)
     return Response(body, media_type=media, headers=headers)
+
+
+def negotiate(accept: str, offers: tuple[str, ...]) -> str:
+    """The offer with the highest weight; the first offer where several tie, or where nothing is asked for.
+
+    Raises NotAcceptable naming the offers when the header excludes all of them.
+    """
+    ranges = dict(_range(part) for part in accept.split(",") if part.strip())
+    if not ranges:
+        return offers[0]
+    best = max(offers, key=lambda offer: _weight(offer, ranges))
+    if _weight(best, ranges) <= 0:
+        raise NotAcceptable(f"this answer can be {', '.join(offers)}; the request accepts {accept[:200]}")
+    return best
+
+
+def _range(part: str) -> tuple[str, float]:
+    kind, *parameters = (piece.strip().lower() for piece in part.split(";"))
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            return kind, float(value) if _WEIGHT.fullmatch(value.strip()) else 0.0
+    return kind, 1.0
+
+
+def _weight(offer: str, ranges: dict[str, float]) -> float:
+    """The weight of the most specific range that covers the offer."""
+    for kind in (offer, offer.split("/", maxsplit=1)[0] + "/*", "*/*"):
+        if kind in ranges:
+            return ranges[kind]
+    return 0.0

@@ -12,16 +12,14 @@ from typing import Annotated
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
-from app.api.accept import negotiate
-from app.api.answer import JPEG, PNG, WEBP, ZIP
+from app.api.answer import JPEG, PNG, WEBP, ZIP, negotiate
 from app.api.body import deadline_of, read_pictures, while_connected
-from app.api.clock import Clock
 from app.api.context import GUARD, Context, Limits, Shared
 from app.api.openapi import BINARY, PROBLEM, takes
 from app.api.schemas import Compared, CompareQuery, Comparison
-from app.api.work import Size, latent_shape_of, picture_shape
-from app.engine.jobs import Task
-from app.engine.requests import Admission, Work
+from app.api.work import Clock, Size, latent_shape_of, picture_shape
+from app.engine.batcher import Admission
+from app.engine.jobs import Task, Work
 from app.errors import (
     InvalidParameter,
     NonFiniteOutput,

@@ -7,11 +7,13 @@ from fastapi import APIRouter, Query
 from app.api.context import ADMIN, GUARD, Context, Shared
 from app.api.openapi import PROBLEM
 from app.api.schemas import LoadQuery, Model, Models, NoQuery, Plan, PlanQuery, Resident
+from app.api.work import latent_shape_of, picture_shape
 from app.engine.jobs import Task
 from app.errors import UnknownModel
 from app.store.checkpoint import Checkpoint
 from app.store.names import Entry
-from app.text import shown
+from app.store.row import row_of
+from app.wire.fit import fitted_size
 
 router = APIRouter(prefix="/models", tags=["models"], dependencies=GUARD, responses=PROBLEM)
 admin = APIRouter(prefix="/models", tags=["admin"], dependencies=ADMIN, responses=PROBLEM)
@@ -20,30 +22,14 @@ Nothing = Annotated[NoQuery, Query()]
 
 def model_row(entry: Entry, shared: Context) -> Model:
     """One entry of the store with what the engine knows of it."""
+    row = Model.model_validate(row_of(entry))
     if not isinstance(entry, Checkpoint):
-        return Model(name=entry.name, path=shown(entry.path), format=entry.format, error=entry.error)
-    family = entry.family
+        return row
     resident = [
         Resident(device=r.device, dtype=r.dtype, bytes=r.bytes, in_use=r.in_use, pinned=r.pinned)
         for r in shared.engine.residencies(entry.sha256)
     ]
-    return Model(
-        name=entry.name,
-        path=shown(entry.path),
-        family=family.name,
-        family_source=entry.family_source,
-        format=entry.format,
-        sha256=entry.sha256,
-        known_as=entry.known_as,
-        copy_of=entry.copy_of,
-        parameters=entry.parameters,
-        latent_channels=family.latent_channels,
-        spatial_factor=family.spatial_factor,
-        scaling_factor=family.latent_format.scaling_factor,
-        shift_factor=family.latent_format.shift_factor,
-        fp16=shared.engine.fp16(entry),
-        resident=resident,
-    )
+    return row.model_copy(update={"fp16": shared.engine.fp16(entry), "resident": resident})
 
 
 async def _row(name: str, shared: Context) -> Model:
@@ -65,14 +51,9 @@ async def list_models(_: Nothing, shared: Shared) -> Models:
 async def plan(name: str, query: Annotated[PlanQuery, Query()], shared: Shared) -> Plan:
     """The forecast and the plan for a picture of this size, as things are now."""
     checkpoint = await shared.engine.resolve(name)
-    family = checkpoint.family
-    multiple = family.size_multiple
-    height, width = (-(-side // multiple) * multiple for side in (query.height, query.width))
-    task = Task(query.op, checkpoint, "raw", query.precision, query.tiling)
-    if query.op == "encode":
-        shape: tuple[int, ...] = (height, width, 3)
-    else:
-        shape = (family.latent_channels, height // family.spatial_factor, width // family.spatial_factor)
+    width, height = fitted_size(query.width, query.height, checkpoint.family.size_multiple, "pad")
+    task = Task(query.op, checkpoint, precision=query.precision, tiling=query.tiling)
+    shape = picture_shape((width, height)) if query.op == "encode" else latent_shape_of((width, height), task)
     answer = await shared.engine.plan(task, shape)
     return Plan(
         device=answer.device,

@@ -8,17 +8,14 @@ from typing import Annotated
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
-from app.api.accept import negotiate
-from app.api.answer import JPEG, NPY, NPZ, PNG, SAFETENSORS, WEBP, ZIP, answer, latents_body, pictures_body
+from app.api.answer import JPEG, NPY, NPZ, PNG, SAFETENSORS, WEBP, ZIP, answer, latents_body, negotiate, pictures_body
 from app.api.body import deadline_of, read_body, read_pictures
-from app.api.clock import Clock
 from app.api.context import GUARD, Shared
 from app.api.mismatch import check_family, convention_of, warning
 from app.api.openapi import LATENTS_FAMILY, PROBLEM, WARNING, answers, takes
 from app.api.schemas import DecodeQuery, EncodeQuery
-from app.api.work import Done, Given, Size, decoding, encoding, finished, picture_size, resolved
-from app.engine.jobs import Output, Task
-from app.engine.requests import Work
+from app.api.work import Clock, Done, Given, Size, decoding, encoding, finished, picture_size, resolved
+from app.engine.jobs import Output, Task, Work
 from app.errors import InvalidParameter, NotAcceptable
 from app.store.checkpoint import Checkpoint
 from app.wire.arrays import LatentShape, latent_shape, read_latents

@@ -1,21 +1,54 @@
 """What an encode and a decode are, whatever dialect asks for them: room for shapes, reading in threads, running."""
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 from fastapi import Request
 
 from app.api.body import while_connected
-from app.api.clock import Clock
 from app.api.context import Context
-from app.engine.jobs import Result, Task
-from app.engine.requests import Admission, Prepare, Work
+from app.engine.batcher import Admission
+from app.engine.jobs import Prepare, Result, Task, Work
+from app.metrics import Metrics
 from app.store.checkpoint import Checkpoint
 from app.wire.arrays import LatentShape
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
+
+
+@dataclass
+class Clock:
+    """Milliseconds of each stage of one request, for Server-Timing."""
+
+    op: str
+    metrics: Metrics
+    stages: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("read", "queue", "load", "compute", "write"), 0.0)
+    )
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the time of its block to a stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[name] += (time.perf_counter() - started) * 1000
+
+    def add(self, results: Sequence[Result]) -> None:
+        """The engine's stages: those of the item that took longest."""
+        for stage in ("queue", "load", "compute"):
+            self.stages[stage] += max(result.seconds.get(stage, 0.0) for result in results) * 1000
+
+    def finish(self) -> str:
+        """The value of Server-Timing; the metrics get the same."""
+        for stage, ms in self.stages.items():
+            self.metrics.stage_seconds.labels(self.op, stage).observe(ms / 1000)
+        return ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in self.stages.items())
 
 
 @dataclass(frozen=True)

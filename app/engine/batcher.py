@@ -7,10 +7,12 @@ hot one cannot starve another.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from app.engine.jobs import Job
+import numpy as np
+
+from app.engine.jobs import Job, Result, Task, check_shape
 from app.errors import DeadlineExceeded, Overloaded, TooLarge
 from app.metrics import Metrics
 from app.terms import Op
@@ -227,3 +229,33 @@ class Batcher:
     def _forget(self, job: Job) -> None:
         self._items -= 1
         self._pixels -= job.pixels
+
+
+class Admission:
+    """Room in one device's queue for some arrays of one task; `run` takes it up, or it is given back."""
+
+    def __init__(self, batcher: Batcher, ticket: Ticket, task: Task, deadline: float | None) -> None:
+        self._batcher = batcher
+        self._ticket: Ticket | None = ticket
+        self._task = task
+        self._deadline = deadline
+
+    async def run(self, arrays: Sequence[np.ndarray]) -> list[Result]:
+        """Queues one job an array and waits for all of them; the first error is raised, the others are dropped."""
+        for array in arrays:
+            check_shape(self._task, array.shape)
+        loop = asyncio.get_running_loop()
+        jobs = [Job(self._task, array, self._deadline, loop.create_future()) for array in arrays]
+        ticket, self._ticket = self._ticket, None  # from here on the jobs stand for it, each leaves by itself
+        assert ticket is not None, "an admission runs once"
+        self._batcher.put(ticket, jobs)
+        try:
+            return list(await asyncio.gather(*(job.future for job in jobs)))
+        finally:
+            for job in jobs:
+                job.future.cancel()
+
+    def close(self) -> None:
+        """Gives the room back if no job took it."""
+        if self._ticket is not None:
+            self._batcher.give_back(self._ticket)

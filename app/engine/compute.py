@@ -5,7 +5,7 @@ Pure functions, called on a device thread.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,18 @@ OUTPUTS: dict[Output, tuple[int, torch.dtype]] = {
 
 Check = Callable[[], None]
 """Called between bands, and between the layers of a whole run; raises to cancel."""
+
+
+class Cancelled(Exception):
+    """Everyone who waited for the batch has gone."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a forward gave nothing."""
+
+    kind: Literal["oom", "cancelled", "lost", "error"]
+    error: Exception
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,24 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(
         words in text for words in ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
     )
+
+
+def classify(error: Exception, device: torch.device) -> Failure:
+    """What a failure means; whether the device is lost is asked of the device itself."""
+    if isinstance(error, Cancelled):
+        return Failure("cancelled", error)
+    if out_of_memory(error):
+        return Failure("oom", error)
+    suspect = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+    return Failure("lost" if suspect and _broken(device) else "error", error)
+
+
+def _broken(device: torch.device) -> bool:
+    try:
+        probe(device)
+    except (RuntimeError, Unavailable):
+        return True
+    return False
 
 
 @torch.inference_mode()

@@ -2,30 +2,28 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar, get_args
+from typing import Any, Self, TypeVar
 
 import numpy as np
-import torch
 from prometheus_client import CollectorRegistry
 
-from app.engine.batcher import Batcher, QueueLimits
+from app.engine.batcher import Admission, QueueLimits
 from app.engine.forecast import Forecaster
-from app.engine.jobs import Result, Task, check_shape, picture_pixels
+from app.engine.jobs import Prepare, Result, Shape, Task, Work, check_shape, picture_pixels
 from app.engine.memory import memory_of
 from app.engine.planner import PlanAnswer, Verdicts
 from app.engine.planning import dtypes
-from app.engine.requests import Admission, Prepare, Shape, Work
-from app.engine.worker import Load, Worker, torch_device
+from app.engine.worker import Load, Worker, device_names, torch_device
 from app.errors import Unavailable
 from app.metrics import Metrics
 from app.store.checkpoint import Checkpoint, CheckpointChanged, load_autoencoder
 from app.store.follow import FIRST_SECONDS, Follower
 from app.store.names import Entry
 from app.store.store import ModelStore
-from app.terms import Fp16, Op, Precision
+from app.terms import Fp16, Precision
 
 LOAD_SECONDS = 0.5
 """What bringing a model to a device is taken to cost when devices are compared: a 335 MB file from the page cache."""
@@ -81,7 +79,7 @@ class Engine:
         self.metrics = metrics
         self.draining = False
         self.self_tested = False
-        self._open = 0  # admitted requests that have not ended
+        self.open_requests = 0  # admitted requests that have not ended
         self._idle = asyncio.Event()
         self._idle.set()
         verdicts = Verdicts()
@@ -243,15 +241,15 @@ class Engine:
         worker = self._worker_for(task)
         seconds = worker.rate.seconds(task.checkpoint.sha256, task.op, pixels)
         ticket = worker.batcher.admit(len(shapes), pixels, deadline, seconds)
-        admission = Admission(worker, ticket, task, deadline)
-        self._open += 1
+        admission = Admission(worker.batcher, ticket, task, deadline)
+        self.open_requests += 1
         self._idle.clear()
         try:
             yield admission
         finally:
             admission.close()
-            self._open -= 1
-            if not self._open:
+            self.open_requests -= 1
+            if not self.open_requests:
                 self._idle.set()
 
     async def plan(self, task: Task, shape: tuple[int, ...]) -> PlanAnswer:
@@ -295,39 +293,5 @@ class Engine:
         """Scanned, tested, not draining and with every device working; overload does not matter."""
         return self.scanned and self.self_tested and not self.draining and self.lost is None
 
-    def gauges(self) -> Iterator[tuple[str, str, dict[str, str], float]]:
-        """The state as Prometheus gauges: (name, help, labels, value)."""
-        now = time.monotonic()
-        names = [entry.name for entry in self.store.entries() if isinstance(entry, Checkpoint)]
-        depths: dict[tuple[str, Op], int] = {(name, op): 0 for name in names for op in get_args(Op)}
-        for worker in self.workers:
-            for key, depth in worker.batcher.depths().items():
-                depths[key] = depths.get(key, 0) + depth
-        for (model, op), depth in depths.items():
-            yield "queue_depth", "Jobs waiting.", {"op": op, "model": model}, depth
-        batchers: list[Batcher] = [worker.batcher for worker in self.workers]
-        yield "queue_pixels", "Pixels admitted and waiting.", {}, sum(batcher.pixels for batcher in batchers)
-        oldest = max(batcher.oldest_age(now) for batcher in batchers)
-        yield "queue_oldest_age_seconds", "Age of the oldest waiting job.", {}, oldest
-        yield "requests_in_flight", "Requests admitted and not ended.", {}, self._open
-        yield "draining", "Shutting down.", {}, self.draining
-        for worker in self.workers:
-            yield from worker.gauges()
-
     async def _stop(self) -> None:
         await asyncio.gather(*(worker.stop() for worker in self.workers))
-
-
-def device_names(devices: Sequence[str]) -> list[str]:
-    """One name per device: several "cpu" become cpu:0, cpu:1, so that each has its own worker and label."""
-    if list(devices) == ["auto"]:
-        devices = ["cuda:0" if torch.cuda.is_available() else "cpu"]
-    counts: dict[str, int] = {}
-    names = []
-    for device in devices:
-        name = "cuda:0" if device == "cuda" else device
-        if list(devices).count("cpu") > 1 and name == "cpu":
-            counts[name] = counts.get(name, 0) + 1
-            name = f"cpu:{counts[name] - 1}"
-        names.append(name)
-    return names

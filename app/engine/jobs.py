@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Hashable
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # at run time it would load torch, which the command line doe
 
 Output = Literal["uint8", "uint16", "float32"]
 """Of a decoded picture: rounded to 8 or 16 bits, or as the network gives it, black at -1, white at 1, unclamped."""
+
+T = TypeVar("T")
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,21 @@ class Result:
     plan: str  # "fp16/whole"
     reason: str | None  # why the plan was not the first choice
     seconds: dict[str, float]  # queue, load, compute
+
+
+@dataclass(frozen=True)
+class Work(Generic[T]):
+    """What a request wants of one checkpoint: arrays of these shapes for each task, and what is done once they may run.
+
+    `do` is called with an `Admission` for each of `parts`.
+    """
+
+    parts: Sequence[tuple[Task, Sequence[Shape]]]
+    do: Callable[..., Awaitable[T]]
+
+
+Prepare = Callable[["Checkpoint"], Work[T]]
+"""The work of a request on the checkpoint that its model's name means; raises what refuses it."""
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from app.allocator import GAPS
 from app.engine import compute
 from app.engine.cache import ModelCache, Resident
+from app.engine.compute import Failure
 from app.engine.jobs import Job, Result
 from app.engine.memory import DeviceMemory
 from app.engine.planner import Planner, shape_of
@@ -33,18 +34,6 @@ from app.terms import Dtype
 log = logging.getLogger("app.engine")
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class Cancelled(Exception):
-    """Everyone who waited for the batch has gone."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a forward gave nothing."""
-
-    kind: Literal["oom", "cancelled", "lost", "error"]
-    error: Exception
 
 
 @dataclass(eq=False)
@@ -221,7 +210,7 @@ class Runner:
         def check() -> None:
             now = self.progress = time.monotonic()
             if all(job.gone or job.late(now) for job in group):
-                raise Cancelled
+                raise compute.Cancelled
 
         if self._keep_pages is not None:
             self._keep_pages(roomy)
@@ -239,23 +228,11 @@ class Runner:
 
     def _classify(self, error: Exception) -> Failure:
         """What a failure means. On the device thread: whether the device is lost is asked of the device itself."""
-        kind: Literal["oom", "cancelled", "lost", "error"] = "error"
-        if isinstance(error, Cancelled):
-            kind = "cancelled"
-        elif compute.out_of_memory(error):
-            kind = "oom"
-        elif isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
-            kind = "lost" if self._broken() else "error"
-        if kind in {"lost", "error"} and not isinstance(error, ServiceError):
+        failure = compute.classify(error, self._device)
+        if failure.kind in {"lost", "error"} and not isinstance(error, ServiceError):
             log.error("a batch failed on %s", self.name, exc_info=error)
-        return Failure(kind, error.with_traceback(None))
-
-    def _broken(self) -> bool:
-        try:
-            compute.probe(self._device)
-        except (RuntimeError, Unavailable):
-            return True
-        return False
+        error.with_traceback(None)
+        return failure
 
     def _after(
         self, failure: Failure, group: list[Job], plan: ExecutionPlan

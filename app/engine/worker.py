@@ -5,7 +5,7 @@ Two threads: one computes, one brings weights and arrays to the device. Everythi
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,7 +22,7 @@ from app.engine.planner import PlanAnswer, Planner, Verdicts
 from app.engine.planning import TORCH_DTYPES
 from app.engine.runner import Runner, Staged, on
 from app.errors import OutOfMemory, Unavailable
-from app.metrics import Metrics
+from app.metrics import Gauge, Metrics
 from app.store.checkpoint import Autoencoder, Checkpoint, load_autoencoder
 from app.terms import Dtype, Precision
 
@@ -120,7 +120,7 @@ class Worker:
         free, available = self.cache.free, self.planner.prospect(task)
         return await asyncio.to_thread(self.planner.answer, self.name, task, shape, free, available)
 
-    def gauges(self) -> Iterator[tuple[str, str, dict[str, str], float]]:
+    def gauges(self) -> Iterator[Gauge]:
         """The device's state as Prometheus gauges: (name, help, labels, value)."""
         device = {"device": self.name}
         for resident in self.cache.residents():
@@ -209,6 +209,21 @@ def _stopping() -> Unavailable:
 def torch_device(name: str) -> torch.device:
     """The torch device of a worker's name; cpu:0, cpu:1 ... are all the one CPU."""
     return torch.device("cpu" if name.startswith("cpu") else name)
+
+
+def device_names(devices: Sequence[str]) -> list[str]:
+    """One name per device: several "cpu" become cpu:0, cpu:1, so that each has its own worker and label."""
+    if list(devices) == ["auto"]:
+        devices = ["cuda:0" if torch.cuda.is_available() else "cpu"]
+    counts: dict[str, int] = {}
+    names = []
+    for device in devices:
+        name = "cuda:0" if device == "cuda" else device
+        if list(devices).count("cpu") > 1 and name == "cpu":
+            counts[name] = counts.get(name, 0) + 1
+            name = f"cpu:{counts[name] - 1}"
+        names.append(name)
+    return names
 
 
 def _to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:

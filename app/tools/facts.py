@@ -4,10 +4,16 @@ from collections.abc import Iterable, Mapping
 
 from app.store.checkpoint import Checkpoint
 from app.store.names import Entry
-from app.text import one_line, shown
+from app.store.row import row_of
+from app.text import one_line
 from app.weights.files import read_header
 from app.weights.renames import Layout, layout_of
 
+FACTS = (
+    *("name", "path", "family", "family_source", "format", "layout", "dtype", "parameters", "sha256"),
+    *("tensors_sha256", "known_as", "copy_of", "fp16", "baked", "latent_channels", "spatial_factor"),
+    *("scaling_factor", "shift_factor"),
+)
 COLUMNS = ("NAME", "FAMILY", "FROM", "FORMAT", "SHA256", "FP16", "KNOWN AS")
 
 
@@ -16,29 +22,16 @@ def facts_of(entry: Entry) -> dict[str, object]:
 
     Raises UnsupportedCheckpoint when its files are not readable any more.
     """
+    row = row_of(entry)
     if not isinstance(entry, Checkpoint):
-        return {"name": entry.name, "path": shown(entry.path), "format": entry.format, "error": entry.error}
-    family = entry.family
-    return {
-        "name": entry.name,
-        "path": shown(entry.path),
-        "family": family.name,
-        "family_source": entry.family_source,
-        "format": entry.format,
+        return row
+    row |= {
         "layout": file_layout(entry),
         "dtype": entry.weight_dtype,
-        "parameters": entry.parameters,
-        "sha256": entry.sha256,
         "tensors_sha256": entry.tensors_sha256,
-        "known_as": entry.known_as,
-        "copy_of": entry.copy_of,
-        "fp16": entry.fp16,
         "baked": entry.baked,
-        "latent_channels": family.latent_channels,
-        "spatial_factor": family.spatial_factor,
-        "scaling_factor": family.latent_format.scaling_factor,
-        "shift_factor": family.latent_format.shift_factor,
     }
+    return {name: row[name] for name in FACTS}
 
 
 def file_layout(checkpoint: Checkpoint) -> Layout:

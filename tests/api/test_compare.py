@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from app.api import compare as module
 from app.api.compare import _measured
 from app.api.schemas import Compared
-from app.engine.requests import Admission
+from app.engine.batcher import Admission
 from app.store.checkpoint import CheckpointChanged
 from app.wire.difference import difference
 from tests.service import SIDE, array_of, occupied, picture, picture_of, pixels, refused, serving, until

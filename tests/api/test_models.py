@@ -215,7 +215,7 @@ async def test_a_removed_file_is_served_out_where_it_is_resident_and_else_unknow
         array_of(await service.post("/encode", content=picture()))
         with occupied(service.engine):
             waiting = [asyncio.ensure_future(service.post("/encode", content=picture())) for _ in range(3)]
-            await until(lambda: service.engine._open == 3)
+            await until(lambda: service.engine.open_requests == 3)
             path.unlink()
             await service.engine.folder.look()
         for task in waiting:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.engine.batcher import Admission
 from app.engine.engine import RUNS
-from app.engine.jobs import Task
-from app.engine.requests import Admission, Work
+from app.engine.jobs import Task, Work
 from app.errors import InvalidLatent, UnknownModel
 from app.store.checkpoint import CheckpointChanged
 from tests.fakes import checkpoint, latent, picture, running, submit
@@ -107,12 +107,17 @@ async def test_a_work_of_two_parts_has_room_for_both_before_the_first_begins():
             assert (await run()).shape == (16, 16, 3)
 
 
-async def test_the_example_in_the_documentation_runs(monkeypatch):
+@pytest.fixture
+def example(monkeypatch):
+    """The code that docs/engine.md shows, as a reader would paste it."""
     monkeypatch.chdir(Path(__file__).parents[2])
-    page = Path("docs/engine.md")
-    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", Path("docs/engine.md").read_text(encoding="utf-8"), re.DOTALL)
+    return compile(code, "engine.md", "exec")
+
+
+async def test_the_example_in_the_documentation_runs(example):
     names: dict[str, Any] = {}
-    exec(compile(example, page.name, "exec"), names)
+    exec(example, names)
     picture_there, picture_back = await names["main"]()
     assert picture_back.shape == picture_there.shape
     assert np.abs(picture_back.astype(float) - picture_there).mean() < 12

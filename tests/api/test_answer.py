@@ -1,6 +1,6 @@
 import pytest
 
-from app.api.accept import negotiate
+from app.api.answer import negotiate
 from app.errors import NotAcceptable
 
 OFFERS = ("image/png", "image/jpeg", "application/x-npy")
