@@ -10,6 +10,7 @@ from fastapi import Request
 
 from app.api.body import while_connected
 from app.api.context import Context
+from app.api.errors import request_id
 from app.engine.batcher import Admission
 from app.engine.jobs import Prepare, Result, Task, Work
 from app.metrics import Metrics
@@ -115,7 +116,7 @@ async def finished(
     shared: Context,
 ) -> Done:
     """The work, for as long as its client waits. The body must be read."""
-    async with shared.engine.request(checkpoint, model, prepare, deadline) as run:
+    async with shared.engine.request(checkpoint, model, prepare, deadline, request_id(request)) as run:
         done = await while_connected(request, run())
     request.state.model = done.task.checkpoint.name
     return done

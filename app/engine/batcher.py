@@ -6,16 +6,21 @@ hot one cannot starve another.
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from app.engine.jobs import Job, Result, Task, check_shape
+from app.engine.rate import KNOWN, Rate
 from app.errors import DeadlineExceeded, Overloaded, TooLarge
 from app.metrics import Metrics
 from app.terms import Op
+
+if TYPE_CHECKING:  # at run time it would load torch, which the settings do without
+    from app.store.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -35,29 +40,6 @@ class Ticket:
     pixels: int
 
 
-class Rate:
-    """Measured seconds per megapixel of a device by model and operation, exponential averages over its batches."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[tuple[str, Op] | None, float] = {}
-
-    def note(self, sha256: str, op: Op, pixels: int, seconds: float) -> None:
-        """Takes in one finished batch."""
-        value = seconds / (pixels / 1e6)
-        for key in ((sha256, op), None):
-            old = self._seconds.get(key, value)
-            self._seconds[key] = 0.7 * old + 0.3 * value
-
-    def seconds(self, sha256: str, op: Op, pixels: int) -> float:
-        """Expected seconds of so many pixels; 0 before anything was measured."""
-        rate = self._seconds.get((sha256, op), self._seconds.get(None, 0.0))
-        return rate * pixels / 1e6
-
-    def of(self, jobs: Iterable[Job]) -> float:
-        """Expected seconds of these jobs."""
-        return sum(self.seconds(job.task.checkpoint.sha256, job.task.op, job.pixels) for job in jobs)
-
-
 class Batcher:
     """Jobs by model, each model's in order of arrival."""
 
@@ -66,35 +48,34 @@ class Batcher:
         self.rate = rate
         self._metrics = metrics
         self._queues: dict[str, deque[Job]] = {}  # by sha256; none is empty
-        self._served: dict[str, int] = {}  # the number of the last batch of each model
+        self._served: OrderedDict[str, int] = OrderedDict()  # the number of the last batch of models served lately
         self._batches = 0
         self._items = 0  # admitted and not yet taken, whether or not their pixels are read
         self._pixels = 0
         self._arrival = asyncio.Event()
         self._unread: dict[Ticket, float] = {}  # admitted, bodies being read: expected seconds
-        self._staged = 0.0  # expected seconds of the batch that was taken and does not run yet
+        self._taken: dict[int, float] = {}  # expected seconds of batches that do not run yet, by the id of their list
         self._running_until = 0.0  # when the batch on the device should be done, by the rate
 
     def admit(self, items: int, pixels: int, deadline: float | None, seconds: float) -> Ticket:
-        """Room for a request's items, whose own compute should take `seconds`.
+        """Room for a request's items, whose own compute should take `seconds`; 0 where nothing is known of that.
 
-        Raises Overloaded when the queue is full or the deadline cannot be met, TooLarge for more items than the queue
-        ever holds.
+        A request of more than half of the queue's pixels needs half of it, so that small ones do not shut it out.
+        An idle device refuses nothing for its deadline: only what runs can show how long it takes. Raises Overloaded
+        when the queue is full or the deadline cannot be met, TooLarge for more items than the queue ever holds.
         """
         if items > self.limits.items:
             raise TooLarge(f"{items} items in one request: the queue holds {self.limits.items}")
         wait = self.wait_seconds()
-        full = self._items + items > self.limits.items or (
-            self._pixels + pixels > self.limits.pixels and self._items > 0
-        )
-        if full:
+        needs = min(pixels, self.limits.pixels // 2)
+        if self._items + items > self.limits.items or self._pixels + needs > self.limits.pixels:
             self._metrics.rejected.labels("queue_full").inc()
             raise Overloaded(
                 f"the queue is full: {self._items} of {self.limits.items} items, "
                 f"{self._pixels} of {self.limits.pixels} pixels",
                 retry_after=max(1.0, wait),
             )
-        if deadline is not None and time.monotonic() + wait + seconds > deadline:
+        if deadline is not None and wait > 0 and time.monotonic() + wait + seconds > deadline:
             self._metrics.rejected.labels("deadline").inc()
             raise Overloaded(
                 f"the deadline cannot be met: about {wait + seconds:.1f} s of work are before its end",
@@ -121,31 +102,38 @@ class Batcher:
             self._queues.setdefault(job.task.checkpoint.sha256, deque()).append(job)
         self._arrival.set()
 
-    async def take(self) -> list[Job]:
+    async def take(self, among: "Callable[[Checkpoint], bool]" = lambda _: True) -> list[Job]:
         """The next batch: the head of the model whose turn it is, and all with its key up to the pixel budget.
 
-        Jobs whose client has gone or whose deadline has passed are dropped on the way.
+        Only models `among` have a turn; `look_again` where these become others. Jobs whose client has gone or whose
+        deadline has passed are dropped on the way. A call that is cancelled has taken nothing.
         """
         while True:
-            while not self._queues:
+            waiting = [sha256 for sha256, jobs in self._queues.items() if among(jobs[0].task.checkpoint)]
+            if not waiting:
                 self._arrival.clear()
                 await self._arrival.wait()
-            if batch := self._next_batch():
-                self._staged = self.rate.of(batch)
+            elif batch := self._next_batch(min(waiting, key=self._turn)):
+                self._taken[id(batch)] = self.rate.of(batch, self.limits.batch_pixels)
                 return batch
 
-    def began(self, seconds: float) -> None:
-        """The batch taken last is on the device, and should take so long."""
-        self._staged = 0.0
+    def look_again(self) -> None:
+        """Other models may have a turn now."""
+        self._arrival.set()
+
+    def began(self, batch: list[Job]) -> float:
+        """A batch that was taken is on the device, and should take so many seconds."""
+        seconds = self._taken.pop(id(batch))
         self._running_until = time.monotonic() + seconds
+        return seconds
 
     def ended(self) -> None:
         """Nothing is on the device."""
         self._running_until = 0.0
 
-    def failed(self) -> None:
-        """The batch taken last did not come to run."""
-        self._staged = 0.0
+    def failed(self, batch: list[Job]) -> None:
+        """A batch that was taken will not run."""
+        self._taken.pop(id(batch), None)
 
     def depths(self) -> dict[tuple[str, Op], int]:
         """Queued jobs by (model name, op)."""
@@ -172,9 +160,9 @@ class Batcher:
 
     def wait_seconds(self) -> float:
         """Seconds until all that was admitted should be done, by the measured rate."""
-        queued = sum(self.rate.of(jobs) for jobs in self._queues.values())
+        queued = sum(self.rate.of(jobs, self.limits.batch_pixels) for jobs in self._queues.values())
         running = max(0.0, self._running_until - time.monotonic())
-        return sum(self._unread.values()) + queued + self._staged + running
+        return sum(self._unread.values()) + queued + sum(self._taken.values()) + running
 
     def drain(self, error: Exception) -> None:
         """Fails everything queued."""
@@ -185,8 +173,7 @@ class Batcher:
                 if not job.gone:
                     job.future.set_exception(error)
 
-    def _next_batch(self) -> list[Job]:
-        sha256 = min(self._queues, key=self._turn)
+    def _next_batch(self, sha256: str) -> list[Job]:
         jobs = self._queues.pop(sha256)
         batch: list[Job] = []
         rest: deque[Job] = deque()
@@ -207,6 +194,9 @@ class Batcher:
         if batch:
             self._batches += 1
             self._served[sha256] = self._batches
+            self._served.move_to_end(sha256)
+            if len(self._served) > KNOWN:  # a model served so long ago is as good as one never served
+                self._served.popitem(last=False)
         return batch
 
     def _turn(self, sha256: str) -> tuple[int, float]:
@@ -234,18 +224,19 @@ class Batcher:
 class Admission:
     """Room in one device's queue for some arrays of one task; `run` takes it up, or it is given back."""
 
-    def __init__(self, batcher: Batcher, ticket: Ticket, task: Task, deadline: float | None) -> None:
+    def __init__(self, batcher: Batcher, ticket: Ticket, task: Task, deadline: float | None, origin: str = "") -> None:
         self._batcher = batcher
         self._ticket: Ticket | None = ticket
         self._task = task
         self._deadline = deadline
+        self._origin = origin
 
     async def run(self, arrays: Sequence[np.ndarray]) -> list[Result]:
         """Queues one job an array and waits for all of them; the first error is raised, the others are dropped."""
         for array in arrays:
             check_shape(self._task, array.shape)
         loop = asyncio.get_running_loop()
-        jobs = [Job(self._task, array, self._deadline, loop.create_future()) for array in arrays]
+        jobs = [Job(self._task, array, self._deadline, loop.create_future(), origin=self._origin) for array in arrays]
         ticket, self._ticket = self._ticket, None  # from here on the jobs stand for it, each leaves by itself
         assert ticket is not None, "an admission runs once"
         self._batcher.put(ticket, jobs)

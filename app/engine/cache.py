@@ -16,9 +16,11 @@ from app.engine.planning import TORCH_DTYPES
 from app.errors import ModelBusy, OutOfMemory
 from app.metrics import Metrics
 from app.store.checkpoint import Autoencoder, Checkpoint
+from app.store.family import Config
 from app.terms import Dtype
 
-Key = tuple[str, Dtype]
+Key = tuple[str, Config, Dtype]
+"""The bytes of the weights, what network they are taken for, and the precision."""
 Load = Callable[[Checkpoint, Dtype], Awaitable[Autoencoder]]
 
 
@@ -34,7 +36,7 @@ class Resident:
 
 
 class ModelCache:
-    """Modules by (sha256, dtype), oldest use first."""
+    """Modules by sha256, configuration and dtype, oldest use first."""
 
     def __init__(self, load: Load, memory: DeviceMemory, limit: int | None, metrics: Metrics) -> None:
         self._load_module = load
@@ -43,6 +45,7 @@ class ModelCache:
         self._metrics = metrics
         self._residents: OrderedDict[Key, Resident] = OrderedDict()
         self._loading: dict[Key, asyncio.Task[None]] = {}
+        self.loads = 0  # begun so far
         self._promised = 0  # bytes of the weights being loaded
         self._pinned: set[str] = set()
 
@@ -65,14 +68,20 @@ class ModelCache:
         """All residents, oldest use first."""
         return list(self._residents.values())
 
-    def holds(self, sha256: str) -> bool:
-        """Whether the checkpoint is resident in any precision."""
-        return any(sha == sha256 for sha, _ in self._residents)
+    def holds(self, checkpoint: Checkpoint, dtype: Dtype | None = None) -> bool:
+        """Whether the checkpoint is resident in this precision, or in any."""
+        wanted = _key(checkpoint, dtype or "fp32")[:2]
+        return any(key[:2] == wanted and dtype in (None, key[2]) for key in self._residents)
 
-    def kept(self, sha256: str, dtype: Dtype) -> bool:
+    def kept(self, checkpoint: Checkpoint, dtype: Dtype) -> bool:
         """Whether the module is resident and not to be evicted now."""
-        resident = self._residents.get((sha256, dtype))
+        resident = self._residents.get(_key(checkpoint, dtype))
         return resident is not None and not self._idle(resident)
+
+    @property
+    def loading(self) -> bool:
+        """Whether weights are on their way."""
+        return bool(self._loading)
 
     def pinned(self, sha256: str) -> bool:
         """Whether the checkpoint must not be evicted."""
@@ -84,7 +93,7 @@ class ModelCache:
         `reserved` bytes of free memory belong to somebody else. Concurrent calls load once, and share an error:
         UnsupportedCheckpoint, or OutOfMemory when the weights do not fit beside what is in use.
         """
-        key = (checkpoint.sha256, dtype)
+        key = _key(checkpoint, dtype)
         while key not in self._residents:
             if key not in self._loading:
                 self._loading[key] = asyncio.create_task(self._load(checkpoint, dtype, reserved))
@@ -136,12 +145,14 @@ class ModelCache:
         return not resident.in_use and resident.checkpoint.sha256 not in self._pinned
 
     def _evict(self, resident: Resident, reason: str) -> None:
-        del self._residents[resident.checkpoint.sha256, resident.dtype]
+        del self._residents[_key(resident.checkpoint, resident.dtype)]
+        self._memory.evicted()
         self._metrics.evictions.labels(reason).inc()
 
     async def _load(self, checkpoint: Checkpoint, dtype: Dtype, reserved: int) -> None:
-        key = (checkpoint.sha256, dtype)
+        key = _key(checkpoint, dtype)
         nbytes = checkpoint.weight_bytes(TORCH_DTYPES[dtype])
+        self.loads += 1
         started = time.monotonic()
         try:
             if not self.make_room(nbytes, reserved, self._limit - nbytes):
@@ -178,6 +189,10 @@ class ModelCache:
             f"the weights of {checkpoint.name} take {nbytes} bytes in {dtype}; "
             f"{max(0, self.free - reserved)} are free and nothing idle is left to evict"
         )
+
+
+def _key(checkpoint: Checkpoint, dtype: Dtype) -> Key:
+    return checkpoint.sha256, checkpoint.config, dtype
 
 
 def _retrieve(loading: asyncio.Task[None]) -> None:

@@ -3,6 +3,7 @@
 Pure functions, called on a device thread.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +27,9 @@ OUTPUTS: dict[Output, tuple[int, torch.dtype]] = {
 }
 """Levels of a picture, 0 for none, and the dtype that they have on their way: torch computes nothing in uint16."""
 
+AHEAD = 4
+"""Layers or bands that the host may be ahead of a CUDA device: enough that the device never waits for it."""
+
 Check = Callable[[], None]
 """Called between bands, and between the layers of a whole run; raises to cancel."""
 
@@ -44,9 +48,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The items of one forward, and which of them are finite in every element."""
+    """The items of one forward, and which of them are finite in every element, before it and after."""
 
     arrays: list[np.ndarray]
+    fits: list[bool]
+    """Whether the network's input was finite in the precision that it ran in: only then is the output its own doing."""
     finite: list[bool]
 
 
@@ -65,6 +71,24 @@ class Watched(Whole):
         """See `Execution.attention`."""
         self._check()
         return super().attention(x, block)
+
+
+class Paced:
+    """A check on a device that runs behind its host, where what is enqueued cannot be taken back: it is kept short."""
+
+    def __init__(self, check: Check, device: torch.device) -> None:
+        self._check = check
+        self._device = device
+        self._enqueued: deque[torch.cuda.Event] = deque()
+
+    def __call__(self) -> None:
+        """Waits until the device is at most `AHEAD` checks behind, then checks."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        self._enqueued.append(event)
+        if len(self._enqueued) > AHEAD:
+            self._enqueued.popleft().synchronize()
+        self._check()
 
 
 def execution_of(plan: ExecutionPlan, check: Check) -> AnyExecution:
@@ -118,6 +142,8 @@ def run(module: Autoencoder, inputs: list[Tensor], tasks: list[Task], plan: Exec
     """
     task = tasks[0]
     batch = torch.stack(inputs)
+    if batch.device.type == "cuda":
+        check = Paced(check, batch.device)
     execution = execution_of(plan, check)
     if task.op == "encode":
         return _encode(module, batch, tasks, plan, execution, check)
@@ -143,7 +169,7 @@ def _encode(
         half = z[0].half().contiguous()
         finite.append(bool(half.isfinite().all()))
         arrays.append(half.cpu().numpy())
-    return Outcome(arrays, finite)
+    return Outcome(arrays, [True] * len(arrays), finite)  # pixels fit every precision
 
 
 def _decode(
@@ -154,6 +180,7 @@ def _decode(
     if task.latents == "scaled":
         z = family.latent_format.unscale(z, module.bn)
     z = z.to(TORCH_DTYPES[plan.dtype]).contiguous(memory_format=torch.channels_last)
+    fits: list[bool] = z.isfinite().flatten(1).all(dim=1).tolist()
     n, _, h, w = z.shape
     side = family.spatial_factor
     low, high = family.pixel_range
@@ -168,4 +195,4 @@ def _decode(
             picture = band.float().sub_(low).mul_(2 / (high - low)).sub_(1)
         host[:, row : row + band.shape[2]].copy_(picture.permute(0, 2, 3, 1), non_blocking=True)
     flags: list[bool] = finite.tolist()  # waits for the copies too: same stream
-    return Outcome(list(host.numpy().astype(task.output, copy=False)), flags)
+    return Outcome(list(host.numpy().astype(task.output, copy=False)), fits, flags)

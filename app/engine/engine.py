@@ -14,8 +14,9 @@ from app.engine.batcher import Admission, QueueLimits
 from app.engine.forecast import Forecaster
 from app.engine.jobs import Prepare, Result, Shape, Task, Work, check_shape, picture_pixels
 from app.engine.memory import memory_of
-from app.engine.planner import PlanAnswer, Verdicts
+from app.engine.planner import PlanAnswer
 from app.engine.planning import dtypes
+from app.engine.verdicts import Verdicts
 from app.engine.worker import Load, Worker, device_names, torch_device
 from app.errors import Unavailable
 from app.metrics import Metrics
@@ -156,6 +157,10 @@ class Engine:
         """What is known of the checkpoint in half precision, runs of this process included."""
         return self._verdicts.of(checkpoint)
 
+    def forget_overflow(self, checkpoint: Checkpoint) -> None:
+        """Lets a checkpoint begin in fp16 again, whatever this process saw of it there."""
+        self._verdicts.forget(checkpoint)
+
     async def load(self, checkpoint: Checkpoint, precision: Precision) -> None:
         """Makes a checkpoint resident on every device, in the first precision that a request would get."""
         for worker in self.workers:
@@ -195,15 +200,20 @@ class Engine:
 
     @asynccontextmanager
     async def request(
-        self, checkpoint: Checkpoint, model: str | None, prepare: Prepare[T], deadline: float | None
+        self,
+        checkpoint: Checkpoint,
+        model: str | None,
+        prepare: Prepare[T],
+        deadline: float | None,
+        origin: str = "",
     ) -> AsyncIterator[Callable[[], Coroutine[Any, Any, T]]]:
-        """Room for a request's work on a checkpoint, and what does it.
+        """Room for a request's work on a checkpoint, and what does it; `origin` is who asks, for the log.
 
         Where the file is replaced before its weights are loaded, the work is prepared and admitted anew for what
         `model` means then; a device that holds the old weights serves with them. Raises as `admit` and `resolve`.
         """
         async with AsyncExitStack() as room:
-            do = await self._admitted(room, prepare(checkpoint), deadline)
+            do = await self._admitted(room, prepare(checkpoint), deadline, origin)
 
             async def run() -> T:
                 nonlocal do, checkpoint
@@ -214,19 +224,22 @@ class Engine:
                         await self.replaced(checkpoint, deadline)
                         checkpoint = await self.resolve(model)
                         await room.aclose()  # first: a queue that just held this request has no more than its room
-                        do = await self._admitted(room, prepare(checkpoint), deadline)
+                        do = await self._admitted(room, prepare(checkpoint), deadline, origin)
                 return await do()
 
             yield run
 
     async def _admitted(
-        self, room: AsyncExitStack, work: Work[T], deadline: float | None
+        self, room: AsyncExitStack, work: Work[T], deadline: float | None, origin: str
     ) -> Callable[[], Awaitable[T]]:
-        admissions = [await room.enter_async_context(self.admit(task, shapes, deadline)) for task, shapes in work.parts]
+        parts = [self.admit(task, shapes, deadline, origin) for task, shapes in work.parts]
+        admissions = [await room.enter_async_context(part) for part in parts]
         return lambda: work.do(*admissions)
 
     @asynccontextmanager
-    async def admit(self, task: Task, shapes: Sequence[Shape], deadline: float | None) -> AsyncIterator[Admission]:
+    async def admit(
+        self, task: Task, shapes: Sequence[Shape], deadline: float | None, origin: str = ""
+    ) -> AsyncIterator[Admission]:
         """Room for a task's arrays, before any of them is decoded.
 
         Raises Unavailable while draining, Overloaded when the queue is full or the deadline cannot be met, and
@@ -239,9 +252,10 @@ class Engine:
             check_shape(task, shape)
         pixels = sum(picture_pixels(task, shape) for shape in shapes)
         worker = self._worker_for(task)
-        seconds = worker.rate.seconds(task.checkpoint.sha256, task.op, pixels)
+        sha256, op = task.checkpoint.sha256, task.op
+        seconds = worker.rate.seconds(sha256, op, pixels) if worker.rate.knows(sha256, op) else 0.0
         ticket = worker.batcher.admit(len(shapes), pixels, deadline, seconds)
-        admission = Admission(worker.batcher, ticket, task, deadline)
+        admission = Admission(worker.batcher, ticket, task, deadline, origin)
         self.open_requests += 1
         self._idle.clear()
         try:
@@ -265,7 +279,7 @@ class Engine:
             raise Unavailable("every device is lost")
 
         def begin(worker: Worker) -> tuple[float, bool, int]:
-            resident = worker.cache.holds(task.checkpoint.sha256)
+            resident = worker.cache.holds(task.checkpoint)
             load = 0.0 if resident else LOAD_SECONDS
             return (worker.batcher.wait_seconds() + load, not resident, worker.batcher.items)
 

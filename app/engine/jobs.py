@@ -70,8 +70,10 @@ class Job:
     future: "asyncio.Future[Result]"
     queued: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=dict)
-    # Why the item no longer runs as first planned; the worker's own note.
+    origin: str = ""  # who asked, for the log
+    # The worker's own notes: why the item no longer runs as first planned; whether its network overflowed in fp16.
     reason: str | None = None
+    overflowed: bool = False
 
     @property
     def pixels(self) -> int:
@@ -84,8 +86,10 @@ class Job:
         task = self.task
         alone = id(self) if task.deterministic else None
         wishes = (task.latents, task.precision, task.tiling, task.output)
-        # The family too: the same bytes may lie in the folder twice, declared as two families.
-        return (task.op, task.checkpoint.sha256, task.checkpoint.family, self.array.shape, wishes, alone)
+        checkpoint = task.checkpoint
+        # The same bytes may lie in the folder twice, declared as two families or with other norm groups.
+        model = (checkpoint.sha256, checkpoint.family, checkpoint.config)
+        return (task.op, model, self.array.shape, wishes, alone)
 
     @property
     def gone(self) -> bool:

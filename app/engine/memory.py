@@ -1,6 +1,7 @@
 """What a device's memory has room for. `CudaMemory` asks the driver, `FixedMemory` does sums."""
 
 import gc
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,16 @@ HOST_SHARE = 0.75
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
+@dataclass(frozen=True)
+class Level:
+    """What a driver and torch's allocator say of a device, in bytes."""
+
+    total: int
+    free: int  # to the driver
+    allocated: int  # by tensors
+    reserved: int  # by torch, for tensors
+
+
 class DeviceMemory(Protocol):
     """The one port of the engine: how much there is, and how much is free."""
 
@@ -24,10 +35,22 @@ class DeviceMemory(Protocol):
         """Bytes that weights and working memory may take together, all told."""
 
     def free(self, resident: int) -> int:
-        """Bytes that new tensors may take now; `resident` is what the cache holds in weights."""
+        """Bytes that new tensors may take while no forward runs, beside `resident` bytes of weights.
+
+        Arithmetic alone, so that the event loop may ask: a driver may hang.
+        """
+
+    def look(self) -> Level:
+        """How the device is now. On the device's thread, between two forwards."""
+
+    def note(self, level: Level, resident: int) -> None:
+        """Takes in what `look` saw when the weights there were `resident` bytes, and none were on their way."""
 
     def release(self) -> None:
-        """Gives cached but unused blocks back."""
+        """Gives cached but unused blocks back. On the device's thread."""
+
+    def evicted(self) -> None:
+        """Weights were let go of: what they leave must serve anybody before the next forward."""
 
     def begin(self) -> None:
         """Begins the measurement of what work takes."""
@@ -53,10 +76,20 @@ class FixedMemory:
         """The limit less the weights."""
         return self.limit - resident
 
+    def look(self) -> Level:
+        """The limit, taken as free."""
+        return Level(self.limit, self.limit, 0, 0)
+
+    def note(self, level: Level, resident: int) -> None:
+        """Nothing: the limit stands."""
+
     def release(self) -> None:
         """Returns the heap's free pages."""
         gc.collect()
         give_back()
+
+    def evicted(self) -> None:
+        """Nothing: the heap is everybody's."""
 
     def begin(self) -> None:
         """Nothing: see `peak`."""
@@ -71,50 +104,66 @@ class FixedMemory:
 
 
 class CudaMemory:
-    """free = driver-free + torch-reserved - torch-allocated - headroom, and no more than `limit` leaves."""
+    """free = driver-free + torch-reserved - torch-allocated - headroom, and no more than `limit` leaves.
+
+    Taken between forwards, when what is allocated is the weights; from there on weights that come and go are counted.
+    """
 
     def __init__(self, device: torch.device, limit: int | None) -> None:
         self.device = device
         total = torch.cuda.mem_get_info(device)[1]
         self.limit = min(limit, total) if limit is not None else total
-        self._level = 0
+        self._begun_at = 0
+        self._trim = False
         if limit is not None:  # so that the allocator refuses what the arithmetic would have refused
             torch.cuda.set_per_process_memory_fraction(self.limit / total, device)
+        self.note(self.look(), 0)
 
     def capacity(self) -> int:
         """The card's memory, or the limit, less the headroom."""
         return self.limit - CUDA_HEADROOM
 
     def free(self, resident: int) -> int:
-        """What the driver and torch's own cache have left; `resident` is part of what is allocated."""
+        """What the driver and torch's own cache had left at the last look, weights of today for those of then."""
+        return self._room - resident
+
+    def look(self) -> Level:
+        """Asks the driver and the allocator."""
+        free, total = torch.cuda.mem_get_info(self.device)
         allocated = torch.cuda.memory_allocated(self.device)
-        driver = torch.cuda.mem_get_info(self.device)[0]
-        cached = torch.cuda.memory_reserved(self.device) - allocated
-        return min(driver + cached, self.limit - allocated) - CUDA_HEADROOM
+        return Level(total, free, allocated, torch.cuda.memory_reserved(self.device))
+
+    def note(self, level: Level, resident: int) -> None:
+        """Keeps the level."""
+        self._level = level
+        cached = level.reserved - level.allocated
+        self._room = min(level.free + cached, self.limit - level.allocated) - CUDA_HEADROOM + resident
 
     def release(self) -> None:
         """Returns torch's cached blocks to the driver."""
         gc.collect()
         torch.cuda.empty_cache()
 
+    def evicted(self) -> None:
+        """The blocks are those of the stream that copied the weights, and serve no other until the driver has them."""
+        self._trim = True
+
     def begin(self) -> None:
         """Resets torch's peak counter."""
+        if self._trim:
+            self._trim = False
+            self.release()
         torch.cuda.reset_peak_memory_stats(self.device)
-        self._level = torch.cuda.memory_allocated(self.device)
+        self._begun_at = torch.cuda.memory_allocated(self.device)
 
     def peak(self) -> int | None:
         """Bytes above the level at the start."""
-        return torch.cuda.max_memory_allocated(self.device) - self._level
+        return torch.cuda.max_memory_allocated(self.device) - self._begun_at
 
     def kinds(self, resident: int) -> dict[str, int]:
-        """As the driver and torch report them."""
-        free, total = torch.cuda.mem_get_info(self.device)
-        return {
-            "total": total,
-            "free": free,
-            "allocated": torch.cuda.memory_allocated(self.device),
-            "reserved": torch.cuda.memory_reserved(self.device),
-        }
+        """As the driver and torch reported them at the last look."""
+        level = self._level
+        return {"total": level.total, "free": level.free, "allocated": level.allocated, "reserved": level.reserved}
 
 
 def host_memory() -> int:

@@ -9,24 +9,9 @@ from app.engine.forecast import Forecaster, Shape, network_shape
 from app.engine.jobs import Task, picture_pixels
 from app.engine.memory import DeviceMemory
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan, after, candidates, choose, dtypes
+from app.engine.verdicts import Verdicts
 from app.errors import OutOfMemory
-from app.store.checkpoint import Checkpoint
 from app.terms import Dtype, Fp16, Precision
-
-
-class Verdicts:
-    """What is known of checkpoints in fp16: seen in this process, else the known table. Shared by all devices."""
-
-    def __init__(self) -> None:
-        self._overflowed: set[str] = set()
-
-    def of(self, checkpoint: Checkpoint) -> Fp16:
-        """ok, overflows or unknown."""
-        return "overflows" if checkpoint.sha256 in self._overflowed else checkpoint.fp16
-
-    def overflows(self, checkpoint: Checkpoint) -> None:
-        """Half precision gave NaN or Inf where a wider one did not."""
-        self._overflowed.add(checkpoint.sha256)
 
 
 @dataclass(frozen=True)
@@ -54,7 +39,14 @@ class Planner:
 
     def order(self, task: Task) -> tuple[Dtype, ...]:
         """The precisions to try."""
-        return dtypes(task.precision, self.precision, self.device, self.verdicts.of(task.checkpoint))
+        return self._order(task, self.verdicts.of(task.checkpoint))
+
+    def order_of_batch(self, task: Task) -> tuple[Dtype, ...]:
+        """The same for a batch that will run, which may be the one that tries a verdict again."""
+        return self._order(task, self.verdicts.of_batch(task.checkpoint))
+
+    def _order(self, task: Task, fp16: Fp16) -> tuple[Dtype, ...]:
+        return dtypes(task.precision, self.precision, self.device, fp16)
 
     def demoted(self, task: Task, order: tuple[Dtype, ...]) -> bool:
         """Whether a known overflow in fp16 keeps the task, which is tried in this order, from its first precision."""
@@ -78,7 +70,7 @@ class Planner:
     def prospect(self, task: Task) -> int:
         """`available` to a task whose weights may not be there yet, or are among those that could be evicted."""
         available, dtype = self.available(task), self.order(task)[0]
-        if task.deterministic or self.cache.kept(task.checkpoint.sha256, dtype):
+        if task.deterministic or self.cache.kept(task.checkpoint, dtype):
             return available
         return available - task.checkpoint.weight_bytes(TORCH_DTYPES[dtype])
 

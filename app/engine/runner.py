@@ -23,7 +23,7 @@ from app.engine import compute
 from app.engine.cache import ModelCache, Resident
 from app.engine.compute import Failure
 from app.engine.jobs import Job, Result
-from app.engine.memory import DeviceMemory
+from app.engine.memory import DeviceMemory, Level
 from app.engine.planner import Planner, shape_of
 from app.engine.planning import ExecutionPlan
 from app.errors import DeadlineExceeded, NonFiniteOutput, OutOfMemory, ServiceError, Unavailable
@@ -94,7 +94,7 @@ class Runner:
                     self._fall_back(jobs, tried[-1], dtype)
                 if resident is None:
                     resident = await self._acquire(task.checkpoint, dtype)
-                jobs = await self._walk_executions(jobs, staged.inputs, resident, after_fp16="fp16" in tried)
+                jobs = await self._walk_executions(jobs, staged.inputs, resident)
                 self._cache.release(resident)
                 resident = None
                 if not jobs:
@@ -124,9 +124,7 @@ class Runner:
             failure = await on(self.thread, self._classify, error)
         self._end(jobs, failure)
 
-    async def _walk_executions(
-        self, jobs: list[Job], inputs: dict[Job, Tensor], resident: Resident, *, after_fp16: bool
-    ) -> list[Job]:
+    async def _walk_executions(self, jobs: list[Job], inputs: dict[Job, Tensor], resident: Resident) -> list[Job]:
         """Runs the jobs in one precision and returns those whose output was not finite."""
         overflowed: list[Job] = []
         groups: deque[tuple[list[Job], ExecutionPlan | None]] = deque([(jobs, None)])
@@ -147,15 +145,23 @@ class Runner:
             if isinstance(outcome, Failure):
                 groups.extendleft(self._after(outcome, group, plan))
                 continue
-            for job, array, finite in zip(group, outcome.arrays, outcome.finite, strict=True):
+            if resident.dtype == "fp16" and all(outcome.finite):
+                self._planner.verdicts.held(resident.checkpoint)
+            for job, array, fits, finite in zip(group, outcome.arrays, outcome.fits, outcome.finite, strict=True):
                 if not finite:
+                    job.overflowed = fits and resident.dtype == "fp16"
                     overflowed.append(job)
                     continue
-                if after_fp16:
-                    self._planner.verdicts.overflows(job.task.checkpoint)
+                if job.overflowed:
+                    self._condemn(job)
                 self._finish(job, array, plan)
         self._metrics.nonfinite.inc(len(overflowed))
         return overflowed
+
+    def _condemn(self, job: Job) -> None:
+        """The checkpoint starts behind fp16 from now on: the item overflowed there, and came out finite here."""
+        self._planner.verdicts.overflowed(job.task.checkpoint)
+        log.warning("%s overflows in fp16, as request %s shows", job.task.checkpoint.name, job.origin or "-")
 
     async def _acquire(self, checkpoint: Checkpoint, dtype: Dtype) -> Resident:
         return await self._with_room(self._cache.acquire, checkpoint, dtype)
@@ -189,7 +195,9 @@ class Runner:
         task = group[0].task
         started = time.monotonic()
         roomy = GAPS * self.reserved <= self._cache.free
-        outcome = await on(self.thread, self._attempt, module, group, inputs, plan, roomy)
+        loads, resident = self._cache.loads, self._cache.nbytes
+        alone = not self._cache.loading
+        outcome, peak, level = await on(self.thread, self._attempt, module, group, inputs, plan, roomy)
         seconds = time.monotonic() - started
         for job in group:
             job.seconds["compute"] = job.seconds.get("compute", 0.0) + seconds
@@ -197,34 +205,43 @@ class Runner:
         self._metrics.items.inc(len(group))
         self._metrics.executions.labels(str(plan)).inc()
         self._metrics.batch_size.labels(task.op, task.checkpoint.name).observe(len(group))
-        peak = self._memory.peak()
-        if peak is not None and not isinstance(outcome, Failure):
-            self._planner.forecaster.measured(shape_of(task, group[0].array.shape), plan, peak)
+        if alone and (self._cache.loads, self._cache.nbytes) == (
+            loads,
+            resident,
+        ):  # else the weights on their way are in the figures
+            self._memory.note(level, resident)
+            if peak is not None and not isinstance(outcome, Failure):
+                self._planner.forecaster.measured(shape_of(task, group[0].array.shape), plan, peak)
         return outcome
 
     def _attempt(
         self, module: Autoencoder, group: list[Job], inputs: dict[Job, Tensor], plan: ExecutionPlan, roomy: bool
-    ) -> compute.Outcome | Failure:
-        """On the device thread: a forward that returns its failure instead of raising it."""
+    ) -> tuple[compute.Outcome | Failure, int | None, Level]:
+        """On the device thread: a forward, or its failure instead of an exception; its peak; the memory after it."""
+        if self._keep_pages is not None:
+            self._keep_pages(roomy)
+        self._memory.begin()
+        outcome = self._try(module, group, inputs, plan)
+        peak = self._memory.peak()
+        if isinstance(outcome, Failure) and outcome.kind == "oom":
+            self._memory.release()  # here, where no traceback holds the forward's tensors any more
+        return outcome, peak, self._memory.look()
 
+    def _try(
+        self, module: Autoencoder, group: list[Job], inputs: dict[Job, Tensor], plan: ExecutionPlan
+    ) -> compute.Outcome | Failure:
         def check() -> None:
             now = self.progress = time.monotonic()
             if all(job.gone or job.late(now) for job in group):
                 raise compute.Cancelled
 
-        if self._keep_pages is not None:
-            self._keep_pages(roomy)
-        self._memory.begin()
         try:
             check()
             return compute.run(module, [inputs[job] for job in group], [job.task for job in group], plan, check)
         except Exception as error:  # noqa: BLE001  the batch boundary: only classified here, `_after` decides
-            failure = self._classify(error)
+            return self._classify(error)
         finally:
             self.progress = time.monotonic()
-        if failure.kind == "oom":
-            self._memory.release()  # here, where the traceback no longer holds the forward's tensors
-        return failure
 
     def _classify(self, error: Exception) -> Failure:
         """What a failure means. On the device thread: whether the device is lost is asked of the device itself."""

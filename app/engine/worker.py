@@ -1,30 +1,38 @@
 """One device and its queue: stages the next batch while the one before it runs.
 
-Two threads: one computes, one brings weights and arrays to the device. Everything else lives on the event loop.
+Three threads: one computes, one brings arrays to the device, one weights. Everything else lives on the event loop.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from app.engine import compute
-from app.engine.batcher import Batcher, QueueLimits, Rate
-from app.engine.cache import ModelCache
+from app.engine.batcher import Batcher, QueueLimits
+from app.engine.cache import ModelCache, Resident
 from app.engine.forecast import Forecaster
 from app.engine.jobs import Job, Task
 from app.engine.memory import DeviceMemory
-from app.engine.planner import PlanAnswer, Planner, Verdicts
+from app.engine.planner import PlanAnswer, Planner
 from app.engine.planning import TORCH_DTYPES
+from app.engine.rate import Rate
 from app.engine.runner import Runner, Staged, on
+from app.engine.verdicts import Verdicts
 from app.errors import OutOfMemory, Unavailable
 from app.metrics import Gauge, Metrics
 from app.store.checkpoint import Autoencoder, Checkpoint, load_autoencoder
 from app.terms import Dtype, Precision
+from app.text import reason
+
+log = logging.getLogger("app.engine")
 
 STALL_SECONDS = 120.0
 """A batch may show no progress for so long, or for ten times its expected time, before liveness turns red."""
@@ -33,6 +41,16 @@ STOP_SECONDS = 10.0
 """A device thread that does not come back for so long after everybody has gone hangs in its driver."""
 
 Load = Callable[[Checkpoint, torch.dtype, torch.device], Autoencoder]
+
+
+@dataclass(eq=False)
+class _Turn:
+    """A batch that was taken from the queue, the precisions to try, and its module if that had to be loaded."""
+
+    jobs: list[Job]
+    dtypes: tuple[Dtype, ...]
+    loading: asyncio.Task[Resident] | None = None
+    began: float = field(default_factory=time.monotonic)
 
 
 class Worker:
@@ -60,6 +78,7 @@ class Worker:
         self.cache = ModelCache(self._load, memory, cache_bytes, metrics)
         self._load_module = load
         self._stage_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-stage")
+        self._load_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-load")
         self.planner = Planner(self.device.type, memory, self.cache, forecaster, verdicts, precision)
         self._runner = Runner(
             name,
@@ -71,7 +90,12 @@ class Worker:
             keep_pages if self.device.type == "cpu" else None,
             self._unstage,
         )
+        self._cold: _Turn | None = None  # whose model is being loaded
+        self._making_way = False  # for that model: nothing new is staged
         self._staged: Staged | None = None  # behind the running batch
+        self._quiet = asyncio.Event()  # nothing runs, and nothing is staged
+        self._quiet.set()
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._serving: asyncio.Task[None] | None = None
         self._running: asyncio.Task[None] | None = None
         self._jobs: list[Job] = []  # of the running batch, or the last one
@@ -80,6 +104,7 @@ class Worker:
     def start(self) -> None:
         """Begins to serve the queue."""
         self._serving = asyncio.create_task(self._serve())
+        self._serving.add_done_callback(self._ended)
 
     async def self_test(self) -> None:
         """A convolution on the device thread; raises what the device raises."""
@@ -97,7 +122,8 @@ class Worker:
             if not self._running.done():
                 self._runner.lost = "its thread hangs"
         self._runner.thread.shutdown(wait=False, cancel_futures=True)
-        self._stage_thread.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._stage_thread, self._load_thread):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     @property
     def busy(self) -> bool:
@@ -136,43 +162,113 @@ class Worker:
 
     async def _serve(self) -> None:
         while True:
-            jobs = await self.batcher.take()
+            turn: _Turn | None = None
             try:
+                turn = await self._next()
                 self._runner.check_device()
-                self._staged = await self._stage(jobs)
+                self._staged = await self._stage(turn)
+                self._quiet.clear()
                 if self._running is not None:
                     await asyncio.wait([self._running])
                 staged, self._staged = self._staged, None
                 self._running = asyncio.create_task(self._run(staged))
+                self._running.add_done_callback(self._ended)
             except asyncio.CancelledError:  # between the queue and the device: nobody else knows of these jobs
-                self._runner.fail(jobs, _stopping(), "stopped")
+                for each in (turn, self._cold):
+                    self._give_up(each)
                 self._unstage()
                 raise
-            except Exception as error:  # noqa: BLE001  the batch boundary: a load that failed is these jobs' own
-                self.batcher.failed()
-                await self._runner.reject(jobs, error)
+            except Exception as error:
+                if turn is None:
+                    raise
+                self.batcher.failed(turn.jobs)
+                await self._runner.reject(turn.jobs, error)
 
-    async def _stage(self, jobs: list[Job]) -> Staged:
-        """Makes the model resident and copies the arrays to the device."""
-        task = jobs[0].task
-        dtypes = self.planner.order(task)
-        started = time.monotonic()
+    async def _next(self) -> _Turn:
+        """The batch whose turn it is. While its model is loaded, batches whose models are there overtake it.
+
+        It is next once its model has come. Where there is no room beside what runs, nothing overtakes it any more.
+        """
+        while True:
+            if self._cold is not None and self._cold.loading is not None and self._cold.loading.done():
+                cold, self._cold = self._cold, None
+                return cold
+            taking = asyncio.ensure_future(self.batcher.take(self._may_run))
+            waits: set[asyncio.Future[Any]] = {taking}
+            if self._cold is not None and self._cold.loading is not None:
+                waits.add(self._cold.loading)
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                taking.cancel()  # no-op where it is done
+            await asyncio.wait([taking])
+            if taking.cancelled():
+                continue
+            jobs = taking.result()
+            task = jobs[0].task
+            turn = _Turn(jobs, self.planner.order_of_batch(task))
+            if self._cold is not None or self.cache.holds(task.checkpoint, turn.dtypes[0]):
+                return turn
+            turn.loading = asyncio.create_task(self._bring(task.checkpoint, turn.dtypes[0]))
+            self._cold = turn
+
+    def _may_run(self, checkpoint: Checkpoint) -> bool:
+        """Whether a model may have a turn: while another one is loaded, only if it is there."""
+        return self._cold is None or (not self._making_way and self.cache.holds(checkpoint))
+
+    async def _bring(self, checkpoint: Checkpoint, dtype: Dtype) -> Resident:
+        """The module of a model that is not there yet."""
         try:
-            resident = await self.cache.acquire(task.checkpoint, dtypes[0], self._runner.reserved)
+            return await self.cache.acquire(checkpoint, dtype, self._runner.reserved)
         except OutOfMemory:
-            if self._running is None or self._running.done():
+            if self._quiet.is_set():
                 raise
-            await asyncio.wait([self._running])  # there may be room once the running batch has let go
-            resident = await self.cache.acquire(task.checkpoint, dtypes[0])
-        loaded = time.monotonic() - started
+        self._making_way = True  # there may be room once what runs and what is staged has let go
         try:
-            tensors = await on(self._stage_thread, _to_device, [job.array for job in jobs], self.device)
+            await self._quiet.wait()
+            return await self.cache.acquire(checkpoint, dtype)
+        finally:
+            self._making_way = False
+            self.batcher.look_again()
+
+    async def _stage(self, turn: _Turn) -> Staged:
+        """Takes the module and copies the arrays to the device."""
+        jobs = turn.jobs
+        if turn.loading is not None:
+            resident = turn.loading.result()
+        else:
+            resident = await self.cache.acquire(jobs[0].task.checkpoint, turn.dtypes[0], self._runner.reserved)
+        loaded = time.monotonic() - turn.began
+        try:
+            tensors = await on(self._stage_thread, _to_device, [job.array for job in jobs], self.device, self._stream)
         except BaseException:
             self.cache.release(resident)
             raise
         for job in jobs:
-            job.seconds["load"] = loaded
-        return Staged(jobs, dtypes, dict(zip(jobs, tensors, strict=True)), resident)
+            job.seconds["load"] = loaded if turn.loading is not None else 0.0
+        return Staged(jobs, turn.dtypes, dict(zip(jobs, tensors, strict=True)), resident)
+
+    def _give_up(self, turn: _Turn | None) -> None:
+        """Ends the jobs of a batch that will not run, and lets go of what it has."""
+        if turn is None:
+            return
+        self._runner.fail(turn.jobs, _stopping(), "stopped")
+        if turn.loading is not None and not turn.loading.cancel() and turn.loading.exception() is None:
+            self.cache.release(turn.loading.result())
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """After a batch, and after the loop that serves the queue: neither may die unseen."""
+        if task is self._running and self._staged is None:
+            self._quiet.set()
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        log.critical("%s serves nothing any more", self.name, exc_info=error)
+        self._runner.lost = f"its queue is not served any more: {reason(error)}"
+        self._give_up(self._cold)
+        if self._staged is not None:
+            self._runner.fail(self._staged.jobs, _stopping(), "lost")
+            self._unstage()
+        self.batcher.drain(_stopping())
 
     def _unstage(self) -> bool:
         """Gives up the weights that only the staged batch holds, which loads them again; whether there were any."""
@@ -186,10 +282,9 @@ class Worker:
         jobs = staged.jobs
         task = jobs[0].task
         self._jobs = jobs
-        expected = self.rate.of(jobs)
+        expected = self.batcher.began(jobs)
         started = self._runner.progress = time.monotonic()
         self._patience = max(STALL_SECONDS, 10 * expected)
-        self.batcher.began(expected)
         for job in jobs:
             job.seconds["queue"] = max(0.0, started - job.queued - job.seconds["load"])
         await self._runner.run(staged)
@@ -199,7 +294,7 @@ class Worker:
             self.rate.note(task.checkpoint.sha256, task.op, pixels, time.monotonic() - started)
 
     async def _load(self, checkpoint: Checkpoint, dtype: Dtype) -> Autoencoder:
-        return await on(self._stage_thread, self._load_module, checkpoint, TORCH_DTYPES[dtype], self.device)
+        return await on(self._load_thread, self._load_module, checkpoint, TORCH_DTYPES[dtype], self.device)
 
 
 def _stopping() -> Unavailable:
@@ -226,13 +321,14 @@ def device_names(devices: Sequence[str]) -> list[str]:
     return names
 
 
-def _to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Copies host arrays to the device, on a stream of their own so that a running batch goes on."""
+def _to_device(arrays: list[np.ndarray], device: torch.device, stream: torch.cuda.Stream | None) -> list[Tensor]:
+    """Copies host arrays to the device; on CUDA on a stream of their own, so that a running batch goes on."""
     tensors = [torch.tensor(array) for array in arrays]
-    if device.type != "cuda":
+    if stream is None:
         return tensors
-    stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         on_device = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
     stream.synchronize()
+    for tensor in on_device:  # their blocks are this stream's, and are read by the one that computes
+        tensor.record_stream(torch.cuda.default_stream(device))
     return on_device

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -131,3 +132,37 @@ def test_the_probe_believes_a_device_that_computes(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "conv2d", lambda x, weight: x.sum() + 1)
     with pytest.raises(Unavailable, match="computes wrongly"):
         compute.probe(torch.device("cpu"))
+
+
+class Event:
+    """A CUDA event that says when it was waited for."""
+
+    log: ClassVar[list[str]] = []
+
+    def record(self, stream):
+        self.log.append("record")
+
+    def synchronize(self):
+        self.log.append("wait")
+
+
+def test_the_host_is_kept_a_few_layers_before_a_device_that_runs_behind_it(monkeypatch):
+    """What is enqueued cannot be cancelled: a check must speak of about now."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(Event, "log", [])
+    checks = []
+    check = compute.Paced(lambda: checks.append(len(Event.log)), torch.device("cuda"))
+    for _ in range(10):
+        check()
+    assert len(checks) == 10
+    assert Event.log.count("wait") == 10 - compute.AHEAD
+    assert Event.log.index("wait") == compute.AHEAD + 1
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_an_input_that_the_precision_cannot_hold_is_told_from_an_overflow(module, plan):
+    huge = latent().astype(np.float32)
+    huge[0, 0, 0] = 7e4
+    outcome = run(module, [huge, latent()], [Task("decode", TOY)] * 2, plan)
+    assert outcome.fits == [plan.dtype != "fp16", True]

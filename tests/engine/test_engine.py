@@ -1,6 +1,7 @@
 import asyncio
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,20 @@ from app.engine.jobs import Task
 from app.engine.worker import device_names
 from app.errors import InvalidImage, InvalidLatent, OutOfMemory, Unavailable, UnsupportedCheckpoint
 from app.execution import banded as strips
-from tests.fakes import FAMILY, Forwards, checkpoint, latent, load, picture, running, submit, submit_all, until, value
+from tests.fakes import (
+    FAMILY,
+    SMALL,
+    Forwards,
+    checkpoint,
+    latent,
+    load,
+    picture,
+    running,
+    submit,
+    submit_all,
+    until,
+    value,
+)
 
 HOT, COLD = checkpoint("hot"), checkpoint("cold")
 TOY = checkpoint("toy")
@@ -49,6 +63,7 @@ class Loads:
 
 async def test_a_hot_model_lets_another_one_in_after_one_batch(forwards):
     async with running(HOT, COLD, limits=FOUR_A_BATCH) as engine:
+        await engine.load(COLD, "auto")
         with forwards.held():
             hot = asyncio.gather(*(submit(engine, Task("decode", HOT), latent()) for _ in range(50)))
             await until(
@@ -62,6 +77,80 @@ async def test_a_hot_model_lets_another_one_in_after_one_batch(forwards):
         order = [name for name, _, _ in forwards.log]
         assert order.index("cold") == 2  # of the hot model, only the staged batch began after the arrival
         assert order.count("hot") == 13
+
+
+async def test_while_a_model_is_loaded_those_that_are_there_go_on_and_then_it_is_next(forwards):
+    loads = Loads()
+    async with running(HOT, COLD, load=loads, limits=FOUR_A_BATCH) as engine:
+        await submit(engine, Task("decode", HOT), latent())
+        loads.gate.clear()
+        cold = asyncio.ensure_future(submit(engine, Task("decode", COLD), latent()))
+        await until(lambda: loads.names == ["hot", "cold"])
+        await asyncio.gather(*(submit(engine, Task("decode", HOT), latent()) for _ in range(12)))
+        assert not cold.done()
+        with forwards.held():
+            entered = len(forwards.log)
+            more = [asyncio.ensure_future(submit(engine, Task("decode", HOT), latent())) for _ in range(40)]
+            await until(lambda: len(forwards.log) > entered)
+            loads.gate.set()
+            await until(lambda: engine.workers[0].cache.holds(COLD))
+        await cold
+        await asyncio.gather(*more)
+        names = [name for name, _, _ in forwards.log[entered:]]
+        assert names.index("cold") <= 2  # behind the running batch and the one staged
+
+
+async def test_a_model_that_finds_no_room_beside_the_others_is_made_way_for(forwards):
+    """However many jobs of another model keep coming."""
+    room = HOT.weight_bytes(torch.float32) + COLD.weight_bytes(torch.float32) - 1
+    async with running(HOT, COLD, cache_bytes=room, limits=FOUR_A_BATCH) as engine:
+        with forwards.held():
+            hot = [asyncio.ensure_future(submit(engine, Task("decode", HOT), latent())) for _ in range(40)]
+            await until(lambda: engine.workers[0]._staged is not None)
+            cold = asyncio.ensure_future(submit(engine, Task("decode", COLD), latent()))
+            await until(lambda: ("cold", "decode") in engine.workers[0].batcher.depths())
+        await cold
+        await asyncio.gather(*hot)
+        names = [name for name, _, _ in forwards.log]
+        assert names.index("cold") <= 3  # one batch more may be staged before it is known that there is no room
+        assert value(engine, "vae_rejected_total", reason="vram") == 0
+
+
+async def test_a_load_that_is_stopped_ends_its_jobs():
+    loads = Loads()
+    loads.gate.clear()
+    async with running(COLD, load=loads) as engine:
+        waiting = asyncio.ensure_future(submit(engine, Task("decode", COLD), latent()))
+        await until(lambda: bool(loads.names))
+        stopping = asyncio.ensure_future(engine.drain(0.01))
+        with pytest.raises(Unavailable):
+            await waiting
+        loads.gate.set()
+        await stopping
+
+
+async def test_a_queue_that_dies_is_a_lost_device_and_hangs_nobody(monkeypatch, caplog):
+    async with running(TOY) as engine:
+        monkeypatch.setattr(engine.workers[0].batcher, "take", lambda among: 1 / 0)
+        with pytest.raises(Unavailable):  # taken by the call before, and its model is being loaded
+            await submit(engine, Task("decode", TOY), latent())
+        with pytest.raises(Unavailable):
+            await submit(engine, Task("decode", TOY), latent())
+        assert engine.lost is not None
+        assert "division by zero" in engine.lost
+        assert not engine.alive
+        assert not engine.ready
+    assert "serves nothing any more" in caplog.text
+
+
+async def test_the_same_bytes_with_another_configuration_are_another_module():
+    """A corrected norm_num_groups must not be answered by the module of before."""
+    other = replace(TOY, config=replace(SMALL, norm_groups=2))
+    async with running(TOY, other) as engine:
+        (first,) = await submit(engine, Task("decode", TOY), latent())
+        (second,) = await submit(engine, Task("decode", other), latent())
+        assert np.abs(first.array.astype(int) - second.array).max() > 3
+        assert len(engine.residencies(TOY.sha256)) == 2
 
 
 async def test_a_cold_model_is_loaded_once_for_everybody():

@@ -9,8 +9,9 @@ from app.engine.cache import ModelCache
 from app.engine.forecast import Forecaster
 from app.engine.jobs import Task
 from app.engine.memory import FixedMemory
-from app.engine.planner import Planner, Verdicts, shape_of
+from app.engine.planner import Planner, shape_of
 from app.engine.planning import ExecutionPlan
+from app.engine.verdicts import Verdicts
 from app.errors import OutOfMemory
 from app.metrics import Metrics
 from app.vae.latent_format import LatentFormat
@@ -45,7 +46,7 @@ def planner(precision="auto", device="cpu", room=1000):
 def test_a_verdict_moves_everybody_s_start():
     plans = planner("fp16")
     assert (plans.order(TASK), plans.demoted(TASK, plans.order(TASK))) == (("fp16", "fp32"), False)
-    plans.verdicts.overflows(TOY)
+    plans.verdicts.overflowed(TOY)
     assert (plans.order(TASK), plans.demoted(TASK, plans.order(TASK))) == (("fp32",), True)
     assert plans.order(Task("decode", TOY, precision="fp16")) == ("fp16",)
     assert plans.verdicts.of(TOY) == "overflows"

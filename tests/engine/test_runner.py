@@ -7,8 +7,9 @@ import torch
 
 from app.engine import compute
 from app.engine.cache import ModelCache
-from app.engine.forecast import CountingMode
+from app.engine.forecast import CountingMode, Forecaster
 from app.engine.jobs import Task
+from app.engine.memory import FixedMemory
 from app.engine.worker import STALL_SECONDS
 from app.errors import DeadlineExceeded, NonFiniteOutput, OutOfMemory, Unavailable
 from tests.fakes import Forwards, checkpoint, job, latent, picture, running, submit, submit_all, until, value
@@ -195,6 +196,62 @@ async def test_only_the_items_that_overflowed_run_again(forwards):
         assert value(engine, "vae_nonfinite_total") == value(engine, "vae_batch_retries_total", reason="nan") == 1
         exact = await lone(engine, Task("decode", TOY, latents="raw", precision="fp32"), arrays[2])
         assert np.abs(results[2].array.astype(int) - exact).max() <= 1
+
+
+async def test_a_latent_that_half_precision_cannot_hold_says_nothing_of_the_checkpoint(caplog):
+    huge = latent().astype(np.float32)
+    huge[0, 0, 0] = 7e4  # over float16's 65504 once it is unscaled, and before
+    async with running(TOY, precision="fp16") as engine:
+        (result,) = await submit(engine, Task("decode", TOY), huge)
+        assert (result.plan, result.reason) == ("fp32/whole", "non_finite")
+        assert engine.fp16(TOY) == "unknown"
+        (result,) = await submit(engine, Task("decode", TOY), latent())
+        assert (result.plan, result.reason) == ("fp16/whole", None)
+
+
+async def test_who_showed_that_a_checkpoint_overflows_is_in_the_log(caplog):
+    loud = checkpoint("loud")
+    async with running(loud, precision="fp16") as engine:
+        async with engine.admit(Task("decode", loud), [(4, 8, 8)], None, "request-7") as admission:
+            await admission.run([latent()])
+        assert engine.fp16(loud) == "overflows"
+    assert "loud overflows in fp16, as request request-7 shows" in caplog.text
+
+
+async def test_a_verdict_is_tried_again_after_many_good_batches(forwards, monkeypatch):
+    monkeypatch.setattr("app.engine.verdicts.RETRY", 2)
+    loud = checkpoint("loud")
+    async with running(loud, precision="fp16") as engine:
+        for _ in range(4):
+            await submit(engine, Task("decode", loud), latent())
+        both = ["fp16/whole", "fp32/whole"]
+        assert forwards.plans == [*both, "fp32/whole", "fp32/whole", *both]
+        engine.forget_overflow(loud)
+        await submit(engine, Task("decode", loud), latent())
+        assert forwards.plans[-2:] == both
+
+
+async def test_a_peak_that_a_load_is_in_corrects_no_forecast(monkeypatch):
+    """On CUDA the counter is the device's, and weights on their way would move the correction up to twice."""
+    noted = []
+    monkeypatch.setattr(Forecaster, "measured", lambda forecaster, shape, plan, peak: noted.append(peak))
+    monkeypatch.setattr(FixedMemory, "peak", lambda memory: 123)
+    async with running(TOY) as engine:
+        cache = engine.workers[0].cache
+        await submit(engine, Task("decode", TOY), latent())
+        assert noted == [123]
+        monkeypatch.setattr(ModelCache, "loading", property(lambda cache: True))
+        await submit(engine, Task("decode", TOY), latent())
+        monkeypatch.undo()
+        monkeypatch.setattr(Forecaster, "measured", lambda forecaster, shape, plan, peak: noted.append(peak))
+
+        def peak(memory):
+            cache.loads += 1
+            return 123
+
+        monkeypatch.setattr(FixedMemory, "peak", peak)
+        await submit(engine, Task("decode", TOY), latent())
+    assert noted == [123]
 
 
 async def test_what_no_precision_can_hold_is_an_error_and_no_verdict(forwards):
