@@ -21,6 +21,7 @@ from app.execution.banded import Banded, forecast_bytes
 from app.execution.primitive import Whole
 from app.store.checkpoint import Checkpoint, blank
 from app.terms import Op
+from app.vae.autoencoder import Config
 
 MARGIN = 1.05
 """Over the counted bytes: the allocator's rounding. What was allocated was measured at 0.97 to 1.00 of the count."""
@@ -75,7 +76,7 @@ class CountingMode(TorchDispatchMode):
 class Shape:
     """What decides a forecast: the network, the direction, and one item's array on the network's side."""
 
-    config: Any  # KLConfig | TinyConfig
+    config: Config
     op: Op
     channels: int
     height: int

@@ -26,8 +26,8 @@ from app.engine.planner import Planner, shape_of
 from app.engine.planning import ExecutionPlan
 from app.errors import DeadlineExceeded, NonFiniteOutput, OutOfMemory, ServiceError, Unavailable
 from app.metrics import Metrics
-from app.store.checkpoint import Autoencoder
 from app.terms import Dtype
+from app.vae.autoencoder import Autoencoder
 
 log = logging.getLogger("app.engine")
 T = TypeVar("T")

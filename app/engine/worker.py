@@ -23,8 +23,9 @@ from app.engine.planning import TORCH_DTYPES
 from app.engine.runner import Runner, Staged, on
 from app.errors import OutOfMemory, Unavailable
 from app.metrics import Metrics
-from app.store.checkpoint import Autoencoder, Checkpoint, load_autoencoder
+from app.store.checkpoint import Checkpoint, load_autoencoder
 from app.terms import Dtype, Precision
+from app.vae.autoencoder import Autoencoder
 
 STALL_SECONDS = 120.0
 """A batch may show no progress for so long, or for ten times its expected time, before liveness turns red."""

@@ -146,7 +146,7 @@ async def test_the_warning_names_the_items_of_a_batch(service):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_noise_of_the_right_size_never_warns(name, convention):
     row = FAMILIES[name]
-    std = 1.0 if convention == "scaled" else 1 / row.latent_format.scaling_factor
+    std = 1.0 if convention == "scaled" else float(1 / np.asarray(row.latent_format.scaling_factor))
     channels = row.latent_channels * (row.latent_format.patch**2 if convention == "scaled" else 1)
     items = [noise(channels, std * factor) for factor in (0.6, 1.0, 1.5)]
     assert warning(items, row, convention) is None

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from app.engine.forecast import CountingMode
-from app.execution.banded import RECOMPUTE, STRIPS, Banded, execute, forecast_bytes, run
+from app.execution.banded import RECOMPUTE, STRIPS, Banded, execute, forecast_bytes, gather
 from app.execution.primitive import Whole
 from app.execution.program import record
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
@@ -92,8 +92,8 @@ def cases(vae, sizes):
 @pytest.mark.parametrize("execution", EXECUTIONS, ids=repr)
 def test_equals_whole(vae, execution):
     for network, x in cases(vae, [(1, 16, 12), (3, 5, 9), (1, 23, 4), (1, 1, 1)]):
-        whole = run(Whole(), network, x)
-        banded = run(execution, network, x)
+        whole = gather(Whole(), network, x)
+        banded = gather(execution, network, x)
         span = (whole.max() - whole.min()).item()
         assert banded.shape == whole.shape
         assert (banded - whole).abs().max() <= 1e-5 * max(span, 1)
@@ -105,8 +105,8 @@ def test_half_precision_is_as_near_the_truth_as_whole(name, execution):
     full, half = FAMILIES[name](), FAMILIES[name]().to(torch.bfloat16)
     sizes = [(2, 20, 16)]
     for (truth, x), (rounded, _) in zip(cases(full, sizes), cases(half, sizes), strict=True):
-        exact = run(Whole(), truth, x)
-        whole, banded = (run(each, rounded, x.bfloat16()).float() for each in (Whole(), execution))
+        exact = gather(Whole(), truth, x)
+        whole, banded = (gather(each, rounded, x.bfloat16()).float() for each in (Whole(), execution))
         assert rms(banded - exact) <= 1.1 * rms(whole - exact)
 
 
@@ -175,9 +175,9 @@ def test_items_of_a_batch_do_not_touch():
     """NaN in one item of a batch leaves the others as they would be alone."""
     vae = kl()
     z = torch.randn(2, 4, 8, 8)
-    alone = run(STRIPS, vae.decode, z[:1])
+    alone = gather(STRIPS, vae.decode, z[:1])
     z[1] = float("nan")
-    both = run(STRIPS, vae.decode, z)
+    both = gather(STRIPS, vae.decode, z)
     torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=0)
     assert both[1].isnan().all()
 
@@ -201,7 +201,7 @@ def test_cancelled_between_bands_and_freed(kind):
 
     with torch.inference_mode(), live:
         with pytest.raises(Gone):
-            run(Banded(kind, 5000), vae.decode, x, check=check)
+            gather(Banded(kind, 5000), vae.decode, x, check=check)
         gc.collect()
     assert calls == 40
     assert live.peak > 0
@@ -221,12 +221,12 @@ def test_a_consumer_that_stops_frees_the_rest():
 def test_runs_on_meta():
     vae = kl().to("meta")
     for execution in (Banded("strips", 5000), Banded("recompute", 5000)):
-        assert run(execution, vae.decode, torch.empty(2, 4, 9, 7, device="meta")).shape == (2, 3, 36, 28)
+        assert gather(execution, vae.decode, torch.empty(2, 4, 9, 7, device="meta")).shape == (2, 3, 36, 28)
 
 
 def test_tells_its_passes(caplog):
     with caplog.at_level("DEBUG", logger="app.vae"):
-        run(Banded("strips", 5000), kl().decode, torch.randn(1, 4, 8, 8))
+        gather(Banded("strips", 5000), kl().decode, torch.randn(1, 4, 8, 8))
     assert "strips pass 1/" in caplog.text
 
 
@@ -236,7 +236,7 @@ def test_the_network_is_left_alone():
     before = {key: value.clone() for key, value in vae.state_dict().items()}
     x = torch.randn(1, 4, 8, 8)
     kept = x.clone()
-    run(RECOMPUTE, vae.decode, x)
+    gather(RECOMPUTE, vae.decode, x)
     assert torch.equal(x, kept)
     assert all(torch.equal(before[key], value) for key, value in vae.state_dict().items())
 
@@ -253,4 +253,4 @@ def test_an_activation_before_an_enlargement():
 
     x = torch.randn(2, 8, 9, 5)
     for execution in EXECUTIONS:
-        torch.testing.assert_close(run(execution, network, x), run(Whole(), network, x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gather(execution, network, x), gather(Whole(), network, x), atol=1e-5, rtol=1e-5)
