@@ -37,6 +37,10 @@ TELLING = 256 << 20
 CORRECTION_RANGE = (0.8, 2.0)
 
 
+CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default)
+"""What a mode sees of a convolution: with autograd the first, in inference mode the second."""
+
+
 class CountingMode(TorchDispatchMode):
     """Counts the bytes of all tensors made under it that are still alive, and the most there ever were.
 
@@ -54,7 +58,7 @@ class CountingMode(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
-        if func is torch.ops.aten.convolution.default:
+        if func in CONVOLUTIONS:
             weight: Tensor = args[1]
             self.peak = max(self.peak, self.alive + weight.nbytes)  # oneDNN and cuDNN reorder it for each call
         return out
