@@ -1,6 +1,6 @@
 """The words that queries, plans and files share, as types."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 Op = Literal["encode", "decode"]
 Convention = Literal["scaled", "raw"]
@@ -12,3 +12,6 @@ Dtype = Literal["fp16", "bf16", "fp32"]
 Tiling = Literal["auto", "never", "always"]
 Fp16 = Literal["ok", "overflows", "unknown"]
 """How an autoencoder fares in half precision."""
+ExecutionName = Literal["whole", "strips", "recompute"]
+"""In this order: each takes less memory than the one before."""
+EXECUTIONS: tuple[ExecutionName, ...] = get_args(ExecutionName)

@@ -24,9 +24,9 @@ from app.allocator import give_back, keep_pages
 from app.engine import compute
 from app.engine.forecast import Forecaster, network_shape
 from app.engine.jobs import Task
-from app.engine.planning import TORCH_DTYPES, ExecutionName, ExecutionPlan
+from app.engine.planning import TORCH_DTYPES, ExecutionPlan
 from app.store.checkpoint import Checkpoint
-from app.terms import Dtype, Op
+from app.terms import Dtype, ExecutionName, Op
 from app.vae.families import FAMILIES
 from benchmarks.cpu import processor
 from benchmarks.pairs import table

@@ -19,8 +19,8 @@ from app.errors import UnsupportedCheckpoint
 from app.execution.primitive import Whole
 from app.store.checkpoint import load_autoencoder
 from app.store.store import open_checkpoint
+from app.vae.architectures import ARCHITECTURES
 from app.weights.files import read_header
-from app.weights.renames import canonical_keys
 from benchmarks.pairs import table
 from tests.store.hostile import CORPUS, Hostile
 from tests.store.lightning import save_lightning
@@ -37,10 +37,8 @@ ADVICE = ", and a file that calls functions could run code here; save its tensor
 # ---------------------------------------------------------------------------------------------------- layouts and forms
 def ldm(state: State) -> State:
     """LDM's names; its attention is of 1x1 convolutions."""
-    out = {name: state[key] for key, name in canonical_keys(state).items()}
-    return {
-        name: value[..., None, None] if ".attn_" in name and value.dim() == 2 else value for name, value in out.items()
-    }
+    row = ARCHITECTURES["kl"]
+    return {name: state[key].reshape(row.shape(name, tuple(state[key].shape))) for key, name in row.keys(state).items()}
 
 
 def baked(state: State) -> State:

@@ -7,20 +7,17 @@ import subprocess
 import sys
 import time
 from types import TracebackType
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from app.execution.primitive import Whole
-from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
-from app.vae.autoencoder_tiny import AutoencoderTiny, TinyConfig
-from app.weights.renames import canonical_keys
+from app.vae.architectures import ARCHITECTURES, architecture_of
+from app.vae.autoencoder import Autoencoder
 
 Network = Literal["kl", "tiny"]
 Op = Literal["encode", "decode"]
-Ours = AutoencoderKL | AutoencoderTiny
-
 NETWORKS: dict[Network, str] = {"kl": "SD KL", "tiny": "TAESD"}
 LATENT_CHANNELS = 4
 SPATIAL_FACTOR = 8
@@ -44,22 +41,16 @@ def peer(network: Network) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def ours(network: Network, model: Any) -> Ours:
+def ours(network: Network, model: Any) -> Autoencoder:
     """Our network with the weights of the peer's `model`, in channels_last as the service runs it."""
     weights: dict[str, Tensor] = model.state_dict()
-    names = canonical_keys(weights)
-    # attention projections are linear layers there, 1x1 convolutions here
-    linear = {key for key, value in weights.items() if value.ndim == 2}
-    state = {names[key]: value[:, :, None, None] if key in linear else value for key, value in weights.items()}
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
-    net: Any = (
-        AutoencoderKL(KLConfig.from_shapes(shapes))
-        if network == "kl"
-        else AutoencoderTiny(TinyConfig.from_shapes(shapes))
-    )
+    row = ARCHITECTURES[network]
+    named = {name: weights[key] for key, name in row.keys(weights).items()}
+    state = {name: value.reshape(row.shape(name, tuple(value.shape))) for name, value in named.items()}
+    net = row.module(row.configure({name: tuple(value.shape) for name, value in state.items()}, None))
     net.load_state_dict(state, assign=True)
-    net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    return cast(Ours, net)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's annotation lacks memory_format
+    return net.eval().requires_grad_(False)
 
 
 def inputs(op: Op, side: int) -> Tensor:
@@ -81,9 +72,9 @@ def run_peer(model: Any, op: Op, x: Tensor) -> Tensor:
     return latents
 
 
-def run_ours(model: Ours, op: Op, x: Tensor) -> Tensor:
+def run_ours(model: Autoencoder, op: Op, x: Tensor) -> Tensor:
     """The same of our network, including the tiny ones' step between [-1, 1] and [0, 1]."""
-    tiny = isinstance(model, AutoencoderTiny)
+    tiny = architecture_of(model.config).name == "tiny"
     if op == "encode":
         latents: Tensor = model.encode(Whole(), (x + 1) / 2 if tiny else x)
         return latents

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from app.execution.banded import RECOMPUTE, STRIPS, run
+from app.execution.banded import RECOMPUTE, STRIPS, gather
 from app.execution.primitive import Whole
 from app.store.checkpoint import load_autoencoder
 from app.store.store import open_checkpoint
@@ -59,11 +59,11 @@ def main() -> None:
     pixels = torch.tensor(image).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.inference_mode():
         z = module.posterior(module.encode(Whole(), pixels)).mode()
-        whole = run(Whole(), module.decode, z)
+        whole = gather(Whole(), module.decode, z)
         untiled = theirs.decode(z).sample
         theirs.enable_tiling()
         tiled = theirs.decode(z).sample
-        ours = {str(each): run(each, module.decode, z) for each in (STRIPS, RECOMPUTE)}
+        ours = {str(each): gather(each, module.decode, z) for each in (STRIPS, RECOMPUTE)}
     panels = [
         (levels(whole, 1), "decoded whole"),
         amplified(tiled - untiled, AMPLIFIED, f"diffusers, {side} px tiles"),

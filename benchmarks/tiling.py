@@ -26,7 +26,7 @@ from torch import Tensor
 
 from app.allocator import give_back, keep_pages
 from app.engine.forecast import CountingMode
-from app.execution.banded import RECOMPUTE, STRIPS, AnyExecution, Banded, execute, forecast_bytes, run
+from app.execution.banded import RECOMPUTE, STRIPS, AnyExecution, Banded, execute, forecast_bytes, gather
 from app.execution.primitive import Whole
 from benchmarks.pairs import alternate, table
 from benchmarks.peer import SPATIAL_FACTOR, Op, inputs, ours, peer, run_peer
@@ -70,7 +70,7 @@ class Networks:
 def way(networks: dict[str, Any], name: str, case: Case, x: Tensor) -> Callable[[], Tensor]:
     """The run of one way, its output joined."""
     if name in EXECUTIONS:
-        return partial(run, EXECUTIONS[name], getattr(networks["ours"], case.op), x)
+        return partial(gather, EXECUTIONS[name], getattr(networks["ours"], case.op), x)
 
     def run_theirs() -> Tensor:
         model = networks["peer"]

@@ -22,9 +22,10 @@ from app.engine.engine import Engine, EngineOptions
 from app.engine.gauges import gauges
 from app.engine.jobs import Job, Result, Task
 from app.metrics import Metrics, StateCollector
-from app.store.checkpoint import Autoencoder, Checkpoint
+from app.store.checkpoint import Checkpoint
 from app.store.store import Look, ModelStore
 from app.store.tree import Tree
+from app.vae.autoencoder import Autoencoder
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
 from app.vae.families import FAMILIES
 

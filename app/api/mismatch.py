@@ -45,13 +45,15 @@ def check_family(request: Request, header: LatentShape, model: str, family: Fami
 def warning(items: Sequence[np.ndarray], family: Family, convention: Convention) -> str | None:
     """One line where the statistics of latents (C, h, w) are far outside of what the convention makes them; else None.
 
-    `Family.usual` has the bounds. Not told: raw latents of families that pack them, and all of families whose
-    constants are an operator's own.
+    `Family.usual` has the bounds. Not told: raw latents of families that pack them or scale each channel by itself,
+    and all of families whose constants are an operator's own.
     """
     form = family.latent_format
-    if FAMILIES.get(family.name) != family or (convention == "raw" and form.patch > 1):
+    if FAMILIES.get(family.name) != family:
         return None
     scale, shift = (form.scaling_factor, form.shift_factor) if convention == "raw" else (1.0, 0.0)
+    if isinstance(scale, tuple) or isinstance(shift, tuple) or (convention == "raw" and form.patch > 1):
+        return None
     least, greatest = (bound / scale for bound in family.usual)
     measured = [_measure(item, shift) for item in items]
     high = [index for index, (_, spread) in enumerate(measured) if spread > greatest]

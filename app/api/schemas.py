@@ -127,8 +127,8 @@ class Model(BaseModel):
     parameters: int | None = None
     latent_channels: int | None = None
     spatial_factor: int | None = None
-    scaling_factor: float | None = None
-    shift_factor: float | None = None
+    scaling_factor: float | tuple[float, ...] | None = None  # a list: one number per channel
+    shift_factor: float | tuple[float, ...] | None = None
     fp16: Literal["ok", "overflows", "unknown"] | None = None
     resident: list[Resident] = []
     error: str | None = None

@@ -15,9 +15,9 @@ from app.engine.memory import DeviceMemory
 from app.engine.planning import TORCH_DTYPES
 from app.errors import ModelBusy, OutOfMemory
 from app.metrics import Metrics
-from app.store.checkpoint import Autoencoder, Checkpoint
-from app.store.family import Config
+from app.store.checkpoint import Checkpoint
 from app.terms import Dtype
+from app.vae.autoencoder import Autoencoder, Config
 
 Key = tuple[str, Config, Dtype]
 """The bytes of the weights, what network they are taken for, and the precision."""

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from app.engine.jobs import Output, Task
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan
 from app.errors import Unavailable
-from app.execution.banded import STRIPS, AnyExecution, Banded, execute
+from app.execution.banded import STRIPS, AnyExecution, Banded, execute, gather
 from app.execution.primitive import AttentionBlock, Whole
-from app.store.checkpoint import Autoencoder
+from app.vae.autoencoder import Autoencoder
 
 OUTPUTS: dict[Output, tuple[int, torch.dtype]] = {
     "uint8": (255, torch.uint8),
@@ -156,7 +156,7 @@ def _encode(
     low, high = tasks[0].checkpoint.family.pixel_range
     # Into the network's range in float32 before the cast: half formats have no room for it afterwards.
     pixels = batch.permute(0, 3, 1, 2).float().mul_((high - low) / 255).add_(low).to(TORCH_DTYPES[plan.dtype])
-    moments = torch.cat([band for _, band in execute(execution, module.encode, pixels, check=check)], dim=2).float()
+    moments = gather(execution, module.encode, pixels, check=check).float()
     arrays, finite = [], []
     for index, task in enumerate(tasks):
         posterior = module.posterior(moments[index : index + 1])

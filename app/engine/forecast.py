@@ -21,6 +21,7 @@ from app.execution.banded import Banded, forecast_bytes
 from app.execution.primitive import Whole
 from app.store.checkpoint import Checkpoint, blank
 from app.terms import Op
+from app.vae.autoencoder import Config
 
 MARGIN = 1.05
 """Over the counted bytes: the allocator's rounding. What was allocated was measured at 0.97 to 1.00 of the count."""
@@ -34,6 +35,10 @@ TELLING = 256 << 20
 """A measured peak above the overhead corrects others if the forecast is at least so large."""
 
 CORRECTION_RANGE = (0.8, 2.0)
+
+
+CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default)
+"""What a mode sees of a convolution: with autograd the first, in inference mode the second."""
 
 
 class CountingMode(TorchDispatchMode):
@@ -53,7 +58,7 @@ class CountingMode(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
-        if func is torch.ops.aten.convolution.default:
+        if func in CONVOLUTIONS:
             weight: Tensor = args[1]
             self.peak = max(self.peak, self.alive + weight.nbytes)  # oneDNN and cuDNN reorder it for each call
         return out
@@ -75,7 +80,7 @@ class CountingMode(TorchDispatchMode):
 class Shape:
     """What decides a forecast: the network, the direction, and one item's array on the network's side."""
 
-    config: Any  # KLConfig | TinyConfig
+    config: Config
     op: Op
     channels: int
     height: int

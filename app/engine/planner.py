@@ -10,7 +10,7 @@ from app.engine.jobs import Task, picture_pixels
 from app.engine.memory import DeviceMemory
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan, after, candidates, choose, dtypes
 from app.engine.verdicts import Verdicts
-from app.errors import OutOfMemory
+from app.errors import InvalidParameter, OutOfMemory
 from app.terms import Dtype, Fp16, Precision
 
 
@@ -86,11 +86,12 @@ class Planner:
         """The first plan that fits after the one that `failed`, and its forecast peak in bytes.
 
         Blocking: a new shape takes some 50 ms to count. Raises OutOfMemory, with the smallest plan's bytes, when
-        nothing fits.
+        nothing fits, InvalidParameter where the network has no bands and they were asked for.
         """
         pixels = picture_pixels(task, shape)
         network = shape_of(task, shape)
-        plans = candidates(dtype, task.tiling, items, pixels, self.device)
+        executions = task.checkpoint.architecture.executions
+        plans = candidates(dtype, task.tiling, items, pixels, self.device, executions)
         plan = choose(
             plans if failed is None else after(plans, failed),
             lambda plan: self.forecaster.peak(network, plan),
@@ -101,8 +102,10 @@ class Planner:
             return replace(plan, budget=self.forecaster.budget(network, plan, available)), available
         if plan is not None:
             return plan, self.forecaster.peak(network, plan)
-        smallest = list(candidates(dtype, task.tiling, 1, pixels, self.device))[-1:]
+        smallest = list(candidates(dtype, task.tiling, 1, pixels, self.device, executions))[-1:]
         hint = "; tiling=never forbids smaller plans" if task.tiling == "never" else ""
+        if not smallest and task.tiling == "always":
+            raise InvalidParameter(f"tiling=always: an autoencoder of {task.checkpoint.name}'s kind runs whole only")
         if not smallest:
             raise OutOfMemory(f"{pixels} pixels are too many for one whole forward on {self.device}{hint}")
         needs = self.forecaster.peak(network, smallest[0])
@@ -120,7 +123,8 @@ class Planner:
         """What would be planned for one item. Blocking; `free` and `available` are read on the event loop before."""
         pixels = picture_pixels(task, shape)
         network = shape_of(task, shape)
-        plans = candidates(self.order(task)[0], task.tiling, 1, pixels, self.device)
+        executions = task.checkpoint.architecture.executions
+        plans = candidates(self.order(task)[0], task.tiling, 1, pixels, self.device, executions)
         peaks = {str(plan): self.forecaster.peak(network, plan) for plan in plans}
         chosen = next((plan for plan, peak in peaks.items() if peak <= available), None)
         return PlanAnswer(name, chosen, peaks[chosen] if chosen else None, free, available, peaks)

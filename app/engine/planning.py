@@ -4,16 +4,14 @@ Two axes: memory pressure walks executions (whole -> strips -> recompute, batch 
 dtypes (fp16 -> fp32).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 
-from app.terms import Dtype, Fp16, Precision, Tiling
+from app.terms import EXECUTIONS, Dtype, ExecutionName, Fp16, Precision, Tiling
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-ExecutionName = Literal["whole", "strips", "recompute"]  # in this order: each takes less memory than the one before
 
 FORWARD_PIXELS = 8_388_608
 """Output pixels of one whole forward: at 256 channels, 2**31 elements, where CUDA kernels index with 32 bits."""
@@ -50,8 +48,15 @@ def dtypes(wish: Precision, setting: Precision, device: str, fp16: Fp16) -> tupl
     return (first,) if first == "fp32" else (first, "fp32")
 
 
-def candidates(dtype: Dtype, tiling: Tiling, items: int, pixels: int, device: str) -> Iterator[ExecutionPlan]:
-    """Plans for `items` pictures of `pixels` each, fastest first.
+def candidates(
+    dtype: Dtype,
+    tiling: Tiling,
+    items: int,
+    pixels: int,
+    device: str,
+    executions: Collection[ExecutionName] = EXECUTIONS,
+) -> Iterator[ExecutionPlan]:
+    """Plans for `items` pictures of `pixels` each, fastest first, by those `executions` that the network has.
 
     Whole in the largest batch, then in halves of it, then one by one in strips and recompute.
     """
@@ -61,8 +66,7 @@ def candidates(dtype: Dtype, tiling: Tiling, items: int, pixels: int, device: st
             yield ExecutionPlan(dtype, "whole", batch)
             batch //= 2
     if tiling != "never":
-        yield ExecutionPlan(dtype, "strips", 1)
-        yield ExecutionPlan(dtype, "recompute", 1)
+        yield from (ExecutionPlan(dtype, name, 1) for name in EXECUTIONS[1:] if name in executions)
 
 
 def choose(plans: Iterator[ExecutionPlan], peak: Peak, available: int) -> ExecutionPlan | None:
@@ -76,4 +80,4 @@ def after(plans: Iterator[ExecutionPlan], failed: ExecutionPlan) -> Iterator[Exe
 
 
 def _size(plan: ExecutionPlan) -> tuple[int, int, bool]:
-    return -get_args(ExecutionName).index(plan.execution), plan.batch, plan.budget is not None
+    return -EXECUTIONS.index(plan.execution), plan.batch, plan.budget is not None

@@ -28,8 +28,9 @@ from app.engine.planner import Planner, shape_of
 from app.engine.planning import ExecutionPlan
 from app.errors import DeadlineExceeded, NonFiniteOutput, OutOfMemory, ServiceError, Unavailable
 from app.metrics import Metrics
-from app.store.checkpoint import Autoencoder, Checkpoint
+from app.store.checkpoint import Checkpoint
 from app.terms import Dtype
+from app.vae.autoencoder import Autoencoder
 
 log = logging.getLogger("app.engine")
 P = ParamSpec("P")

@@ -28,9 +28,10 @@ from app.engine.runner import Runner, Staged, on
 from app.engine.verdicts import Verdicts
 from app.errors import OutOfMemory, Unavailable
 from app.metrics import Gauge, Metrics
-from app.store.checkpoint import Autoencoder, Checkpoint, load_autoencoder
+from app.store.checkpoint import Checkpoint, load_autoencoder
 from app.terms import Dtype, Precision
 from app.text import reason
+from app.vae.autoencoder import Autoencoder
 
 log = logging.getLogger("app.engine")
 

@@ -132,7 +132,7 @@ def execute(
             del maps[node]
 
 
-def run(execution: AnyExecution, network: Network, x: Tensor, *, check: Callable[[], None] = lambda: None) -> Tensor:
+def gather(execution: AnyExecution, network: Network, x: Tensor, *, check: Callable[[], None] = lambda: None) -> Tensor:
     """`execute`, its bands joined: the network's output (B, C', H', W')."""
     bands = [band for _, band in execute(execution, network, x, check=check)]
     return bands[0] if len(bands) == 1 else torch.cat(bands, dim=2)

@@ -1,15 +1,15 @@
 """Knows how one pass runs: feature maps as bands of rows, pulled from target to source, no row computed twice.
 
 A band is a contiguous channels_last tensor (B, C, rows, W). A convolution reads a window of prepared rows
-(normalised, activated; zeros only beyond the picture's own edges) and carries the window's last rows over
+(normalised, activated; padding only beyond the picture's own edges) and carries the window's last rows over
 to the next band, so that there is no overlap between bands and no seam.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app.execution.enlarging import enlarge, merged
@@ -18,8 +18,8 @@ from app.execution.passes import Pass
 from app.execution.primitive import attend, tokens
 from app.execution.program import Conv, Node
 
-Affine = tuple[Tensor, Tensor]
-"""A GroupNorm of one map as scale and shift, each (B, C) in float32."""
+Prepare = Callable[[Tensor, Tensor], object]
+"""Writes the norm of rows into others: (rows, rows of a window)."""
 
 
 class Rows:
@@ -67,11 +67,7 @@ class Walk:
         self._merged = {
             node: merged(node.op.conv.weight) for node in each.nodes if isinstance(node.op, Conv) and node.op.up == 2
         }
-        self._affine = {
-            node: moments[node.normed].scale_and_shift(node.op.norm)
-            for node in each.nodes
-            if node.normed is not None and node.op is not None and node.op.norm is not None
-        }
+        self._prepare = {node: _prepare(node, moments) for node in each.nodes}
         self._read: dict[Node, dict[tuple[Node, str], int]] = {}  # rows that each reader of a map has done with
         for node in each.nodes:
             for role, source in (("x", node.x), ("add", node.add)):
@@ -112,20 +108,23 @@ class Walk:
 
     def _bare(self, node: Node, op: Conv, x: Node, stop: int) -> Tensor:
         """A 1x1 convolution of the rows where they lie."""
-        parts = [op.conv(part) for _, part in self._source(x).read(self._made[node], stop)]
+        weight, bias, groups = op.conv.weight, op.conv.bias, op.conv.groups
+        parts = [
+            F.conv2d(part, weight, bias, groups=groups) for _, part in self._source(x).read(self._made[node], stop)
+        ]
         self._release(x, (node, "x"), stop)
         return _channels_last(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
 
     def _convolve(self, node: Node, op: Conv, x: Node, stop: int) -> Tensor:
         """A convolution of a window of x, whose rows are numbered as those of x: the padding begins at -top."""
-        left, right, top, _ = op.pad
+        left, _, top, _ = op.pad
         b, c, height, width = x.shape
         start = self._made[node]
         first = op.stride * (start // op.up) - top
         carry = self._carry.pop(node, None)
         ready = max(first, 0) if carry is None else first + carry.shape[2]
         end = max(ready, op.reads(stop, height))
-        sides = (0, 0) if left == right else (left, right)  # equal sides are padded by the convolution itself
+        sides = op.sides
         window = torch.empty(
             (b, c, op.below(stop) - first, width + sum(sides)),
             dtype=self._like.dtype,
@@ -134,42 +133,63 @@ class Walk:
         )
         if carry is not None:
             window[:, :, : carry.shape[2]] = carry
-        elif first < 0:
-            window[:, :, :-first].zero_()
+        above = 0 if carry is not None else max(0, -first)
         del carry
         inner = window[..., sides[0] : sides[0] + width]
         for row, part in self._source(x).read(ready, end):
-            _write(part, self._affine.get(node), inner[:, :, row - first : row - first + part.shape[2]])
+            self._prepare[node](part, inner[:, :, row - first : row - first + part.shape[2]])
             del part
         if op.act is not None:
             op.act(inner[:, :, ready - first : end - first], inplace=True)
-        window[:, :, end - first :].zero_()
-        window[..., : sides[0]].zero_()
-        window[..., sides[0] + width :].zero_()
+        _surround(window, above, end - first, height - first, sides, op.replicates)
         self._release(x, (node, "x"), end)
         following = op.stride * (stop // op.up) - top
         if following < first + window.shape[2] and stop < node.shape[2]:
             self._carry[node] = window[:, :, following - first :].clone()
         if op.up == 2:
-            return enlarge(window, self._merged[node], op.conv.bias, start % 2, stop - start)
-        padding = (0, left if left == right else 0)
+            return enlarge(window, self._merged[node], op.conv.bias, start % 2, stop - start, any(sides))
+        padding = (0, 0 if any(sides) else left)
         return _channels_last(
             F.conv2d(window, op.conv.weight, op.conv.bias, op.conv.stride, padding, groups=op.conv.groups)
         )
 
 
-def _write(x: Tensor, affine: Affine | None, out: Tensor) -> None:
-    if affine is None:
-        out.copy_(x)
-    else:
-        normalise(x, *affine, out)
+def _prepare(node: Node, moments: dict[Node, Moments]) -> Prepare:
+    norm = None if node.op is None else node.op.norm
+    if norm is None:
+        return lambda x, out: out.copy_(x)
+    if node.normed is None:
+        return lambda x, out: out.copy_(norm(x))
+    assert isinstance(norm, nn.GroupNorm)
+    scale, shift = moments[node.normed].scale_and_shift(norm)
+    return lambda x, out: normalise(x, scale, shift, out)
+
+
+def _surround(window: Tensor, above: int, below: int, height: int, sides: tuple[int, int], replicate: bool) -> None:
+    """Fills the padding of a window: rows < `above` and >= `below`, columns on both sides.
+
+    A map of which the window shows rows < `height` goes on as its edge does, or as zeros.
+    """
+    left, right = sides
+    width = window.shape[3] - left - right
+    places = (
+        (window[:, :, :above], window[:, :, above : above + 1]),
+        (window[:, :, below:], window[:, :, height - 1 : height]),
+        (window[..., :left], window[..., left : left + 1]),
+        (window[..., left + width :], window[..., left + width - 1 : left + width]),
+    )
+    for place, edge in places:
+        if not replicate:
+            place.zero_()
+        elif place.numel():
+            place.copy_(edge)
 
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _attention(each: Pass, x: Rows, affine: Affine, like: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _attention(each: Pass, x: Rows, prepare: Prepare, like: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(row, band) of x + proj_out(softmax(q k^T / sqrt(C)) v): keys and values whole, queries band by band."""
     (node,) = each.targets
     block = node.op
@@ -178,7 +198,7 @@ def _attention(each: Pass, x: Rows, affine: Affine, like: Tensor) -> Iterator[tu
     keys, values = (like.new_empty((b, 1, h * w, c)) for _ in range(2))
     for row, part in x.read(0, h):
         normed = torch.empty_like(part, memory_format=torch.channels_last)
-        normalise(part, *affine, normed)
+        prepare(part, normed)
         at = slice(row * w, (row + part.shape[2]) * w)
         keys[:, :, at] = tokens(block.k(normed))
         values[:, :, at] = tokens(block.v(normed))
@@ -189,7 +209,7 @@ def _attention(each: Pass, x: Rows, affine: Affine, like: Tensor) -> Iterator[tu
         if each.frees:
             x.free(stop)
         normed = torch.empty_like(out)
-        normalise(out, *affine, normed)
+        prepare(out, normed)
         attended = attend(tokens(block.q(normed)), keys, values)
         out += block.proj_out(attended.reshape(b, stop - start, w, c).permute(0, 3, 1, 2))
         del normed, attended
@@ -207,9 +227,8 @@ def walk(
     """
     (target, *_) = each.targets
     if target.attends:
-        assert target.x is not None and target.op is not None and target.op.norm is not None
-        affine = moments[target.x].scale_and_shift(target.op.norm)
-        for start, band in _attention(each, maps[target.x], affine, like):
+        assert target.x is not None
+        for start, band in _attention(each, maps[target.x], _prepare(target, moments), like):
             yield target, start, band
             del band
         return

@@ -26,13 +26,16 @@ def merged(weight: Tensor) -> list[Tensor]:
     return kernels
 
 
-def enlarge(window: Tensor, kernels: list[Tensor], bias: Tensor | None, odd: int, rows: int) -> Tensor:
+def enlarge(
+    window: Tensor, kernels: list[Tensor], bias: Tensor | None, odd: int, rows: int, sides: bool = False
+) -> Tensor:
     """The convolution of x (B, I, n, w) doubled, as (B, O, rows, 2 w).
 
     `window` holds rows of x, (B, I, n, w), from the one above that which the first output row lies in; `odd` is 1
-    where that output row is the lower of its two.
+    where that output row is the lower of its two. With `sides` it has a column of padding on each side too, which are
+    zeros otherwise.
     """
-    width = window.shape[3]
+    width = window.shape[3] - (2 if sides else 0)
     c_out = kernels[0].shape[0] // 2
     out = torch.empty(
         (window.shape[0], c_out, rows, 2 * width),
@@ -47,7 +50,7 @@ def enlarge(window: Tensor, kernels: list[Tensor], bias: Tensor | None, odd: int
             continue
         count = (rows - first + 1) // 2
         above = (odd + first) // 2 + parity  # the window's row that the first of them begins to see
-        both = F.conv2d(window[:, :, above : above + count + 1], kernels[parity], twice, padding=(0, 1))
+        both = F.conv2d(window[:, :, above : above + count + 1], kernels[parity], twice, padding=(0, 0 if sides else 1))
         for column in (0, 1):
             out[:, :, first::2, column::2] = both[:, column * c_out : (column + 1) * c_out, :, column : column + width]
         del both

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from app.execution.passes import Pass, band_rows
 from app.execution.program import Conv, Node, Program
 
-SMALL = 1 << 11  # statistics, scales and shifts: a few numbers per channel
+SMALL = 1 << 11  # what statistics are made with: a few numbers per channel
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def peak_elements(
 ) -> int:
     """Numbers alive at once in `passes`, which start from `start` alone; `working_set_of` is `working_set`, cached."""
     kept = {start: 0 if start is program.input else start.elements}
+    small = SMALL + program.statistics
     peak = 0
     for each in passes:
         working = working_set_of(each)
@@ -68,7 +69,7 @@ def peak_elements(
         # Concave in the number of bands done: the peak is at an end or where the first whole band is freed.
         turn = min(bands - 1, held / freed_step if freed_step else 0)
         sizes = [min(freed, freed - t * freed_step + held) + t * written_step for t in (0, turn, bands - 1)]
-        peak = max(peak, stays + freed + working.first + SMALL, stays + int(max(sizes)) + later + SMALL)
+        peak = max(peak, stays + freed + working.first + small, stays + int(max(sizes)) + later + small)
         for node in each.frees:
             kept.pop(node)
         kept.update(written)
@@ -80,7 +81,8 @@ def working_set(each: Pass) -> WorkingSet:
     (target, *_) = each.targets
     if target.attends:
         chunk = target.elements // target.shape[2] * each.rows
-        size = 2 * target.elements + 4 * chunk  # k, v; a normed band, its q, what it attends to, its projection
+        # k, v; a normed band, its q, what it attends to, its projection; the kernel's copy of a projection's weights
+        size = 2 * target.elements + 4 * chunk + target.shape[1] ** 2
         return WorkingSet(size, size)
     rows = _rows_read(each, each.rows)
     # What the fastest reader of a map has read and the slowest has not stays for the next band.
@@ -146,6 +148,8 @@ class _Rehearsal:
         self._make(x)
         window = self._window(op, x, self.rows[node])
         self._take(window)
+        if op.norm is not None and node.normed is None:  # a pointwise norm makes its rows before they are written
+            self._peak = max(self._peak, self._live + window)
         self._read(x)
         if self._first and not op.windowless:
             carry = (op.kernel - op.stride + op.up - 1) * _window_row(op, x)
@@ -189,5 +193,4 @@ def _workspace(node: Node) -> int:
 
 def _window_row(op: Conv, x: Node) -> int:
     b, c, _, w = x.shape
-    left, right = op.pad[:2]
-    return b * c * (w + (left + right if left != right else 0))
+    return b * c * (w + sum(op.sides))

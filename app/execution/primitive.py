@@ -1,7 +1,7 @@
 """The one primitive that every network is written against, and its plain execution.
 
 A network never calls torch layers itself: it asks an `Execution` for norm -> activation -> (up-sampling)
-convolution -> residual add, and for attention. `Whole` does it in one go on whole feature maps; `strips.Banded`
+convolution -> residual add, and for attention. `Whole` does it in one go on whole feature maps; `banded.Banded`
 does it over bands of rows and gives the same picture from a fraction of the memory.
 """
 
@@ -12,11 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from app.execution.norms import Norm
+
 Activation = Callable[..., Tensor]
 """A pointwise function `act(x, inplace=False)`: `F.silu`, `F.relu`, `tanh_clamp`."""
 
 Pad = tuple[int, int, int, int]
-"""Rows and columns of zeros: (left, right, top, bottom), the order of `F.pad`."""
+"""Columns and rows around a map: (left, right, top, bottom), the order of `F.pad`."""
+
+PADDINGS = {"zeros": "constant", "replicate": "replicate"}
+"""Kinds of padding, as `nn.Conv2d` and as `F.pad` call them."""
 
 SCORE_ELEMENTS = 1 << 26
 """Attention scores held at once where torch has no fused kernel: 256 MiB in float32."""
@@ -27,11 +32,14 @@ Map = TypeVar("Map")
 class AttentionBlock(Protocol):
     """Single-head self-attention over all positions of a map; q, k, v and proj_out are 1x1 convolutions."""
 
-    norm: nn.GroupNorm
     q: nn.Conv2d
     k: nn.Conv2d
     v: nn.Conv2d
     proj_out: nn.Conv2d
+
+    @property
+    def norm(self) -> Norm:
+        """What stands before the three."""
 
 
 class Execution(Protocol[Map]):
@@ -42,7 +50,7 @@ class Execution(Protocol[Map]):
         x: Map,
         conv: nn.Conv2d,
         *,
-        norm: nn.GroupNorm | None = None,
+        norm: Norm | None = None,
         act: Activation | None = None,
         up: bool = False,
         pad: Pad | None = None,
@@ -51,7 +59,8 @@ class Execution(Protocol[Map]):
     ) -> Map:
         """then(conv(up(act(norm(x)))) + add).
 
-        `up` doubles both sides by nearest neighbour; `pad` replaces the convolution's own padding by zeros.
+        `up` doubles both sides by nearest neighbour; `pad` replaces the convolution's own padding, and is of its kind:
+        zeros, or with `padding_mode="replicate"` the map's edge. Raises ValueError for paddings of other kinds.
         """
 
     def attention(self, x: Map, block: AttentionBlock) -> Map:
@@ -82,6 +91,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(chunks, dim=2)
 
 
+def padding_of(conv: nn.Conv2d, pad: Pad | None) -> Pad:
+    """What is put around a map before the convolution.
+
+    Raises ValueError for a kind that no execution has.
+    """
+    if isinstance(conv.padding, str) or conv.padding_mode not in PADDINGS:
+        raise ValueError(f"a convolution is padded by numbers, with zeros or its edge: {conv}")
+    pad_h, pad_w = (int(side) for side in conv.padding)
+    return pad if pad is not None else (pad_w, pad_w, pad_h, pad_h)
+
+
 def tokens(x: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, 1, h*w, C); free of copies for channels_last maps."""
     return x.permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1)
@@ -95,7 +115,7 @@ class Whole:
         x: Tensor,
         conv: nn.Conv2d,
         *,
-        norm: nn.GroupNorm | None = None,
+        norm: Norm | None = None,
         act: Activation | None = None,
         up: bool = False,
         pad: Pad | None = None,
@@ -109,9 +129,12 @@ class Whole:
             x = act(x)
         if up:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        if pad is not None:
-            x = F.pad(x, pad)
-        x = F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
+        left, right, top, bottom = around = padding_of(conv, pad)
+        own = conv.padding_mode == "zeros" and (left, top) == (right, bottom)  # which the convolution does itself
+        if not own:
+            x = F.pad(x, around, mode=PADDINGS[conv.padding_mode])
+        padding = (top, left) if own else (0, 0)
+        x = F.conv2d(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
         if add is not None:
             x += add  # a convolution's backward needs its input, not its output: safe in training too
         return x if then is None else then(x)

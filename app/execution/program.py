@@ -10,7 +10,8 @@ from functools import cached_property
 
 from torch import nn
 
-from app.execution.primitive import Activation, AttentionBlock, Network, Pad
+from app.execution.norms import Norm, global_norm
+from app.execution.primitive import Activation, AttentionBlock, Network, Pad, padding_of
 
 Shape = tuple[int, int, int, int]
 """(B, C, H, W)."""
@@ -21,7 +22,7 @@ class Conv:
     """then(conv(up(act(norm(x)))) + add), with the padding spelled out."""
 
     conv: nn.Conv2d
-    norm: nn.GroupNorm | None
+    norm: Norm | None
     act: Activation | None
     up: int  # output rows per row of x before the stride: 2 where a 3x3 convolution sees x enlarged
     pad: Pad  # (left, right, top, bottom)
@@ -36,6 +37,17 @@ class Conv:
     def stride(self) -> int:
         """Rows of the padded input per row of the output."""
         return int(self.conv.stride[0])
+
+    @property
+    def replicates(self) -> bool:
+        """Whether the padding repeats the map's edge; else it is zeros."""
+        return self.conv.padding_mode == "replicate"
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Columns left and right that a window has; none where the convolution itself pads, with as many on each."""
+        left, right = self.pad[:2]
+        return (0, 0) if left == right and not self.replicates else (left, right)
 
     @property
     def windowless(self) -> bool:
@@ -68,9 +80,8 @@ class Node:
 
     @property
     def normed(self) -> "Node | None":
-        """The map whose statistics must be known before the first row can be computed."""
-        norm = self.op.norm if self.op is not None else None
-        return None if norm is None else self.x
+        """The map whose statistics must be known before the first row can be computed: that of a global norm."""
+        return None if self.op is None or global_norm(self.op.norm) is None else self.x
 
     @property
     def attends(self) -> bool:
@@ -120,6 +131,12 @@ class Program:
         """The work of `Whole`."""
         return sum(node.flops for node in self.nodes)
 
+    @cached_property
+    def statistics(self) -> int:
+        """Numbers that all global norms keep: mean and squared distances, scale and shift, per item and channel."""
+        normed = {source for node in self.nodes if (source := node.normed) is not None}
+        return 4 * sum(source.shape[0] * source.shape[1] for source in normed)
+
     def cuts(self) -> tuple[Node, ...]:
         """The nodes at which no other map is live: input, block outputs, resampling layers, output."""
         place = {node: i for i, node in enumerate(self.nodes)}
@@ -159,17 +176,18 @@ class _Recorder:
         x: Node,
         conv: nn.Conv2d,
         *,
-        norm: nn.GroupNorm | None = None,
+        norm: Norm | None = None,
         act: Activation | None = None,
         up: bool = False,
         pad: Pad | None = None,
         add: Node | None = None,
         then: Activation | None = None,
     ) -> Node:
-        if isinstance(conv.padding, str) or conv.padding_mode != "zeros" or tuple(conv.dilation) != (1, 1):
-            raise ValueError(f"bands need a convolution padded with zeros by numbers, without dilation: {conv}")
-        pad_h, pad_w = (int(side) for side in conv.padding)
-        left, right, top, bottom = pad if pad is not None else (pad_w, pad_w, pad_h, pad_h)
+        if tuple(conv.dilation) != (1, 1):
+            raise ValueError(f"bands need a convolution without dilation: {conv}")
+        left, right, top, bottom = padding_of(conv, pad)
+        if conv.padding_mode == "replicate" and max(top, bottom) >= conv.kernel_size[0]:
+            raise ValueError(f"bands need a kernel that reads more than repeated rows: {conv}")
         plain = (conv.kernel_size, conv.stride, conv.groups) == ((3, 3), (1, 1), 1)
         if up and not (plain and (left, right, top, bottom) == (1, 1, 1, 1)):
             raise ValueError(f"bands enlarge before a 3x3 convolution padded by 1 only: {conv}")

@@ -12,20 +12,15 @@ from torch import Tensor
 
 from app.errors import UnsupportedCheckpoint
 from app.store.declared import FamilySource
-from app.store.family import Config
 from app.store.tree import Stamp, stamp
 from app.terms import Fp16
 from app.text import short
-from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
-from app.vae.autoencoder_tiny import AutoencoderTiny
+from app.vae.architectures import Architecture, architecture_of, told, unsupported
+from app.vae.autoencoder import Autoencoder, Config
 from app.vae.families import Family
-from app.weights.files import Format, read_header, read_tensors
-from app.weights.renames import canonical_keys
+from app.weights.files import Format, Header, read_header, read_tensors
+from app.weights.renames import canonical_keys, inner_shapes
 
-Autoencoder = AutoencoderKL | AutoencoderTiny
-
-STATISTICS = "bn."  # running statistics of FLUX.2's latents: float32 in every precision
-COUNTER = "bn.num_batches_tracked"  # a counter of training that some files lack
 NAMED = 3  # keys that an error lists
 
 
@@ -56,10 +51,12 @@ class Checkpoint:
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the loaded module in this dtype."""
-        statistics = 0
-        if isinstance(self.config, KLConfig) and self.config.batch_norm:
-            statistics = 2 * 4 * self.config.latent_channels * torch.float32.itemsize + torch.int64.itemsize
-        return self.parameters * dtype.itemsize + statistics
+        return self.parameters * dtype.itemsize + self.config.statistics_bytes
+
+    @property
+    def architecture(self) -> Architecture:
+        """The row of the network."""
+        return architecture_of(self.config)
 
     def changed(self) -> bool:
         """Whether a file was written, replaced or removed since it was identified."""
@@ -77,20 +74,22 @@ def load_autoencoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
     cannot be read.
     """
     _check_unchanged(checkpoint)
+    row = checkpoint.architecture
     module = blank(checkpoint.config)
     wanted = module.state_dict()
     state: dict[str, Tensor] = {}
     try:
         for key, tensor in read_state(checkpoint):
-            if key not in wanted or not agrees(tuple(tensor.shape), tuple(wanted[key].shape)):
+            if key not in wanted or row.shape(key, tuple(tensor.shape)) != tuple(wanted[key].shape):
                 raise UnsupportedCheckpoint(f"unexpected {key} of shape {tuple(tensor.shape)}")
-            state[key] = _copy(tensor, wanted[key], wanted[key].dtype if key.startswith(STATISTICS) else dtype, device)
+            kept = key.startswith(row.statistics)
+            state[key] = _copy(tensor, wanted[key], wanted[key].dtype if kept else dtype, device)
     except UnsupportedCheckpoint as error:
         _check_unchanged(checkpoint)  # the likelier reason
         raise UnsupportedCheckpoint(f"{checkpoint.name}: {error}") from error
     _check_unchanged(checkpoint)
-    if COUNTER in wanted:
-        state.setdefault(COUNTER, torch.zeros((), dtype=torch.int64, device=device))
+    for counter in row.counters & wanted.keys():
+        state.setdefault(counter, torch.zeros((), dtype=torch.int64, device=device))
     if missing := [key for key in wanted if key not in state]:
         raise UnsupportedCheckpoint(f"{checkpoint.name}: missing {some(missing)}")
     module.load_state_dict(state, strict=True, assign=True)
@@ -98,30 +97,33 @@ def load_autoencoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
 
 
 def read_state(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """(LDM name, tensor on the host as the file has it) one at a time; copy, do not keep.
+    """(canonical name, tensor on the host as the file has it) one at a time; copy, do not keep.
 
     Raises UnsupportedCheckpoint when a file cannot be read.
     """
-    return read_files(checkpoint.files)
-
-
-def read_files(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """The same of the autoencoder in these files, before it is a checkpoint."""
-    for path in files:
-        names = canonical_keys(read_header(path).tensors, path.stem)
+    for path in checkpoint.files:
+        names = canonical_keys(read_header(path).tensors, checkpoint.architecture, path.stem)
         for key, tensor in read_tensors(path, names):
             yield names[key], tensor
+
+
+def told_of(files: Iterable[tuple[Path, Header]]) -> Architecture:
+    """The row of the autoencoder in these files.
+
+    Raises UnsupportedCheckpoint for one that is known and has no network here, and for impossible names.
+    """
+    shapes = inner_shapes(
+        ({key: info.shape for key, info in header.tensors.items()}, path.stem) for path, header in files
+    )
+    if name := unsupported(shapes):
+        raise UnsupportedCheckpoint(f"this is {name}, which is not supported")
+    return told(shapes)
 
 
 def blank(config: Config) -> Autoencoder:
     """The module on the meta device: shapes without memory."""
     with torch.device("meta"):
-        return AutoencoderKL(config) if isinstance(config, KLConfig) else AutoencoderTiny(config)
-
-
-def agrees(have: tuple[int, ...], want: tuple[int, ...]) -> bool:
-    """The same shape; a linear layer (C, C) is a 1x1 convolution (C, C, 1, 1)."""
-    return have == want or (len(have) == 2 and (*have, 1, 1) == want)
+        return architecture_of(config).module(config)
 
 
 def _copy(tensor: Tensor, like: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -8,19 +8,14 @@ from typing import Literal
 from app.errors import UnsupportedCheckpoint
 from app.store.folder import read_json
 from app.text import short
-from app.vae.families import FAMILIES, Architecture
+from app.vae.architectures import diffusers_classes
+from app.vae.families import FAMILIES
+from app.vae.latent_format import Constant
 
 FamilySource = Literal["config", "checkpoint", "hash", "operator", "default"]
 
 KEYS = ("family", "norm_num_groups", "scaling_factor", "shift_factor")
 LIMIT = 1e6  # of a scale or shift
-
-CLASSES: dict[str, tuple[Architecture, float]] = {
-    # of diffusers: architecture and default scaling_factor; files older than that key mean the default
-    "AutoencoderKL": ("kl", FAMILIES["sd1"].latent_format.scaling_factor),
-    "AutoencoderKLFlux2": ("kl", 1.0),
-    "AutoencoderTiny": ("tiny", 1.0),
-}
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,7 @@ class Declared:
     norm_num_groups: int | None = None
     scaling_factor: float | None = None
     shift_factor: float | None = None
-    default_scaling_factor: float | None = None  # of the diffusers class; believed only where it leads to a row
+    default_scaling_factor: Constant | None = None  # of the diffusers class; believed only where it leads to a row
 
 
 def from_sidecar(path: Path) -> Declared | None:
@@ -55,10 +50,11 @@ def from_config(path: Path) -> Declared:
     """A diffusers config.json. Raises UnsupportedCheckpoint for autoencoders that are built differently."""
     content = _read(path)
     name = str(content.get("_class_name"))
-    if name not in CLASSES:
-        raise UnsupportedCheckpoint(f"{path.name}: _class_name is {short(name)}; expected one of {', '.join(CLASSES)}")
-    architecture, default = CLASSES[name]
-    act = {"kl": "silu", "tiny": "relu"}[architecture]
+    classes = diffusers_classes()
+    if name not in classes:
+        raise UnsupportedCheckpoint(f"{path.name}: _class_name is {short(name)}; expected one of {', '.join(classes)}")
+    architecture, default = classes[name]
+    act = architecture.diffusers.act_fn
     if content.get("act_fn", act) != act:
         raise UnsupportedCheckpoint(f"{path.name}: act_fn is {short(str(content['act_fn']))}; expected {act}")
     if content.get("latents_mean") is not None or content.get("latents_std") is not None:
@@ -81,9 +77,9 @@ def from_metadata(metadata: Mapping[str, str]) -> Declared:
     return _declared(content, "config", "metadata")
 
 
-def norm_groups(declared: Iterable[Declared]) -> int:
-    """The group count of the norms, which no shape tells: what is declared, else 32."""
-    return next((item.norm_num_groups for item in declared if item.norm_num_groups is not None), 32)
+def norm_groups(declared: Iterable[Declared]) -> int | None:
+    """The group count of the norms, which no shape tells, where it is declared."""
+    return next((item.norm_num_groups for item in declared if item.norm_num_groups is not None), None)
 
 
 def _declared(content: Mapping[str, object], source: FamilySource, origin: str) -> Declared:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from app.errors import UnsupportedCheckpoint
-from app.store.checkpoint import COUNTER, read_files
+from app.store.checkpoint import told_of
 from app.store.known import Known, lookup
 from app.store.tree import Stamp
+from app.weights.files import read_header, read_tensors
+from app.weights.renames import canonical_keys
 
 CACHE = ".latentd-hashes.json"  # hidden, so that no scan takes it for a sidecar
 VERSION = 1  # of the file, and of what `tensors_digest` is taken over
@@ -71,10 +73,14 @@ def tensors_digest(files: tuple[Path, ...], check: Callable[[], None] = lambda: 
     apart; every NaN counts as one. A 1x1 convolution has the shape of a linear layer. BatchNorm's counter is left out.
     """
     lines = []
-    for name, tensor in read_files(files):
-        check()
-        if name != COUNTER:
-            lines.append(f"{name} {_line_of(tensor)}\n")
+    headers = [(path, read_header(path)) for path in files]
+    row = told_of(headers)
+    for path, header in headers:
+        names = canonical_keys(header.tensors, row, path.stem)
+        for key, tensor in read_tensors(path, names):
+            check()
+            if names[key] not in row.counters:
+                lines.append(f"{names[key]} {_line_of(tensor)}\n")
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field, replace
 
 from app.errors import UnsupportedCheckpoint
 from app.store.declared import Declared, FamilySource
-from app.vae.autoencoder_kl import KLConfig
-from app.vae.autoencoder_tiny import TinyConfig
-from app.vae.families import FAMILIES, Architecture, Family
-
-Config = KLConfig | TinyConfig
+from app.vae.architectures import architecture_of
+from app.vae.autoencoder import Config
+from app.vae.families import FAMILIES, Family
+from app.vae.latent_format import Constant
 
 CUSTOM = "custom"  # a family that is no row: only its constants are known
 
@@ -67,13 +66,13 @@ def family_of(config: Config, hints: Hints) -> tuple[Family, FamilySource]:
     raise UnsupportedCheckpoint(_undecided(config, rows))
 
 
-def _kind(row: Family) -> tuple[Architecture, bool]:
+def _kind(row: Family) -> tuple[str, bool]:
     return row.architecture, row.latent_format.statistics
 
 
-def _kind_of(config: Config) -> tuple[Architecture, bool]:
+def _kind_of(config: Config) -> tuple[str, bool]:
     """Architecture, and whether the weights bring their latents' statistics."""
-    return ("kl", config.batch_norm) if isinstance(config, KLConfig) else ("tiny", False)
+    return architecture_of(config).name, config.statistics_bytes > 0
 
 
 def _fits(row: Family, config: Config) -> bool:
@@ -107,7 +106,7 @@ def _declared_family(item: Declared, config: Config, rows: list[Family], hints: 
     return _with_constants(row, scale, shift)
 
 
-def _with_constants(row: Family, scale: float | None, shift: float | None) -> Family:
+def _with_constants(row: Family, scale: Constant | None, shift: Constant | None) -> Family:
     """The row with these constants; None leaves its own."""
     own = row.latent_format
     return replace(

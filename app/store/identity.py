@@ -6,23 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.errors import UnsupportedCheckpoint
-from app.store.checkpoint import COUNTER, STATISTICS, Checkpoint, agrees, blank, some
+from app.store.checkpoint import Checkpoint, blank, some, told_of
 from app.store.declared import Declared, from_config, from_metadata, from_sidecar, norm_groups
 from app.store.digests import Digest
-from app.store.family import Config, Hints, family_of
+from app.store.family import Hints, family_of
 from app.store.folder import DIFFUSERS_WEIGHTS, Source
 from app.store.known import Known, lookup
 from app.store.tree import Stamp, stamp
 from app.text import short
-from app.vae.autoencoder_kl import KLConfig
-from app.vae.autoencoder_tiny import TinyConfig
+from app.vae.architectures import Architecture
+from app.vae.autoencoder import Config
 from app.weights.files import Header, TensorInfo, dtype_name, read_header
-from app.weights.renames import DROPPED, HALVES, NUMBERED, PREFIXES, canonical_keys, half_of, is_tiny, prefix_of
+from app.weights.renames import DROPPED, HALVES, NUMBERED, PREFIXES, canonical_keys, half_of, prefix_of
 
 MOST_TENSORS = 4096  # of an autoencoder: SDXL's has 248
 LARGEST = 1 << 28  # values of one tensor: SDXL's largest has 2 359 296
 WIDEST = 1 << 20  # channels: keeps what the network makes of them within what torch can count
-BLOCK_TENSORS = 8  # of a residual block at least
 
 
 def identify_source(
@@ -53,7 +52,7 @@ def identify_source(
             stem=source.stem,
         ),
     )
-    values = {key: info for key, info in weights.tensors.items() if not key.startswith(STATISTICS)}
+    values = {key: info for key, info in weights.tensors.items() if not key.startswith(weights.row.statistics)}
     dtypes = {dtype_name(info.dtype) for info in values.values()}
     return Checkpoint(
         name=name,
@@ -76,12 +75,13 @@ def identify_source(
 
 @dataclass(frozen=True)
 class _Weights:
-    """The autoencoder's tensors by LDM name, and what lies beside them in the files."""
+    """The autoencoder's tensors by canonical name, and what lies beside them in the files."""
 
+    row: Architecture
     tensors: Mapping[str, TensorInfo]
     pipeline: Mapping[str, tuple[int, ...]]  # shapes of a full checkpoint's other tensors
     metadata: Mapping[str, str]
-    others: Mapping[str, str]  # what is there in place of a dense tensor, by LDM name
+    others: Mapping[str, str]  # what is there in place of a dense tensor, by canonical name
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -100,10 +100,11 @@ def _weights(source: Source) -> _Weights:
     pipeline: dict[str, tuple[int, ...]] = {}
     metadata: dict[str, str] = {}
     others: dict[str, str] = {}
-    for path in source.files:
-        header = read_header(path)
-        names = canonical_keys(header.tensors, path.stem)
-        others |= _others(header, path.stem)
+    headers = [(path, read_header(path)) for path in source.files]
+    row = told_of(headers)
+    for path, header in headers:
+        names = canonical_keys(header.tensors, row, path.stem)
+        others |= _others(header, row, path.stem)
         metadata.update(header.metadata)
         for key, name in names.items():
             if name in tensors:
@@ -113,13 +114,13 @@ def _weights(source: Source) -> _Weights:
             own = (prefix, *DROPPED)
             pipeline |= {key: info.shape for key, info in header.tensors.items() if not key.startswith(own)}
     _check_halves(source, tensors)
-    return _Weights(tensors, pipeline, metadata, others)
+    return _Weights(row, tensors, pipeline, metadata, others)
 
 
-def _others(header: Header, stem: str) -> dict[str, str]:
-    """What has the place of a tensor, by the LDM name that the tensor would have."""
+def _others(header: Header, row: Architecture, stem: str) -> dict[str, str]:
+    """What has the place of a tensor, by the canonical name that the tensor would have."""
     keys = [key for key in header.others if half_of(stem) or not NUMBERED.match(key)]  # lists of a trainer, too
-    names = canonical_keys([*header.tensors, *keys], stem)
+    names = canonical_keys([*header.tensors, *keys], row, stem)
     return {names[key]: header.others[key] for key in keys if key in names}
 
 
@@ -158,23 +159,19 @@ def _config(weights: _Weights, declared: tuple[Declared, ...]) -> Config:
     """The configuration that the shapes say, once the strict load is sure to succeed with it."""
     shapes = weights.shapes
     _check_size(shapes)
-    config: Config
-    if is_tiny(shapes):
-        config = TinyConfig.from_shapes(shapes)
-    else:
-        config = KLConfig.from_shapes(shapes, norm_groups(declared))
-        _check_blocks(config, shapes)
+    row = weights.row
+    config = row.configure(shapes, norm_groups(declared))
     wanted = {key: tuple(value.shape) for key, value in blank(config).state_dict().items()}
-    if missing := [key for key in wanted if key not in shapes and key != COUNTER]:
+    if missing := [key for key in wanted if key not in shapes and key not in row.counters]:
         if wrong := next((key for key in missing if key in weights.others), None):
             raise UnsupportedCheckpoint(f"{wrong} is {weights.others[wrong]}; a dense tensor was expected")
         raise UnsupportedCheckpoint(f"missing {some(missing)}")
     if left := [key for key in shapes if key not in wanted]:
         raise UnsupportedCheckpoint(f"left over {some(left)}")
     for key, shape in wanted.items():
-        if key in shapes and not agrees(shapes[key], shape):
+        if key in shapes and row.shape(key, shapes[key]) != shape:
             raise UnsupportedCheckpoint(f"{key} has shape {shapes[key]}; expected {shape}")
-        if key != COUNTER and not weights.tensors[key].dtype.is_floating_point:
+        if key not in row.counters and not weights.tensors[key].dtype.is_floating_point:
             raise UnsupportedCheckpoint(f"{key} is {dtype_name(weights.tensors[key].dtype)}; expected floating point")
     return config
 
@@ -186,13 +183,6 @@ def _check_size(shapes: Mapping[str, tuple[int, ...]]) -> None:
     for key, shape in shapes.items():
         if math.prod(shape) > LARGEST or max(shape, default=0) > WIDEST:
             raise UnsupportedCheckpoint(f"refused: {short(key)} of shape {shape} is too large for an autoencoder")
-
-
-def _check_blocks(config: KLConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises UnsupportedCheckpoint unless there may be weights for as many blocks as level 0 has, in every level."""
-    blocks = len(config.encoder_widths) * (config.encoder_depth + config.decoder_depth)
-    if blocks * BLOCK_TENSORS > len(shapes):
-        raise UnsupportedCheckpoint(f"missing tensors: {blocks} residual blocks, but only {len(shapes)} tensors")
 
 
 def _stamp(path: Path) -> Stamp:

@@ -13,22 +13,19 @@ import torch
 from torch import Tensor
 
 from app.errors import InvalidParameter, UnsupportedCheckpoint
-from app.store.checkpoint import STATISTICS, Checkpoint, CheckpointChanged, blank
+from app.store.checkpoint import Checkpoint, CheckpointChanged, blank
 from app.store.declared import KEYS
 from app.store.folder import DIFFUSERS_WEIGHTS
 from app.text import shown
-from app.tools.diffusers_config import diffusers_config
 from app.tools.facts import file_layout
-from app.vae.autoencoder_kl import KLConfig
+from app.vae.architectures import Architecture
 from app.vae.families import FAMILIES
 from app.weights.files import DTYPE_NAMES, SUFFIXES, TensorInfo, dtype_name, read_header, read_tensors
-from app.weights.renames import Layout, canonical_keys, diffusers_keys, half_of, layout_shape
+from app.weights.renames import Layout, canonical_keys, half_of
 from app.weights.writing import TensorSpec, Write, file_order, publish, safetensors_writer
 
 CAST_TO = {name: dtype for dtype, name in DTYPE_NAMES.items() if name != "fp64"}
 """What --dtype may say: fp16, bf16, fp32."""
-
-NORM_GROUPS = 32  # where nothing is declared
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,8 @@ def convert(source: Checkpoint, output: Output) -> Path:
     overflows in the new dtype, or diffusers has no such network, and OSError.
     """
     places = places_of(source)
-    dtypes = {name: new_dtype(name, place.info.dtype, output.dtype) for name, place in places.items()}
+    row = source.architecture
+    dtypes = {name: new_dtype(row, name, place.info.dtype, output.dtype) for name, place in places.items()}
 
     def tensors(names: Iterable[str]) -> Iterator[Tensor]:
         names = list(names)
@@ -75,7 +73,7 @@ def write_checkpoint(
     output: Output,
     sources: tuple[Checkpoint, ...],
 ) -> Path:
-    """Writes tensors of these LDM names and dtypes as an autoencoder like `like`; returns the weights' file.
+    """Writes tensors of these canonical names and dtypes as an autoencoder like `like`; returns the weights' file.
 
     `tensors` gives those of the names that it is called with, in that order. Raises as `convert`, and
     CheckpointChanged when a source was written to meanwhile.
@@ -84,12 +82,13 @@ def write_checkpoint(
     weights, config = _targets(output.target, layout)
     for source in sources:
         _check_apart(source, weights)
-    keys = diffusers_keys(dtypes) if layout == "diffusers" else {name: name for name in dtypes}
+    theirs = like.architecture.diffusers if layout == "diffusers" else None
+    keys = theirs.keys(dtypes) if theirs else {name: name for name in dtypes}
     names = {key: name for name, key in keys.items()}
     shapes = {name: tuple(value.shape) for name, value in blank(like.config).state_dict().items()}
-    ordered = file_order(
-        TensorSpec(key, dtypes[name], layout_shape(name, shapes[name], layout)) for key, name in names.items()
-    )
+    if theirs:
+        shapes = {name: theirs.shape(name, shape) for name, shape in shapes.items()}
+    ordered = file_order(TensorSpec(key, dtypes[name], shapes[name]) for key, name in names.items())
 
     def shaped() -> Iterator[Tensor]:
         for spec, tensor in zip(ordered, tensors([names[spec.key] for spec in ordered]), strict=True):
@@ -104,7 +103,7 @@ def write_checkpoint(
     if config is None:
         publish(files, force=output.force, check=check)
         return weights
-    text = json.dumps(diffusers_config(like), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(config_json(like), indent=2, sort_keys=True) + "\n"
     files[config] = lambda file: file.write(text.encode())
     new = not output.target.exists()
     output.target.mkdir(exist_ok=True)
@@ -119,11 +118,11 @@ def write_checkpoint(
 
 
 def places_of(checkpoint: Checkpoint) -> dict[str, Place]:
-    """Where the tensors of a checkpoint lie, by LDM name. Raises UnsupportedCheckpoint."""
+    """Where the tensors of a checkpoint lie, by canonical name. Raises UnsupportedCheckpoint."""
     places: dict[str, Place] = {}
     for path in checkpoint.files:
         tensors = read_header(path).tensors
-        for key, name in canonical_keys(tensors, path.stem).items():
+        for key, name in canonical_keys(tensors, checkpoint.architecture, path.stem).items():
             places[name] = Place(path, key, tensors[key])
     return places
 
@@ -142,9 +141,9 @@ def read_places(places: Iterable[Place]) -> Iterator[Tensor]:
         yield tensor
 
 
-def new_dtype(name: str, dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+def new_dtype(row: Architecture, name: str, dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """What a tensor's dtype becomes: statistics and counters keep theirs in every precision."""
-    return dtype if wanted is None or name.startswith(STATISTICS) else wanted
+    return dtype if wanted is None or name.startswith(row.statistics) else wanted
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -180,12 +179,30 @@ def source_metadata(source: Checkpoint) -> dict[str, str]:
         "source_name": shown(source.name if source.path.is_dir() else source.path.name),
     }
     row = FAMILIES.get(family.name)
-    if row is None or row.latent_format != family.latent_format:
-        metadata["scaling_factor"] = repr(family.latent_format.scaling_factor)
-        metadata["shift_factor"] = repr(family.latent_format.shift_factor)
-    if isinstance(source.config, KLConfig) and source.config.norm_groups != NORM_GROUPS:
-        metadata["norm_num_groups"] = str(source.config.norm_groups)
-    return metadata
+    for key in ("scaling_factor", "shift_factor"):
+        constant = getattr(family.latent_format, key)
+        if row is None or getattr(row.latent_format, key) != constant:
+            metadata[key] = repr(constant)
+    return metadata | {key: str(value) for key, value in source.architecture.untold(source.config).items()}
+
+
+def config_json(checkpoint: Checkpoint) -> dict[str, object]:
+    """The config.json with which diffusers loads these weights, in its layout.
+
+    `_family` is ours: keys that begin with an underscore are ignored there. Raises UnsupportedCheckpoint where no
+    class of diffusers builds such a network.
+    """
+    content = checkpoint.architecture.diffusers.config(checkpoint.config, checkpoint.fp16 == "ok")
+    family = checkpoint.family
+    if family.name in FAMILIES:
+        content["_family"] = family.name
+    form = family.latent_format
+    # Numbers per channel are built into its classes; no key of a config.json that we read says them.
+    if not form.statistics and not isinstance(form.scaling_factor, tuple):
+        content["scaling_factor"] = form.scaling_factor
+        if form.shift_factor:
+            content["shift_factor"] = form.shift_factor
+    return content
 
 
 def _targets(target: Path, layout: Layout) -> tuple[Path, Path | None]:

@@ -36,7 +36,7 @@ def facts_of(entry: Entry) -> dict[str, object]:
 
 def file_layout(checkpoint: Checkpoint) -> Layout:
     """The layout of a checkpoint's keys; of a pair, `ldm` only where both halves have it."""
-    layouts = {layout_of(read_header(path).tensors, path.stem) for path in checkpoint.files}
+    layouts = {layout_of(read_header(path).tensors, checkpoint.architecture, path.stem) for path in checkpoint.files}
     return "ldm" if layouts == {"ldm"} else "diffusers"
 
 

@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from app.errors import FamilyMismatch, UnsupportedCheckpoint
-from app.store.checkpoint import STATISTICS, Checkpoint
+from app.store.checkpoint import Checkpoint
 from app.text import shown
 from app.tools.convert import Output, cast, new_dtype, places_of, read_places, source_metadata, write_checkpoint
-from app.vae.autoencoder_kl import KLConfig
 from app.vae.families import Family
-
-ENCODER = ("encoder.", "quant_conv.")  # everything else is the decoder's
 
 
 @dataclass(frozen=True)
@@ -38,18 +35,19 @@ def merge(a: Checkpoint, b: Checkpoint, blend: Blend, output: Output) -> Path:
     """
     _check_alike(a, b)
     ours, theirs = places_of(a), places_of(b)
-    dtypes = {name: new_dtype(name, place.info.dtype, output.dtype) for name, place in ours.items()}
+    row = a.architecture
+    dtypes = {name: new_dtype(row, name, place.info.dtype, output.dtype) for name, place in ours.items()}
     adjust = _adjustments(a, blend)
 
     def tensors(names: Iterable[str]) -> Iterator[Tensor]:
         names = list(names)
-        mixed = [name for name in names if not name.startswith(STATISTICS)]
+        mixed = [name for name in names if not name.startswith(row.statistics)]
         others = read_places(theirs[name] for name in mixed)
         for name, tensor in zip(names, read_places(ours[name] for name in names), strict=True):
-            if name.startswith(STATISTICS):
+            if name.startswith(row.statistics):
                 yield tensor
                 continue
-            ratio = blend.encoder_ratio if name.startswith(ENCODER) else blend.decoder_ratio
+            ratio = blend.encoder_ratio if name.startswith(row.encoder) else blend.decoder_ratio
             value = torch.lerp(tensor.float(), next(others).float().reshape(tensor.shape), ratio)
             factor, offset = adjust.get(name, (1.0, 0.0))
             value = value * factor + offset
@@ -87,7 +85,7 @@ def _check_alike(a: Checkpoint, b: Checkpoint) -> None:
 
 
 def _adjustments(checkpoint: Checkpoint, blend: Blend) -> dict[str, tuple[float, float]]:
-    """{LDM name: (factor, offset)} of the output convolution's tensors.
+    """{canonical name: (factor, offset)} of the output convolution's tensors.
 
     Its pictures q = middle + half * p have p in [-1, 1]; of contrast * p + brightness they are
     contrast * q + (1 - contrast) * middle + half * brightness.
@@ -96,19 +94,11 @@ def _adjustments(checkpoint: Checkpoint, blend: Blend) -> dict[str, tuple[float,
         return {}
     low, high = checkpoint.family.pixel_range
     middle, half = (high + low) / 2, (high - low) / 2
-    stem = _output_convolution(checkpoint)
-    offset = (1 - blend.contrast) * middle + half * blend.brightness
-    return {f"{stem}.weight": (blend.contrast, 0.0), f"{stem}.bias": (blend.contrast, offset)}
-
-
-def _output_convolution(checkpoint: Checkpoint) -> str:
-    config = checkpoint.config
-    if isinstance(config, KLConfig):
-        return "decoder.conv_out"
-    last = config.decoder[-1]
-    if last.block or last.relu or not last.bias:
+    stem = checkpoint.architecture.output(checkpoint.config)
+    if stem is None:
         raise UnsupportedCheckpoint(
             f"{checkpoint.name}: its decoder does not end in a plain convolution with a bias; "
             "--brightness and --contrast have nothing to act on"
         )
-    return f"decoder.{last.index}"
+    offset = (1 - blend.contrast) * middle + half * blend.brightness
+    return {f"{stem}.weight": (blend.contrast, 0.0), f"{stem}.bias": (blend.contrast, offset)}

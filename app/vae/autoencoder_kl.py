@@ -4,22 +4,24 @@ Attribute names are the checkpoint keys of the LDM layout. Knows tensors only: n
 Reference: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv:2112.10752.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app.errors import UnsupportedCheckpoint
 from app.execution.primitive import Execution
+from app.vae.autoencoder import Autoencoder, Shapes
 from app.vae.posterior import DiagonalGaussian, Posterior
 
 NORM_EPS = 1e-6  # of every GroupNorm of the LDM autoencoders
+NORM_GROUPS = 32  # of every published one; no shape tells it
 BATCH_NORM_EPS = 1e-4  # diffusers, AutoencoderKLFlux2, batch_norm_eps
-
-Shapes = Mapping[str, tuple[int, ...]]
+PATCH = 2  # latent positions along one side that share a channel of that BatchNorm
+BLOCK_TENSORS = 8  # of a residual block at least
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,25 @@ class KLConfig:
     post_quant_conv: bool = True
     mid_attention: bool = True
     batch_norm: bool = False  # FLUX.2 keeps its latents' statistics as a BatchNorm over 2x2 patches
-    norm_groups: int = 32
+    norm_groups: int = NORM_GROUPS
 
     @property
     def spatial_factor(self) -> int:
         """Pixels per latent position along one side."""
         return 1 << (len(self.encoder_widths) - 1)
 
+    @property
+    def statistics_bytes(self) -> int:
+        """Bytes of the BatchNorm: means and variances in float32, and the counter of its training."""
+        channels = PATCH**2 * self.latent_channels
+        return 2 * channels * torch.float32.itemsize + torch.int64.itemsize if self.batch_norm else 0
+
     @classmethod
-    def from_shapes(cls, shapes: Shapes, norm_groups: int = 32) -> "KLConfig":
+    def from_shapes(cls, shapes: Shapes, norm_groups: int = NORM_GROUPS) -> "KLConfig":
         """Reads the configuration off a state dict's shapes, keys in the LDM layout.
 
-        Raises UnsupportedCheckpoint when a key that every AutoencoderKL has is missing.
+        Raises UnsupportedCheckpoint when a key that every AutoencoderKL has is missing, or when there cannot be
+        weights for as many blocks in every level as level 0 has.
         """
         encoder_widths, encoder_depth = _levels(shapes, "encoder.down")
         decoder_widths, decoder_depth = _levels(shapes, "decoder.up")
@@ -56,18 +65,22 @@ class KLConfig:
             )
         post = "post_quant_conv.weight" in shapes
         first = "post_quant_conv.weight" if post else "decoder.conv_in.weight"
+        latent_channels = _shape(shapes, first)[1]
         for width in (*encoder_widths, *decoder_widths):
             if width % norm_groups:
                 raise UnsupportedCheckpoint(
                     f"{width} channels do not divide into {norm_groups} norm groups: give norm_num_groups in a "
                     "NAME.json or config.json beside the file, or in its metadata"
                 )
+        blocks = len(encoder_widths) * (encoder_depth + decoder_depth)
+        if blocks * BLOCK_TENSORS > len(shapes):
+            raise UnsupportedCheckpoint(f"missing tensors: {blocks} residual blocks, but only {len(shapes)} tensors")
         return cls(
             encoder_widths=encoder_widths,
             decoder_widths=decoder_widths,
             encoder_depth=encoder_depth,
             decoder_depth=decoder_depth,
-            latent_channels=_shape(shapes, first)[1],
+            latent_channels=latent_channels,
             quant_conv="quant_conv.weight" in shapes,
             post_quant_conv=post,
             mid_attention="decoder.mid.attn_1.q.weight" in shapes,
@@ -244,18 +257,18 @@ class Decoder(nn.Module):
         return run.conv(x, self.conv_out, norm=self.norm_out, act=F.silu)
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(Autoencoder):
     """The two halves and the 1x1 convolutions between them and the latent, where the family has them."""
 
     def __init__(self, config: KLConfig) -> None:
         super().__init__()
         z = config.latent_channels
-        self.config = config
+        self.config: KLConfig = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, kernel_size=1) if config.quant_conv else None
         self.post_quant_conv = nn.Conv2d(z, z, kernel_size=1) if config.post_quant_conv else None
-        self.bn = nn.BatchNorm2d(4 * z, eps=BATCH_NORM_EPS, affine=False) if config.batch_norm else None
+        self.bn = nn.BatchNorm2d(PATCH**2 * z, eps=BATCH_NORM_EPS, affine=False) if config.batch_norm else None
 
     def posterior(self, moments: Tensor) -> Posterior:
         """What `encode` gave, as a distribution over raw latents."""

@@ -4,7 +4,6 @@ Each half is a plain list of layers whose positions are the checkpoint's keys (`
 github.com/madebyollin/taesd. Widths, depths, strides and the TAEF2 branch are read off the keys and shapes.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +12,10 @@ from torch.nn import functional as F
 
 from app.errors import UnsupportedCheckpoint
 from app.execution.primitive import Activation, Execution, tanh_clamp
+from app.vae.autoencoder import Autoencoder, Shapes
 from app.vae.posterior import Dirac, Posterior
 
 POOL_GROUPS = 4  # of the GroupNorm in TAEF2's mid-blocks
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,17 @@ class TinyConfig:
     def spatial_factor(self) -> int:
         """Pixels per latent position along one side."""
         return 1 << sum(layer.up for layer in self.decoder)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Latents have no statistics of their own."""
+        return 0
+
+    @property
+    def output(self) -> str | None:
+        """The canonical name of the convolution that makes the picture; None where the last layer is no plain one."""
+        last = self.decoder[-1]
+        return None if last.block or last.relu or not last.bias else f"decoder.{last.index}"
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> "TinyConfig":
@@ -158,12 +167,12 @@ def _run(
     return x
 
 
-class AutoencoderTiny(nn.Module):
+class AutoencoderTiny(Autoencoder):
     """Both halves. Pixels are in [0, 1]; latents are what the diffusion model sees, without a scale factor."""
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config: TinyConfig = config
         self.bn = None  # latents have no statistics of their own
         self.encoder = _modules(config.encoder)
         self.decoder = _modules(config.decoder)

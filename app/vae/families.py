@@ -6,13 +6,10 @@ github.com/madebyollin/taesd (tiny autoencoders: pixels in [0, 1], latents as th
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from app.terms import Convention
 from app.vae.latent_format import LatentFormat
-
-Architecture = Literal["kl", "tiny"]
-
 
 USUAL = (0.3, 2.5)
 """Scaled latents: the least root mean square about 0, and the greatest standard deviation within a channel.
@@ -31,7 +28,7 @@ class Family:
     """What a diffusion model and its VAE agree on."""
 
     name: str
-    architecture: Architecture
+    architecture: str  # a row of ARCHITECTURES
     latent_channels: int  # of raw latents
     latent_format: LatentFormat = LatentFormat()
     spatial_factor: int = 8  # pixels per raw latent position

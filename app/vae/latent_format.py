@@ -2,20 +2,26 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Constant = float | tuple[float, ...]
+"""One number for all channels of a scaled latent, or one each."""
 
 
 @dataclass(frozen=True)
 class LatentFormat:
     """scaled = (raw - shift_factor) * scaling_factor, with FLUX.2's packing and normalisation where a family has them.
 
-    With `patch` p, scaled latents are (B, C * p * p, h / p, w / p). With `statistics`, the packed channels are
-    normalised by the checkpoint's own BatchNorm running statistics, which the caller passes as `norm`.
+    Where a family's constants are a mean and a standard deviation per channel, shift_factor is the mean and
+    scaling_factor one by the standard deviation. With `patch` p, scaled latents are (B, C * p * p, h / p, w / p). With
+    `statistics`, the packed channels are normalised by the checkpoint's own BatchNorm running statistics, which the
+    caller passes as `norm`.
     """
 
-    scaling_factor: float = 1.0
-    shift_factor: float = 0.0
+    scaling_factor: Constant = 1.0
+    shift_factor: Constant = 0.0
     patch: int = 1
     statistics: bool = False
 
@@ -25,15 +31,24 @@ class LatentFormat:
         if norm is not None:
             mean, std = _statistics(norm, z)
             z = (z - mean) / std
-        return (z - self.shift_factor) * self.scaling_factor
+        return ((z - _over(z, self.shift_factor)) * _over(z, self.scaling_factor)).to(raw.dtype)
 
     def unscale(self, scaled: Tensor, norm: nn.BatchNorm2d | None = None) -> Tensor:
         """Scaled -> raw (B, C, h, w)."""
-        z = scaled / self.scaling_factor + self.shift_factor
+        z = (scaled / _over(scaled, self.scaling_factor) + _over(scaled, self.shift_factor)).to(scaled.dtype)
         if norm is not None:
             mean, std = _statistics(norm, z)
             z = z * std + mean
         return F.pixel_shuffle(z, self.patch) if self.patch > 1 else z
+
+
+def _over(z: Tensor, constant: Constant) -> Tensor | float:
+    """A constant as it is applied to z (B, C, ...): numbers per channel in float32, whatever z has."""
+    if not isinstance(constant, tuple):
+        return constant
+    if len(constant) != z.shape[1]:
+        raise ValueError(f"constants of {len(constant)} channels for latents of {z.shape[1]}")
+    return torch.tensor(constant, device=z.device).view(1, -1, *(1,) * (z.dim() - 2))
 
 
 def _statistics(norm: nn.BatchNorm2d, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from app.api.mismatch import warning
 from app.vae.families import FAMILIES
+from app.vae.latent_format import LatentFormat
 from app.wire.npz import write_npz
 from app.wire.tensors import write_safetensors
 from tests.service import array_of, latent, npy, picture, picture_of, refused, serving
@@ -146,10 +147,17 @@ async def test_the_warning_names_the_items_of_a_batch(service):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_noise_of_the_right_size_never_warns(name, convention):
     row = FAMILIES[name]
-    std = 1.0 if convention == "scaled" else 1 / row.latent_format.scaling_factor
+    std = 1.0 if convention == "scaled" else float(1 / np.asarray(row.latent_format.scaling_factor))
     channels = row.latent_channels * (row.latent_format.patch**2 if convention == "scaled" else 1)
     items = [noise(channels, std * factor) for factor in (0.6, 1.0, 1.5)]
     assert warning(items, row, convention) is None
+
+
+def test_raw_latents_of_numbers_per_channel_are_not_told(monkeypatch):
+    row = replace(FAMILIES["sd1"], name="toy", latent_format=LatentFormat((1.0, 2.0, 3.0, 4.0), 0.0))
+    monkeypatch.setitem(FAMILIES, "toy", row)
+    assert warning([noise(4, 100)], row, "raw") is None
+    assert "are they raw? latents=raw" in str(warning([noise(4, 100)], row, "scaled"))
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "flux"])

@@ -1,5 +1,6 @@
 import asyncio
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from urllib.parse import quote
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
+from app.api.schemas import Model
 from tests.service import array_of, latent, npy, occupied, picture, picture_of, refused, serving, until
 from tests.store.weights import state_of
 
@@ -46,6 +48,11 @@ def folder(models, tmp_path) -> Path:
 
 async def rows(service):
     return {row["name"]: row for row in (await service.get("/models")).json()["models"]}
+
+
+def test_numbers_per_channel_are_a_list():
+    row = Model(name="x", path="x", scaling_factor=(0.5, 2.0), shift_factor=0.0)
+    assert json.loads(row.model_dump_json())["scaling_factor"] == [0.5, 2.0]
 
 
 async def test_a_row_has_these_fields_exactly(service, models):

@@ -26,6 +26,9 @@ def module():
     return load(TOY, torch.float32, torch.device("cpu"))
 
 
+SCALE = float(FAMILY.latent_format.scaling_factor)  # type: ignore[arg-type]
+
+
 def run(module, arrays, tasks, plan=WHOLE, check=nothing):
     return compute.run(module, [torch.tensor(array) for array in arrays], tasks, plan, check)
 
@@ -33,7 +36,7 @@ def run(module, arrays, tasks, plan=WHOLE, check=nothing):
 def decoded(module, arrays):
     """What the network itself says, in [-1, 1]."""
     with torch.inference_mode():
-        z = torch.stack([torch.tensor(array).float() for array in arrays]) / FAMILY.latent_format.scaling_factor
+        z = torch.stack([torch.tensor(array).float() for array in arrays]) / SCALE
         return module.decode(Whole(), z.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1).numpy()
 
 
@@ -68,7 +71,7 @@ def test_a_latent_is_the_scaled_mean_or_a_draw_that_its_seed_repeats(module, pla
     outcome = run(module, [arrays[0], arrays[0], arrays[1]], tasks, plan)
     with torch.inference_mode():
         pixels = torch.tensor(arrays[0]).permute(2, 0, 1)[None] / 127.5 - 1
-        mean = module.encode(Whole(), pixels).chunk(2, dim=1)[0][0] * FAMILY.latent_format.scaling_factor
+        mean = module.encode(Whole(), pixels).chunk(2, dim=1)[0][0] * SCALE
     assert {array.dtype for array in outcome.arrays} == {np.dtype(np.float16)}
     assert np.abs(outcome.arrays[0] - mean.numpy()).max() <= np.spacing(np.float16(mean.abs().max()))
     assert np.abs(outcome.arrays[0] - outcome.arrays[1]).max() > 0.01
@@ -80,7 +83,7 @@ def test_raw_latents_are_scaled_ones_without_the_factor(module):
     scaled, raw = (
         run(module, [picture()], [Task("encode", TOY, latents=each)]).arrays[0] for each in ("scaled", "raw")
     )
-    assert np.allclose(scaled, raw.astype(float) * FAMILY.latent_format.scaling_factor, atol=1e-3)
+    assert np.allclose(scaled, raw.astype(float) * SCALE, atol=1e-3)
     again = run(module, [raw.astype(np.float32)], [Task("decode", TOY, latents="raw")]).arrays[0]
     expected = run(module, [scaled.astype(np.float32)], [Task("decode", TOY)]).arrays[0]
     assert np.abs(again.astype(int) - expected).max() <= 1

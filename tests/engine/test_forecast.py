@@ -41,9 +41,10 @@ def test_what_was_there_before_does_not_count():
     del out
 
 
-def test_a_convolution_s_kernel_has_a_copy_of_the_weights():
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_convolution_s_kernel_has_a_copy_of_the_weights(inference):
     x, weight = torch.ones(1, 8, 4, 4), torch.ones(8, 8, 3, 3)
-    with CountingMode([x, weight]) as mode:
+    with torch.inference_mode(inference), CountingMode([x, weight]) as mode:
         out = torch.nn.functional.conv2d(x, weight, padding=1)
     assert mode.peak == out.nbytes + weight.nbytes
 

@@ -12,8 +12,9 @@ from app.engine.memory import FixedMemory
 from app.engine.planner import Planner, shape_of
 from app.engine.planning import ExecutionPlan
 from app.engine.verdicts import Verdicts
-from app.errors import OutOfMemory
+from app.errors import InvalidParameter, OutOfMemory
 from app.metrics import Metrics
+from app.vae.architectures import ARCHITECTURES
 from app.vae.latent_format import LatentFormat
 from tests.fakes import FAMILY, checkpoint, load
 
@@ -133,6 +134,15 @@ def test_what_does_not_fit_is_refused_with_numbers(tiling, words):
 def test_too_many_pixels_for_one_forward_on_a_card():
     with pytest.raises(OutOfMemory, match="too many for one whole forward on cuda; tiling=never forbids"):
         planner(device="cuda").choose(Task("decode", TOY, tiling="never"), (4, 2048, 2048), 1, "fp16", 1 << 40)
+
+
+def test_a_network_without_bands_is_planned_whole(monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "kl", replace(ARCHITECTURES["kl"], executions=("whole",)))
+    assert list(planner().answer("cpu", TASK, SHAPE, 200, 200).plans) == ["fp32/whole"]
+    with pytest.raises(OutOfMemory, match="100 bytes in the smallest plan, fp32/whole"):
+        planner().choose(TASK, SHAPE, 4, "fp32", 99)
+    with pytest.raises(InvalidParameter, match=r"tiling=always: .* runs whole only"):
+        planner().choose(Task("decode", TOY, tiling="always"), SHAPE, 1, "fp32", 1000)
 
 
 def test_the_answer_shows_all_plans_and_the_one_chosen():

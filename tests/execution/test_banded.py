@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from app.engine.forecast import CountingMode
-from app.execution.banded import RECOMPUTE, STRIPS, Banded, execute, forecast_bytes, run
+from app.execution.banded import RECOMPUTE, STRIPS, Banded, execute, forecast_bytes, gather
+from app.execution.norms import RMSNorm
 from app.execution.primitive import Whole
 from app.execution.program import record
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
@@ -68,11 +69,59 @@ def tiny(pool):
     return AutoencoderTiny(TinyConfig(encoder, decoder)).requires_grad_(False).to(memory_format=torch.channels_last)
 
 
+class Streaming(torch.nn.Module):
+    """What no family has yet: pointwise norms, groups, and edges that go on."""
+
+    def __init__(self, mode="replicate", attends=True):
+        super().__init__()
+        torch.manual_seed(0)
+
+        def conv(c_in, c_out, kernel=3, **more):
+            return torch.nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, padding_mode=mode, **more)
+
+        self.first = torch.nn.ModuleDict({"3": conv(3, 32), "4": conv(4, 32)})
+        norms = [RMSNorm(32, bias=i == 1) for i in range(4)]
+        for norm in norms:
+            for value in norm.parameters():
+                torch.nn.init.normal_(value, 1, 0.3)
+        self.norms, self.norm = torch.nn.ModuleList(norms), norms[3]
+        self.grouped, self.depthwise, self.wide = conv(32, 32, groups=4), conv(32, 32, groups=32), conv(32, 32, 7)
+        self.bare = torch.nn.Conv2d(32, 32, 1, groups=2)
+        self.q, self.k, self.v, self.proj_out = (torch.nn.Conv2d(32, 32, 1) for _ in range(4))
+        self.attends = attends
+        self.last = conv(32, 4)
+        self.resample = torch.nn.ModuleList([conv(32, 32, stride=2), conv(32, 32)])
+        self.requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def one_half(self, run, x, channels, up):
+        x = run.conv(x, self.first[str(channels)])
+        h = run.conv(x, self.grouped, norm=self.norms[0], act=F.silu)
+        x = run.conv(h, self.depthwise, norm=self.norms[1], add=x)
+        if self.attends:
+            x = run.attention(x, self)
+        x = run.conv(x, self.bare, then=F.relu)
+        x = (
+            run.conv(x, self.resample[1], norm=self.norms[2], up=True)
+            if up
+            else run.conv(x, self.resample[0], pad=(0, 1, 0, 1))
+        )
+        x = run.conv(x, self.wide, pad=(3, 3, 3, 4))
+        return run.conv(x, self.last, norm=self.norms[0], act=F.silu)
+
+    def decode(self, run, z):
+        return self.one_half(run, z, 4, up=True)
+
+    def encode(self, run, x):
+        return self.one_half(run, x, 3, up=False)
+
+
 FAMILIES = {
     "kl": kl,
     "kl without attention or 1x1": lambda: kl(mid_attention=False, quant_conv=False, post_quant_conv=False),
     "tiny": lambda: tiny(pool=False),
     "tiny with norms": lambda: tiny(pool=True),
+    "pointwise, to the edge": Streaming,
+    "pointwise, to zeros": lambda: Streaming("zeros", attends=False),
 }
 
 
@@ -92,8 +141,8 @@ def cases(vae, sizes):
 @pytest.mark.parametrize("execution", EXECUTIONS, ids=repr)
 def test_equals_whole(vae, execution):
     for network, x in cases(vae, [(1, 16, 12), (3, 5, 9), (1, 23, 4), (1, 1, 1)]):
-        whole = run(Whole(), network, x)
-        banded = run(execution, network, x)
+        whole = gather(Whole(), network, x)
+        banded = gather(execution, network, x)
         span = (whole.max() - whole.min()).item()
         assert banded.shape == whole.shape
         assert (banded - whole).abs().max() <= 1e-5 * max(span, 1)
@@ -105,8 +154,8 @@ def test_half_precision_is_as_near_the_truth_as_whole(name, execution):
     full, half = FAMILIES[name](), FAMILIES[name]().to(torch.bfloat16)
     sizes = [(2, 20, 16)]
     for (truth, x), (rounded, _) in zip(cases(full, sizes), cases(half, sizes), strict=True):
-        exact = run(Whole(), truth, x)
-        whole, banded = (run(each, rounded, x.bfloat16()).float() for each in (Whole(), execution))
+        exact = gather(Whole(), truth, x)
+        whole, banded = (gather(each, rounded, x.bfloat16()).float() for each in (Whole(), execution))
         assert rms(banded - exact) <= 1.1 * rms(whole - exact)
 
 
@@ -129,7 +178,7 @@ def test_bands_come_in_order_and_cover_the_output():
 
 @pytest.mark.parametrize("kind", ["strips", "recompute"])
 @pytest.mark.parametrize("half", ["decode", "encode"])
-@pytest.mark.parametrize("name", ["kl", "tiny with norms"])
+@pytest.mark.parametrize("name", ["kl", "tiny with norms", "pointwise, to the edge", "pointwise, to zeros"])
 def test_forecast_holds(kind, half, name):
     """The memory counted in a real run lies at most a quarter under the forecast, and never above it."""
     vae = FAMILIES[name]()
@@ -171,13 +220,52 @@ def test_a_budget_buys_the_fastest_plan_that_fits():
     assert Banded("recompute", budget_bytes=0).plan(program, torch.float32, CPU).peak_elements <= lean.peak_elements * 4
 
 
+@pytest.mark.parametrize("execution", [Banded("strips", 5000), Banded("recompute", 5000)], ids=str)
+def test_pointwise_norms_stream(execution):
+    """One walk without attention, none of them for statistics."""
+    alone, attending = (record(Streaming(attends=attends).decode, (1, 4, 40, 24)) for attends in (False, True))
+    assert [each.keep for each in execution.plan(alone, torch.float32, CPU).passes] == [True]
+    assert all(each.keep for each in execution.plan(attending, torch.float32, CPU).passes)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "replicate"])
+@pytest.mark.parametrize("pad", [None, (0, 1, 0, 1), (1, 0, 1, 0), (0, 0, 0, 0), (2, 1, 0, 2), (0, 3, 2, 0)])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (4, 2), (5, 3)])
+def test_edges_are_the_same_in_bands(mode, pad, kernel, stride):
+    """Every padding at every edge, of odd maps, with bands of one row and of a few."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(4, 4, kernel, stride, padding=1, padding_mode=mode, groups=2)
+    norm = torch.nn.GroupNorm(2, 4)
+
+    def network(run_, x):
+        return run_.conv(run_.conv(x, conv, pad=pad, act=F.silu), conv, norm=norm, pad=pad)
+
+    for size in ((19, 23), (20, 17)):
+        x = torch.randn(2, 4, *size)
+        whole = gather(Whole(), network, x)
+        for execution in EXECUTIONS:
+            torch.testing.assert_close(gather(execution, network, x), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_whole_is_what_torch_does():
+    conv = torch.nn.Conv2d(4, 6, 3, padding=1, padding_mode="replicate", groups=2)
+    x = torch.randn(2, 4, 5, 7)
+    torch.testing.assert_close(Whole().conv(x, conv), conv(x))
+    around = F.pad(x, (0, 1, 0, 1), mode="replicate")
+    torch.testing.assert_close(
+        Whole().conv(x, conv, pad=(0, 1, 0, 1)), F.conv2d(around, conv.weight, conv.bias, groups=2)
+    )
+    dilated = torch.nn.Conv2d(4, 4, 3, padding=2, dilation=2)
+    torch.testing.assert_close(Whole().conv(x, dilated), dilated(x))
+
+
 def test_items_of_a_batch_do_not_touch():
     """NaN in one item of a batch leaves the others as they would be alone."""
     vae = kl()
     z = torch.randn(2, 4, 8, 8)
-    alone = run(STRIPS, vae.decode, z[:1])
+    alone = gather(STRIPS, vae.decode, z[:1])
     z[1] = float("nan")
-    both = run(STRIPS, vae.decode, z)
+    both = gather(STRIPS, vae.decode, z)
     torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=0)
     assert both[1].isnan().all()
 
@@ -201,7 +289,7 @@ def test_cancelled_between_bands_and_freed(kind):
 
     with torch.inference_mode(), live:
         with pytest.raises(Gone):
-            run(Banded(kind, 5000), vae.decode, x, check=check)
+            gather(Banded(kind, 5000), vae.decode, x, check=check)
         gc.collect()
     assert calls == 40
     assert live.peak > 0
@@ -221,12 +309,12 @@ def test_a_consumer_that_stops_frees_the_rest():
 def test_runs_on_meta():
     vae = kl().to("meta")
     for execution in (Banded("strips", 5000), Banded("recompute", 5000)):
-        assert run(execution, vae.decode, torch.empty(2, 4, 9, 7, device="meta")).shape == (2, 3, 36, 28)
+        assert gather(execution, vae.decode, torch.empty(2, 4, 9, 7, device="meta")).shape == (2, 3, 36, 28)
 
 
 def test_tells_its_passes(caplog):
     with caplog.at_level("DEBUG", logger="app.vae"):
-        run(Banded("strips", 5000), kl().decode, torch.randn(1, 4, 8, 8))
+        gather(Banded("strips", 5000), kl().decode, torch.randn(1, 4, 8, 8))
     assert "strips pass 1/" in caplog.text
 
 
@@ -236,7 +324,7 @@ def test_the_network_is_left_alone():
     before = {key: value.clone() for key, value in vae.state_dict().items()}
     x = torch.randn(1, 4, 8, 8)
     kept = x.clone()
-    run(RECOMPUTE, vae.decode, x)
+    gather(RECOMPUTE, vae.decode, x)
     assert torch.equal(x, kept)
     assert all(torch.equal(before[key], value) for key, value in vae.state_dict().items())
 
@@ -253,4 +341,4 @@ def test_an_activation_before_an_enlargement():
 
     x = torch.randn(2, 8, 9, 5)
     for execution in EXECUTIONS:
-        torch.testing.assert_close(run(execution, network, x), run(Whole(), network, x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gather(execution, network, x), gather(Whole(), network, x), atol=1e-5, rtol=1e-5)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from app.execution.norms import RMSNorm
 from app.execution.primitive import Whole
 from app.execution.program import inside, record
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
@@ -63,11 +64,25 @@ def test_what_the_output_does_not_need_is_left_out():
         nn.Conv2d(3, 3, 3, dilation=2),
         nn.Conv2d(3, 3, 3, padding="same"),
         nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(3, 3, 3, padding=3, padding_mode="replicate"),
         nn.Conv2d(3, 3, 1, stride=2),
         nn.Conv2d(3, 3, 5),
     ],
     ids=str,
 )
 def test_what_bands_cannot_do_is_refused(conv):
-    with pytest.raises(ValueError, match=r"bands need|too small"):
+    with pytest.raises(ValueError, match=r"bands need|too small|is padded by numbers"):
         record(lambda run, x: run.conv(x, conv), (1, 3, 4, 4))
+
+
+def test_pointwise_norms_need_no_statistics():
+    conv, norms = nn.Conv2d(4, 4, 3, padding=1), (nn.GroupNorm(2, 4), RMSNorm(4))
+
+    def network(run, x):
+        x = run.conv(x, conv)
+        for norm in norms:
+            x = run.conv(x, conv, norm=norm, act=F.silu)
+        return x
+
+    normed = [node.normed for node in record(network, (1, 4, 8, 8)).nodes]
+    assert [node is not None for node in normed] == [False, False, True, False]

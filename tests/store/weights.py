@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
-from app.vae.autoencoder_tiny import AutoencoderTiny, TinyConfig, TinyLayer
+from app.vae.architectures import ARCHITECTURES, architecture_of
+from app.vae.autoencoder import Autoencoder, Config
+from app.vae.autoencoder_kl import KLConfig
+from app.vae.autoencoder_tiny import TinyConfig, TinyLayer
 from app.vae.families import FAMILIES
-from app.weights.renames import diffusers_keys
 
 State = dict[str, Tensor]
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -56,14 +57,12 @@ def tiny_config(family: str = "taesd", width: int = 4) -> TinyConfig:
     return TinyConfig(tuple(encoder), tuple(decoder))
 
 
-def module_of(family: str = "sd1", seed: int = 0, **changes: Any) -> AutoencoderKL | AutoencoderTiny:
+def module_of(family: str = "sd1", seed: int = 0, **changes: Any) -> Autoencoder:
     """A random network; the same weights for the same arguments."""
     generator = torch.Generator().manual_seed(seed)
-    module: AutoencoderKL | AutoencoderTiny
-    if FAMILIES[family].architecture == "kl":
-        module = AutoencoderKL(kl_config(family, **changes))
-    else:
-        module = AutoencoderTiny(tiny_config(family, **changes))
+    kl = FAMILIES[family].architecture == "kl"
+    config: Config = kl_config(family, **changes) if kl else tiny_config(family, **changes)
+    module = architecture_of(config).module(config)
     for value in module.state_dict().values():
         if value.is_floating_point():
             value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
@@ -79,9 +78,9 @@ def state_of(family: str = "sd1", seed: int = 0, **changes: Any) -> State:
 
 def as_diffusers(state: Mapping[str, Tensor]) -> State:
     """The same tensors as diffusers saves them: its names, attention as linear layers."""
-    names = diffusers_keys(state)
-    linear = (".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")
-    return {names[key]: value.flatten(1) if key.endswith(linear) else value for key, value in state.items()}
+    theirs = ARCHITECTURES["tiny" if "decoder.1.weight" in state else "kl"].diffusers
+    keys = theirs.keys(state)
+    return {keys[name]: value.reshape(theirs.shape(name, tuple(value.shape))) for name, value in state.items()}
 
 
 def under(prefix: str) -> Callable[[Mapping[str, Tensor]], State]:

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from app.errors import InvalidParameter, UnsupportedCheckpoint
 from app.execution.primitive import Whole
 from app.store.checkpoint import Checkpoint, CheckpointChanged, load_autoencoder
+from app.store.known import Known
 from app.store.store import open_checkpoint
 from app.tools import convert as rewrite
-from app.tools.convert import Output, convert
+from app.tools.convert import Output, config_json, convert
 from app.vae.families import FAMILIES
 from tests.store.weights import (
     SUFFIXES,
@@ -353,3 +354,14 @@ def test_a_loaded_copy_decodes_as_the_original(tmp_path):
 
 def _channels_last():
     return module_of("sd1").to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("family", ["latentd-small", "sdxl"])
+def test_the_folder_says_the_family(tmp_path, family):
+    assert config_json(saved(tmp_path / "a.safetensors", state_of(), {"family": family}))["_family"] == family
+
+
+def test_a_file_known_to_be_sound_in_half_may_stay_in_half(tmp_path, monkeypatch):
+    assert config_json(saved(tmp_path / "a.safetensors", state_of()))["force_upcast"] is True
+    monkeypatch.setattr("app.store.identity.lookup", lambda *_: Known("x", "0", "sd1", "ok"))
+    assert config_json(saved(tmp_path / "a.safetensors", state_of()))["force_upcast"] is False

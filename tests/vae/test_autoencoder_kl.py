@@ -12,7 +12,7 @@ from app.errors import UnsupportedCheckpoint
 from app.execution.primitive import Whole
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
 from app.vae.families import FAMILIES
-from app.weights.renames import canonical_keys
+from app.vae.layout_kl import ldm_keys
 
 GROUPS = 4
 WIDTHS = (8, 16, 16, 32)
@@ -48,7 +48,7 @@ def reference(family: str = "sd1", **changes: Any) -> Any:
 def ours(model: Any) -> AutoencoderKL:
     """Our network with another's weights, through the rename table and the strict load."""
     state = model.state_dict()
-    names = canonical_keys(state)
+    names = ldm_keys(state)
     state = {names[key]: value for key, value in state.items()}
     config = KLConfig.from_shapes({key: tuple(value.shape) for key, value in state.items()}, GROUPS)
     vae = AutoencoderKL(config).eval()

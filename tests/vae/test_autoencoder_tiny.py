@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from app.errors import UnsupportedCheckpoint
 from app.execution.primitive import Whole
 from app.vae.autoencoder_tiny import AutoencoderTiny, TinyConfig
-from app.weights.renames import canonical_keys
+from app.vae.layout_tiny import taesd_keys
 
 TOLERANCE = 1e-4  # of the output's range, in float32
 WEIGHTS = Path(__file__).parents[3] / "shared" / "weights"
@@ -81,7 +81,7 @@ def f32_halves(z: int, w: int) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def ours(state: dict[str, Tensor]) -> AutoencoderTiny:
-    names = canonical_keys(state)
+    names = taesd_keys(state)
     state = {names[key]: value for key, value in state.items()}
     vae = AutoencoderTiny(TinyConfig.from_shapes({key: tuple(value.shape) for key, value in state.items()})).eval()
     vae.load_state_dict(state, strict=True)

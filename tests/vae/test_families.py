@@ -46,6 +46,12 @@ def test_constants(name):
 
 
 @pytest.mark.parametrize("row", FAMILIES.values(), ids=FAMILIES)
+def test_numbers_per_channel_are_as_many(row):
+    for constant in (row.latent_format.scaling_factor, row.latent_format.shift_factor):
+        assert not isinstance(constant, tuple) or len(constant) == row.channels("scaled")
+
+
+@pytest.mark.parametrize("row", FAMILIES.values(), ids=FAMILIES)
 def test_pixel_range_is_the_architecture_s(row):
     assert row.pixel_range == ((-1.0, 1.0) if row.architecture == "kl" else (0.0, 1.0))
 

@@ -42,6 +42,44 @@ def test_the_shift_goes_before_the_scale():
     assert LatentFormat(2.0, 0.5).unscale(torch.full((1, 1, 1, 1), 5.0)).item() == 3.0
 
 
+MEAN, STD = (0.5, -1.25, 0.1), (2.0, 0.5, 3.7)
+BY_CHANNEL = LatentFormat(tuple(1 / each for each in STD), MEAN)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 2, 4, 5)], ids=str)  # pictures, and frames of a film
+def test_a_mean_and_a_deviation_per_channel(shape):
+    raw = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(each).view(3, *(1,) * (raw.dim() - 2)) for each in (MEAN, STD))
+    scaled = BY_CHANNEL.scale(raw)
+    torch.testing.assert_close(scaled, (raw - mean) / std)
+    torch.testing.assert_close(BY_CHANNEL.unscale(scaled), raw)
+
+
+def test_numbers_per_channel_are_of_the_packed_channels():
+    form = LatentFormat(tuple(range(1, 13)), patch=2)
+    raw = raw_latents(3)
+    torch.testing.assert_close(form.scale(raw), patchified(raw) * torch.arange(1.0, 13).view(12, 1, 1))
+    torch.testing.assert_close(form.unscale(form.scale(raw)), raw)
+
+
+def test_numbers_per_channel_leave_half_precision_alone_and_round_once():
+    raw = raw_latents(3).half()
+    scaled = BY_CHANNEL.scale(raw)
+    assert scaled.dtype == BY_CHANNEL.unscale(scaled).dtype == torch.float16
+    assert torch.equal(scaled, BY_CHANNEL.scale(raw.float()).half())
+
+
+def test_one_of_the_constants_may_be_one_number():
+    raw = raw_latents(3)
+    torch.testing.assert_close(LatentFormat(2.0, MEAN).scale(raw), (raw - torch.tensor(MEAN).view(3, 1, 1)) * 2)
+    assert hash(BY_CHANNEL) == hash(LatentFormat(BY_CHANNEL.scaling_factor, MEAN))
+
+
+def test_numbers_for_other_channels_are_an_error():
+    with pytest.raises(ValueError, match="3 channels for latents of 4"):
+        BY_CHANNEL.unscale(raw_latents(4))
+
+
 def test_flux2_is_patchified_then_normalised():
     raw, norm = raw_latents(32), statistics(128)
     assert norm.running_mean is not None

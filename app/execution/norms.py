@@ -1,0 +1,35 @@
+"""The norms that a network may have: global ones need statistics of the whole map, pointwise ones do not."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TINIEST = 1e-12  # of a position's length, as F.normalize has it
+
+
+class RMSNorm(nn.Module):
+    """x / |x| * sqrt(C) * gamma (+ bias), each position of (B, C, ...) by itself, in float32 and rounded once.
+
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467, in the form and by the names that
+    Wan has: `gamma` and `bias` are (C, 1, 1).
+    """
+
+    def __init__(self, channels: int, bias: bool = False) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(channels, 1, 1)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> the same; makes one map."""
+        channels = self.gamma.shape[0]
+        # Of (B, h, w, C), where channels_last has the numbers of a position side by side.
+        out = F.rms_norm(x.movedim(1, -1), (channels,), self.gamma.flatten(), TINIEST**2 / channels).movedim(-1, 1)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+Norm = nn.GroupNorm | RMSNorm
+
+
+def global_norm(norm: Norm | None) -> nn.GroupNorm | None:
+    """The norm if it needs statistics of the whole map."""
+    return norm if isinstance(norm, nn.GroupNorm) else None

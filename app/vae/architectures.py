@@ -1,0 +1,149 @@
+"""The architectures: one row each. To add one, write its network into a file and add a row.
+
+A row's functions are given its own class of configuration. Canonical names are those of LDM or, where that never had
+such a network, its publisher's: the names that our network's attributes have.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from app.terms import EXECUTIONS, ExecutionName
+from app.vae import layout_kl, layout_tiny
+from app.vae.autoencoder import Autoencoder, Config, Shape, Shapes
+from app.vae.autoencoder_kl import NORM_GROUPS, AutoencoderKL, KLConfig
+from app.vae.autoencoder_tiny import AutoencoderTiny, TinyConfig
+from app.vae.families import FAMILIES
+from app.vae.latent_format import Constant
+
+Told = Callable[[Shapes], bool]
+"""Whether these are the tensors of such an autoencoder, or of one half, by their keys in any layout it comes in."""
+
+
+@dataclass(frozen=True)
+class Diffusers:
+    """How diffusers keeps an architecture."""
+
+    classes: Mapping[str, Constant]  # its classes, and the scaling_factor that a config.json without one means
+    act_fn: str  # the one that our network has
+    keys: Callable[[Iterable[str]], dict[str, str]]  # {canonical name: diffusers key}
+    # config.json but for the family's constants, given whether fp16 is known to be sound; raises UnsupportedCheckpoint
+    config: Callable[[Any, bool], dict[str, object]]
+    shape: Callable[[str, Shape], Shape] = lambda name, shape: shape  # of a canonical name, given the canonical one
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What tells an architecture, and everything about it that its network does not say."""
+
+    name: str
+    told: Told
+    config: type[Config]
+    # The configuration, given the shapes by canonical names and the declared group count of the norms, if any.
+    # Raises UnsupportedCheckpoint.
+    configure: Callable[[Shapes, int | None], Config]
+    module: Callable[[Any], Autoencoder]
+    keys: Callable[[Iterable[str]], dict[str, str]]  # {key in any layout: canonical name}
+    diffusers: Diffusers
+    # The convolution that makes the picture, by its canonical name; None where the decoder does not end in a plain one.
+    output: Callable[[Any], str | None]
+    shape: Callable[[str, Shape], Shape] = lambda name, shape: shape  # the canonical one, given that of any layout
+    encoder: tuple[str, ...] = ("encoder.",)  # canonical names begin so; all others are the decoder's
+    statistics: tuple[str, ...] = ()  # names begin so: the latents' statistics, kept as they are in every precision
+    counters: frozenset[str] = frozenset()  # of training: some files lack them, and nothing reads them
+    # What no shape tells, where it is not the usual: keys of a sidecar and their values.
+    untold: Callable[[Any], dict[str, int]] = lambda config: {}
+    executions: tuple[ExecutionName, ...] = EXECUTIONS
+
+
+def _has(pattern: str) -> Told:
+    """Some key begins with the pattern."""
+    return lambda shapes: any(re.match(pattern, key) for key in shapes)
+
+
+def _kl_told(shapes: Shapes) -> bool:
+    """A residual block with a plain convolution of two dimensions in level 0 of either half, in either layout."""
+    blocks = [f"{half}.{level}" for half, way in (("encoder", "down"), ("decoder", "up")) for level in _levels(way)]
+    return any(len(shapes.get(f"{block}.conv2.weight", ())) == 4 for block in blocks)
+
+
+def _levels(way: str) -> tuple[str, str]:
+    return f"{way}.0.block.0", f"{way}_blocks.0.resnets.0"
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    row.name: row
+    for row in (
+        Architecture(
+            name="kl",
+            told=_kl_told,
+            config=KLConfig,
+            configure=lambda shapes, groups: KLConfig.from_shapes(shapes, groups or NORM_GROUPS),
+            module=AutoencoderKL,
+            keys=layout_kl.ldm_keys,
+            shape=layout_kl.ldm_shape,
+            diffusers=Diffusers(
+                classes={"AutoencoderKL": FAMILIES["sd1"].latent_format.scaling_factor, "AutoencoderKLFlux2": 1.0},
+                act_fn="silu",
+                keys=layout_kl.diffusers_keys,
+                shape=layout_kl.diffusers_shape,
+                config=layout_kl.diffusers_config,
+            ),
+            output=lambda config: "decoder.conv_out",
+            encoder=("encoder.", "quant_conv."),
+            statistics=("bn.",),
+            counters=frozenset({"bn.num_batches_tracked"}),
+            untold=lambda config: {"norm_num_groups": config.norm_groups} if config.norm_groups != NORM_GROUPS else {},
+        ),
+        Architecture(
+            name="tiny",
+            told=lambda shapes: any(layout_tiny.KEY.match(key) for key in shapes),
+            config=TinyConfig,
+            configure=lambda shapes, groups: TinyConfig.from_shapes(shapes),
+            module=AutoencoderTiny,
+            keys=layout_tiny.taesd_keys,
+            diffusers=Diffusers(
+                classes={"AutoencoderTiny": 1.0},
+                act_fn="relu",
+                keys=layout_tiny.diffusers_keys,
+                config=layout_tiny.diffusers_config,
+            ),
+            output=lambda config: config.output,
+        ),
+    )
+}
+
+UNSUPPORTED: dict[str, Told] = {
+    # what it is, by keys that no other autoencoder has
+    "a VQModel (its latents are rows of a table)": _has(r"quantize\.embedding\.weight"),
+    "an AsymmetricAutoencoderKL (for inpainting)": _has(r"decoder\.condition_encoder\."),
+    "a ConsistencyDecoderVAE": _has(r"decoder_unet\."),
+    "an AutoencoderKLTemporalDecoder (of Stable Video Diffusion)": _has(
+        r"decoder\.(.+\.temporal_res_block|.+\.time_stack|time_conv_out|conv_out\.time_mix_conv)\."
+    ),
+}
+"""Autoencoders that are known and not run."""
+
+
+def told(shapes: Shapes) -> Architecture:
+    """The row of these tensors, without what stands before them in a full checkpoint.
+
+    Where no row is told it is `kl`, whose words are the field's: its configuration names what the file lacks.
+    """
+    return next((row for row in ARCHITECTURES.values() if row.told(shapes)), ARCHITECTURES["kl"])
+
+
+def unsupported(shapes: Shapes) -> str | None:
+    """What these tensors are, if it is known and there is no network for it."""
+    return next((name for name, its in UNSUPPORTED.items() if its(shapes)), None)
+
+
+def architecture_of(config: Config) -> Architecture:
+    """The row that a configuration belongs to."""
+    return next(row for row in ARCHITECTURES.values() if type(config) is row.config)
+
+
+def diffusers_classes() -> dict[str, tuple[Architecture, Constant]]:
+    """All classes of diffusers that we read, with their default scaling_factor."""
+    return {name: (row, default) for row in ARCHITECTURES.values() for name, default in row.diffusers.classes.items()}
