@@ -19,7 +19,7 @@ from app.errors import UnsupportedCheckpoint
 from app.execution.primitive import Whole
 from app.store.checkpoint import load_autoencoder
 from app.store.store import open_checkpoint
-from app.weights.files import read_header
+from app.weights.files import open_weights
 from app.weights.renames import canonical_keys
 from benchmarks.pairs import table
 from tests.store.hostile import CORPUS, Hostile
@@ -187,7 +187,7 @@ def attack(case: Hostile, path: Path) -> list[str]:
     clear_peak()
     before, start = peak(), time.perf_counter()
     try:
-        read_header(path)
+        open_weights(path)
         told = "loaded"
     except UnsupportedCheckpoint as error:
         told = str(error)

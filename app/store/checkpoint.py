@@ -3,7 +3,7 @@
 Knows files and tensors; which device and precision is the caller's to say.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from app.text import short
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
 from app.vae.autoencoder_tiny import AutoencoderTiny
 from app.vae.families import Family
-from app.weights.files import Format, read_header, read_tensors
+from app.weights.files import Format, open_weights
 from app.weights.renames import canonical_keys
 
 Autoencoder = AutoencoderKL | AutoencoderTiny
@@ -102,14 +102,10 @@ def read_state(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
     Raises UnsupportedCheckpoint when a file cannot be read.
     """
-    return read_files(checkpoint.files)
-
-
-def read_files(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """The same of the autoencoder in these files, before it is a checkpoint."""
-    for path in files:
-        names = canonical_keys(read_header(path).tensors, path.stem)
-        for key, tensor in read_tensors(path, names):
+    for path in checkpoint.files:
+        file = open_weights(path)
+        names = canonical_keys(file.tensors, path.stem)
+        for key, tensor in file.read(names):
             yield names[key], tensor
 
 

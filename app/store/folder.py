@@ -10,7 +10,7 @@ from pathlib import Path
 
 from app.store.tree import Stamp
 from app.text import shown
-from app.weights.files import SUFFIXES, Format
+from app.weights.files import SUFFIXES, Format, format_of, open_regular
 from app.weights.renames import half_of
 
 DIFFUSERS_WEIGHTS = tuple(
@@ -128,7 +128,7 @@ def _plain(place: Path, files: tuple[str, ...], stem: str, names: set[str]) -> S
     return Source(
         path=place / files[0],
         files=tuple(place / name for name in files),
-        format=SUFFIXES.get(Path(files[0]).suffix.lower(), "bin"),
+        format=format_of(place / files[0]),
         stem=stem,
         sidecar=place / f"{stem}.json" if f"{stem}.json" in names else None,
         owner=_owner(place, stem, names),
@@ -173,7 +173,7 @@ def _is_autoencoder(config: Path) -> bool:
 
 def read_json(path: Path) -> dict[str, object]:
     """A JSON object from a small file. Raises OSError, or ValueError with a one-line reason."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         text = file.read(CONFIG_LIMIT + 1)
     if len(text) > CONFIG_LIMIT:
         raise ValueError(f"{path.name} is larger than {CONFIG_LIMIT} bytes")

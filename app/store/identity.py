@@ -16,7 +16,7 @@ from app.store.tree import Stamp, stamp
 from app.text import short
 from app.vae.autoencoder_kl import KLConfig
 from app.vae.autoencoder_tiny import TinyConfig
-from app.weights.files import Header, TensorInfo, dtype_name, read_header
+from app.weights.files import TensorInfo, WeightFile, dtype_name, open_weights
 from app.weights.renames import DROPPED, HALVES, NUMBERED, PREFIXES, canonical_keys, half_of, is_tiny, prefix_of
 
 MOST_TENSORS = 4096  # of an autoencoder: SDXL's has 248
@@ -29,7 +29,7 @@ def identify_source(
     source: Source,
     name: str,
     default_family: str | None,
-    digest: Callable[[Source], Digest],
+    digest: Callable[[tuple[WeightFile, ...]], Digest],
     twin: Callable[[str], Known | None] = lambda tensors: None,
 ) -> Checkpoint:
     """Finds out what a source is, from headers and shapes; `digest` is asked last, as it reads every byte.
@@ -41,7 +41,7 @@ def identify_source(
     weights = _weights(source)
     declared = _declarations(source, weights.metadata)
     config = _config(weights, declared)
-    hashed = digest(source)
+    hashed = digest(weights.files)
     row = lookup(hashed.sha256, hashed.halves) or twin(hashed.tensors)
     family, family_source = family_of(
         config,
@@ -78,6 +78,7 @@ def identify_source(
 class _Weights:
     """The autoencoder's tensors by LDM name, and what lies beside them in the files."""
 
+    files: tuple[WeightFile, ...]
     tensors: Mapping[str, TensorInfo]
     pipeline: Mapping[str, tuple[int, ...]]  # shapes of a full checkpoint's other tensors
     metadata: Mapping[str, str]
@@ -100,10 +101,10 @@ def _weights(source: Source) -> _Weights:
     pipeline: dict[str, tuple[int, ...]] = {}
     metadata: dict[str, str] = {}
     others: dict[str, str] = {}
-    for path in source.files:
-        header = read_header(path)
-        names = canonical_keys(header.tensors, path.stem)
-        others |= _others(header, path.stem)
+    files = tuple(open_weights(path) for path in source.files)
+    for header in files:
+        names = canonical_keys(header.tensors, header.path.stem)
+        others |= _others(header, header.path.stem)
         metadata.update(header.metadata)
         for key, name in names.items():
             if name in tensors:
@@ -113,10 +114,10 @@ def _weights(source: Source) -> _Weights:
             own = (prefix, *DROPPED)
             pipeline |= {key: info.shape for key, info in header.tensors.items() if not key.startswith(own)}
     _check_halves(source, tensors)
-    return _Weights(tensors, pipeline, metadata, others)
+    return _Weights(files, tensors, pipeline, metadata, others)
 
 
-def _others(header: Header, stem: str) -> dict[str, str]:
+def _others(header: WeightFile, stem: str) -> dict[str, str]:
     """What has the place of a tensor, by the LDM name that the tensor would have."""
     keys = [key for key in header.others if half_of(stem) or not NUMBERED.match(key)]  # lists of a trainer, too
     names = canonical_keys([*header.tensors, *keys], stem)
@@ -128,7 +129,7 @@ def _beside(source: Source) -> Mapping[str, tuple[int, ...]]:
     if source.owner is None:
         return {}
     try:
-        header = read_header(source.owner)
+        header = open_weights(source.owner)
     except UnsupportedCheckpoint:
         return {}
     own = (*PREFIXES, *DROPPED)

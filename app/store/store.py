@@ -15,6 +15,7 @@ from app.store.known import lookup
 from app.store.names import Entry, Unreadable, resolve
 from app.store.rest import DOUBT_SECONDS, OLD_AT_FIRST, OLD_SECONDS, QUIET_SECONDS, Rest
 from app.store.tree import Stamp, Tree, stamp, walk
+from app.weights.files import WeightFile
 
 REASON = 500  # characters of an error that is listed
 
@@ -110,8 +111,8 @@ class ModelStore:
         before = _stamps(source)
         digest: list[Digest] = []
 
-        def take(source: Source) -> Digest:
-            digest.append(self._digest(source))
+        def take(files: tuple[WeightFile, ...]) -> Digest:
+            digest.append(self._digest(files))
             return digest[0]
 
         entry: Entry
@@ -202,12 +203,12 @@ class ModelStore:
             entries[name] = entry if entry.name == name else replace(entry, name=name)
         self._entries = entries
 
-    def _digest(self, source: Source) -> Digest:
-        stamps = tuple(_stamp(path) for path in source.files)
+    def _digest(self, files: tuple[WeightFile, ...]) -> Digest:
+        stamps = tuple(_stamp(file.path) for file in files)
         digest = self._digests.get(stamps)
         if digest is None:
-            digest = digest_of(source.files, self._check)
-            if stamps == tuple(_stamp(path) for path in source.files):
+            digest = digest_of(files, self._check)
+            if stamps == tuple(_stamp(file.path) for file in files):
                 self._digests.put(stamps, digest)
         return digest
 
@@ -225,7 +226,7 @@ def open_checkpoint(path: Path, default_family: str | None = None) -> Checkpoint
         source = source_of(path)
     except OSError as error:
         raise UnsupportedCheckpoint(f"{path} cannot be read: {error.strerror or error}") from error
-    return identify_source(source, source.stem, default_family, lambda source: digest_of(source.files))
+    return identify_source(source, source.stem, default_family, digest_of)
 
 
 def _stamp(path: Path) -> Stamp:

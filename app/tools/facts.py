@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from app.store.checkpoint import Checkpoint
 from app.store.names import Entry
 from app.text import one_line, shown
-from app.weights.files import read_header
+from app.weights.files import open_weights
 from app.weights.renames import Layout, layout_of
 
 COLUMNS = ("NAME", "FAMILY", "FROM", "FORMAT", "SHA256", "FP16", "KNOWN AS")
@@ -43,7 +43,7 @@ def facts_of(entry: Entry) -> dict[str, object]:
 
 def file_layout(checkpoint: Checkpoint) -> Layout:
     """The layout of a checkpoint's keys; of a pair, `ldm` only where both halves have it."""
-    layouts = {layout_of(read_header(path).tensors, path.stem) for path in checkpoint.files}
+    layouts = {layout_of(open_weights(path).tensors, path.stem) for path in checkpoint.files}
     return "ldm" if layouts == {"ldm"} else "diffusers"
 
 

@@ -33,7 +33,7 @@ class Archive:
 
     content: object
     sizes: Mapping[str, int]  # bytes of each storage that the file has
-    place: Callable[[str], int]
+    place: Callable[[BufferedReader, str], int]
     """The byte of the file where a storage begins; raises UnsupportedCheckpoint where the file contradicts itself."""
 
 
@@ -64,8 +64,8 @@ def check_there(archive: Archive, key: str, ref: TensorRef) -> None:
         raise UnsupportedCheckpoint(f"truncated or broken: the storage of {short(key)} has {there} bytes of {wanted}")
 
 
-def read_tensor(file: BufferedReader, archive: Archive, key: str, ref: TensorRef) -> Tensor:
-    """The tensor `key`, in memory of its own; only its part of the storage is read.
+def span_of(file: BufferedReader, archive: Archive, key: str, ref: TensorRef) -> tuple[int, int]:
+    """(first, after the last) byte of the file that the tensor `key` touches; its storage's other bytes are nobody's.
 
     Raises UnsupportedCheckpoint where it is spread over far more than its size, or the file is truncated.
     """
@@ -74,11 +74,15 @@ def read_tensor(file: BufferedReader, archive: Archive, key: str, ref: TensorRef
     if after - first > WIDEST * max(ref.nbytes, 1 << 16):
         raise UnsupportedCheckpoint(f"{short(key)} has {ref.nbytes} bytes, spread over {after - first} of its storage")
     if first == after:
+        return 0, 0
+    begin = archive.place(file, ref.storage.key)
+    return begin + first, begin + after
+
+
+def tensor_of(data: bytearray, ref: TensorRef) -> Tensor:
+    """The tensor whose span these bytes are, dense; its memory may be theirs."""
+    if not data:
         return torch.empty(ref.shape, dtype=ref.dtype)
-    data = bytearray(after - first)
-    file.seek(archive.place(ref.storage.key) + first)
-    if (got := file.readinto(data)) < len(data):
-        raise UnsupportedCheckpoint(f"truncated: {short(key)} has {len(data)} bytes, the file gave {got}")
     return torch.frombuffer(data, dtype=ref.dtype).as_strided(ref.shape, ref.stride).contiguous()
 
 
@@ -100,7 +104,7 @@ def _zipped(file: BufferedReader, size: int) -> Archive:
     under = f"{folder}/data/"
     storages = {name.removeprefix(under): record for name, record in records.items() if name.startswith(under)}
     sizes = {key: record.size for key, record in storages.items()}
-    return Archive(content, sizes, lambda key: data_offset(file, storages[key]))
+    return Archive(content, sizes, lambda file, key: data_offset(file, storages[key]))
 
 
 def _legacy(file: BufferedReader, size: int) -> Archive:
@@ -135,4 +139,4 @@ def _legacy(file: BufferedReader, size: int) -> Archive:
             raise UnsupportedCheckpoint(f"not a sound checkpoint of torch.save: a storage of {nbytes} bytes")
         places[key], sizes[key] = at + 8, nbytes
         at += 8 + nbytes
-    return Archive(content.value, sizes, places.__getitem__)
+    return Archive(content.value, sizes, lambda _, key: places[key])

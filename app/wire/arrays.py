@@ -38,8 +38,6 @@ class Latents:
     """
 
     array: Values
-    model: str | None = None
-    sha256: str | None = None
     family: str | None = None
     convention: Convention | None = None
     image_size: tuple[int, int] | None = None
@@ -79,8 +77,6 @@ def read_latents(body: bytes, *, max_bytes: int) -> Latents:
             declared, metadata = safetensors_header(body)
             return Latents(
                 _finite(values(declared, body)),
-                metadata.get("model"),
-                metadata.get("sha256"),
                 metadata.get("family"),
                 _convention(metadata.get("convention")),
                 _image_size(metadata.get("image_size")),

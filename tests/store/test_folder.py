@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app.store.folder import names_of, source_of, sources
+from app.store.folder import names_of, read_json, source_of, sources
 from app.store.tree import walk
 
 KL = '{"_class_name": "AutoencoderKL"}'
@@ -252,3 +252,9 @@ def test_the_webui_s_folder_of_tiny_autoencoders(tmp_path):
 def test_a_file_that_aria2_is_filling_waits(tmp_path):
     put(tmp_path, "a.safetensors", "b.safetensors", "b.safetensors.aria2")
     assert names(tmp_path).keys() == {"a"}
+
+
+def test_a_pipe_that_comes_between_the_look_and_the_reading_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(OSError, match="no regular file"):
+        read_json(tmp_path / "a.json")

@@ -43,7 +43,7 @@ def reads(monkeypatch):
     counts: Counter[str] = Counter()
 
     def count(files, check):
-        counts[files[0].name] += 1
+        counts[files[0].path.name] += 1
         return digest_of(files, check)
 
     monkeypatch.setattr(store_module, "digest_of", count)
@@ -234,7 +234,7 @@ def gate(monkeypatch):
     gate = threading.Event()
 
     def hold(files, check):
-        while files[0].stem == "big" and not gate.wait(0.02):
+        while files[0].path.stem == "big" and not gate.wait(0.02):
             check()
         return digest_of(files, check)
 
@@ -318,7 +318,7 @@ async def test_where_nothing_can_be_watched_every_request_looks(folder, other, m
 
 async def test_a_bug_in_reading_a_file_stops_nothing(folder, other, monkeypatch, caplog):
     def fail(files, check):
-        if files[0].name == "a.safetensors":
+        if files[0].path.name == "a.safetensors":
             raise RuntimeError("bug")
         return digest_of(files, check)
 

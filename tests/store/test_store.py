@@ -16,6 +16,7 @@ from app.store.digests import Digest, digest_of
 from app.store.known import Known
 from app.store.names import Unreadable
 from app.store.store import ModelStore
+from app.weights.files import WeightFile
 from tests.store.weights import as_diffusers, state_of, under, write, write_folder
 
 
@@ -205,15 +206,15 @@ def test_only_new_files_are_read_again(store, monkeypatch):
     put(store, "VAE/a.safetensors")
     store.scan()
     path = put(store, "VAE/b.safetensors", seed=1)
-    read: list[tuple[Path, ...]] = []
+    read: list[Path] = []
 
-    def count(files: tuple[Path, ...], check: Callable[[], None]) -> Digest:
-        read.append(files)
+    def count(files: tuple[WeightFile, ...], check: Callable[[], None]) -> Digest:
+        read.extend(file.path for file in files)
         return digest_of(files, check)
 
     monkeypatch.setattr("app.store.store.digest_of", count)
     store.scan()
-    assert read == [(path,)]
+    assert read == [path]
     assert store.resolve("b").sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -346,7 +347,7 @@ def test_a_look_reads_no_weights_and_lists_nothing_new(store, monkeypatch):
 def test_a_file_that_changes_while_it_is_hashed_is_not_listed(store, monkeypatch):
     path = put(store, "VAE/a.pt")
 
-    def change(files: tuple[Path, ...], check: Callable[[], None]) -> Digest:
+    def change(files: tuple[WeightFile, ...], check: Callable[[], None]) -> Digest:
         digest = digest_of(files, check)
         put(store, "VAE/a.pt", seed=4)
         return digest
