@@ -22,7 +22,6 @@ from app.engine.jobs import Job, Result, Task
 from app.metrics import Metrics, StateCollector
 from app.store.checkpoint import Autoencoder, Checkpoint
 from app.store.store import Look, ModelStore
-from app.store.tree import Tree
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
 from app.vae.families import FAMILIES
 
@@ -71,7 +70,7 @@ class Shelf:
 
     def look(self) -> Look:
         """Nothing changes."""
-        return Look(Tree(), {}, settling=False)
+        return Look({}, settling=False)
 
     def close(self) -> None:
         """Nothing is being read."""

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from app.errors import UnsupportedCheckpoint
 from app.store.checkpoint import COUNTER, STATISTICS, Checkpoint, agrees, blank, some
@@ -12,7 +11,7 @@ from app.store.digests import Digest
 from app.store.family import Config, Hints, family_of
 from app.store.folder import DIFFUSERS_WEIGHTS, Source
 from app.store.known import Known, lookup
-from app.store.tree import Stamp, stamp
+from app.store.tree import Stamp
 from app.text import short
 from app.vae.autoencoder_kl import KLConfig
 from app.vae.autoencoder_tiny import TinyConfig
@@ -27,17 +26,20 @@ BLOCK_TENSORS = 8  # of a residual block at least
 
 def identify_source(
     source: Source,
-    name: str,
+    stamps: tuple[Stamp | None, ...],
     default_family: str | None,
     digest: Callable[[tuple[WeightFile, ...]], Digest],
     twin: Callable[[str], Known | None] = lambda tensors: None,
 ) -> Checkpoint:
     """Finds out what a source is, from headers and shapes; `digest` is asked last, as it reads every byte.
 
+    `stamps` are those of its watched files, taken before; it is named after its stem.
     `twin` is asked for the known file that has the same tensors, where these bytes are not known themselves.
     Raises UnsupportedCheckpoint with the reason.
     """
-    stamps = tuple(_stamp(path) for path in source.watched)
+    whole = tuple(item for item in stamps if item is not None)
+    if len(whole) < len(stamps):
+        raise UnsupportedCheckpoint(f"{source.watched[stamps.index(None)].name} cannot be read")
     weights = _weights(source)
     declared = _declarations(source, weights.metadata)
     config = _config(weights, declared)
@@ -56,7 +58,7 @@ def identify_source(
     values = {key: info for key, info in weights.tensors.items() if not key.startswith(STATISTICS)}
     dtypes = {dtype_name(info.dtype) for info in values.values()}
     return Checkpoint(
-        name=name,
+        name=source.stem,
         path=source.path,
         files=source.files,
         sha256=hashed.sha256,
@@ -70,7 +72,7 @@ def identify_source(
         parameters=sum(math.prod(info.shape) for info in values.values()),
         weight_dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
         baked=bool(weights.pipeline),
-        stamps=stamps,
+        stamps=whole,
     )
 
 
@@ -194,10 +196,3 @@ def _check_blocks(config: KLConfig, shapes: Mapping[str, tuple[int, ...]]) -> No
     blocks = len(config.encoder_widths) * (config.encoder_depth + config.decoder_depth)
     if blocks * BLOCK_TENSORS > len(shapes):
         raise UnsupportedCheckpoint(f"missing tensors: {blocks} residual blocks, but only {len(shapes)} tensors")
-
-
-def _stamp(path: Path) -> Stamp:
-    try:
-        return stamp(path)
-    except OSError as error:
-        raise UnsupportedCheckpoint(f"{path.name} cannot be read: {error.strerror}") from error

@@ -1,11 +1,13 @@
-"""Which model a request means: by name, by the beginning of a sha256, or by being the only one."""
+"""What models are called, and which one a request means: by name, by its sha256, or by being the only one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from app.errors import InvalidParameter, UnknownModel, UnsupportedCheckpoint
 from app.store.checkpoint import Checkpoint
+from app.store.folder import Source
+from app.text import shown
 from app.weights.files import Format
 
 PREFIX = 8  # hex digits of a sha256 that may stand for a name
@@ -25,6 +27,19 @@ class Unreadable:
 Entry = Checkpoint | Unreadable
 
 
+def names_of(found: Iterable[Source]) -> dict[Source, str]:
+    """A unique name for each: the stem, else folder/stem, else the file's name, else folder/name, else the path."""
+    names: dict[Source, str] = {}
+    left = list(found)
+    for choice in range(5):
+        wanted: dict[str, list[Source]] = {}
+        for source in left:
+            wanted.setdefault(_choice(source, choice), []).append(source)
+        names |= {same[0]: name for name, same in wanted.items() if len(same) == 1}
+        left = [source for source in left if source not in names]
+    return names
+
+
 def resolve(entries: Mapping[str, Entry], model: str | None, default: str | None = None) -> Checkpoint:
     """The checkpoint of a name or of a sha256 prefix; without one the default, else the only model there is.
 
@@ -36,6 +51,14 @@ def resolve(entries: Mapping[str, Entry], model: str | None, default: str | None
     if isinstance(entry, Unreadable):
         raise UnsupportedCheckpoint(f"model {entry.name}: {entry.error}")
     return entry
+
+
+def _choice(source: Source, choice: int) -> str:
+    if choice == 0:  # nearly always
+        return shown(source.stem)
+    file, parent = source.path, source.path.parent.name
+    name = source.stem + ("" if source.format == "diffusers" else file.suffix)
+    return shown((f"{parent}/{source.stem}", name, f"{parent}/{name}", file.as_posix().lstrip("/"))[choice - 1])
 
 
 def _only(entries: Mapping[str, Entry]) -> Entry:
