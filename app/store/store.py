@@ -13,7 +13,7 @@ from app.store.digests import Digest, DigestCache, digest_of
 from app.store.folder import Source, source_of, sources
 from app.store.identity import identify_source
 from app.store.known import lookup
-from app.store.names import Entry, Unreadable, names_of, resolve
+from app.store.names import Entry, Finding, Unreadable, listed, resolve
 from app.store.tree import DOUBT_SECONDS, OLD_AT_FIRST, OLD_SECONDS, QUIET_SECONDS, Rest, Stamp, stamps_of, walk
 from app.weights.files import WeightFile
 
@@ -27,19 +27,6 @@ class Look:
 
     unread: Mapping[Source, int]  # to be identified, with the bytes of its weights; the least first
     settling: bool  # something is being written: look again soon
-
-
-@dataclass(frozen=True)
-class _Finding:
-    """What a source was found to be when its files looked so."""
-
-    source: Source
-    stamps: tuple[Stamp | None, ...]
-    entry: Entry  # its name is given when it is listed
-    known: bool = False  # by its own sha256
-
-    def of(self, source: Source, stamps: tuple[Stamp | None, ...]) -> bool:
-        return (self.source, self.stamps) == (source, stamps)
 
 
 class ModelStore:
@@ -59,8 +46,8 @@ class ModelStore:
         self._sources: list[Source] = []  # likewise
         self._calm = False  # that look left nothing to do, and nothing was found out since
         self._present: frozenset[Path] = frozenset()  # sources of the last look
-        self._findings: dict[Path, _Finding] = {}  # listed, by the source's path
-        self._doubts: dict[Path, _Finding] = {}  # errors that may pass
+        self._findings: dict[Path, Finding] = {}  # listed, by the source's path
+        self._doubts: dict[Path, Finding] = {}  # errors that may pass
         self._entries: dict[str, Entry] = {}
         self._unlisted = False  # something was found that is not in `_entries` yet
         self._due = 0.0  # when to list anew though more is to come, on time.monotonic()
@@ -88,7 +75,7 @@ class ModelStore:
             self._tree, self._sources = tree, found
             old = OLD_SECONDS if self._rest.looks else OLD_AT_FIRST
             self._rest.note(tree.values())
-            findings: dict[Path, _Finding] = {}
+            findings: dict[Path, Finding] = {}
             unread: list[Source] = []
             settling = False
             for source in found:
@@ -140,11 +127,11 @@ class ModelStore:
         changed = stamps_of(source.watched) != before
         known = bool(digest) and lookup(digest[0].sha256, digest[0].halves) is not None
         with self._lock:
-            decided = not changed and self._found(_Finding(source, before, entry, known), patient)
+            decided = not changed and self._found(Finding(source, before, entry, known), patient)
             self._calm, self._unlisted = False, True
-            if listed := not more or time.monotonic() >= self._due:
+            if due := not more or time.monotonic() >= self._due:
                 self._publish()
-        if listed:
+        if due:
             self._digests.save()
         return decided
 
@@ -154,7 +141,7 @@ class ModelStore:
         entry = Unreadable(source.stem, source.path, source.format, reason)
         with self._lock:
             if source.path in self._present:
-                self._findings[source.path] = _Finding(source, stamps_of(source.watched), entry)
+                self._findings[source.path] = Finding(source, stamps_of(source.watched), entry)
             self._publish()
 
     def lists(self, checkpoint: Checkpoint) -> bool:
@@ -179,7 +166,7 @@ class ModelStore:
     def _bytes(self, source: Source) -> int:
         return sum(item.size for item in self._rest.stamps(source.files) if item is not None)
 
-    def _found(self, finding: _Finding, patient: bool) -> bool:
+    def _found(self, finding: Finding, patient: bool) -> bool:
         """Notes what a source was found to be; false where another look must decide."""
         path, entry = finding.source.path, finding.entry
         if path not in self._present:
@@ -206,24 +193,7 @@ class ModelStore:
 
     def _publish(self) -> None:
         begun = time.monotonic()
-        names = names_of(finding.source for finding in self._findings.values())
-        findings = sorted(self._findings.values(), key=lambda finding: names[finding.source].lower())
-        originals: dict[str, tuple[bool, int, str]] = {}  # by tensors: the known one, then the shortest path
-        for finding in findings:
-            if isinstance(finding.entry, Checkpoint):
-                path = finding.source.path.as_posix()
-                rank = (not finding.known, len(path), path)
-                tensors = finding.entry.tensors_sha256
-                originals[tensors] = min(rank, originals.get(tensors, rank))
-        named = {finding.source.path.as_posix(): names[finding.source] for finding in findings}
-        entries: dict[str, Entry] = {}
-        for finding in findings:
-            name, entry = names[finding.source], finding.entry
-            if isinstance(entry, Checkpoint):
-                original = named[originals[entry.tensors_sha256][2]]
-                entry = replace(entry, copy_of=original if original != name else None)
-            entries[name] = entry if entry.name == name else replace(entry, name=name)
-        self._entries = entries
+        self._entries = listed(self._findings.values())
         now = time.monotonic()
         self._unlisted = False
         self._due = now + LISTING * (now - begun)

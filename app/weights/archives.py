@@ -24,6 +24,7 @@ TAR_MAGIC = b"ustar"  # at byte 257: torch before 0.1.10
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 
+MOST_LEVELS = 16  # of dicts around a state dict; a pickle may hold itself
 WIDEST = 16  # times its own size that a tensor may be spread over its storage
 
 
@@ -52,6 +53,29 @@ def read_archive(file: BufferedReader) -> Archive:
         raise UnsupportedCheckpoint("a tar file, as torch before 0.1.10 wrote; save it again with a later one")
     file.seek(0)
     return _legacy(file, size)
+
+
+def state_dict(archive: Archive) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    """The tensors of a pickled dict, of its `state_dict`, or of the one dict that is all it holds; the other keys."""
+    content = archive.content
+    for _ in range(MOST_LEVELS):
+        if not isinstance(content, dict):
+            break
+        inner = content.get("state_dict", next(iter(content.values())) if len(content) == 1 else None)
+        if isinstance(inner, dict):
+            content = inner
+            continue
+        tensors = {key: value for key, value in content.items() if isinstance(value, TensorRef)}
+        others = {key: kind(value) for key, value in content.items() if key not in tensors}
+        if not tensors:
+            break
+        for key, ref in tensors.items():
+            check_there(archive, key, ref)
+        return tensors, others
+    held = kind(content)
+    if isinstance(content, dict) and content:
+        held += f" with {', '.join(f'{short(key)} ({kind(value)})' for key, value in [*content.items()][:3])}"
+    raise UnsupportedCheckpoint(f"holds no tensors by name: {held} where a state dict was expected")
 
 
 def check_there(archive: Archive, key: str, ref: TensorRef) -> None:

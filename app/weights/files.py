@@ -5,7 +5,6 @@ torch.save writes is the business of `archives` and `pickles`, which run no code
 """
 
 import errno
-import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,9 +21,9 @@ from torch import Tensor
 
 from app.errors import UnsupportedCheckpoint
 from app.text import short
-from app.weights.archives import Archive, check_there, read_archive, span_of, tensor_of
-from app.weights.header import PREFIX, Entry, header_length, parse_header
-from app.weights.rebuilds import LARGEST_SIDE, MOST_DIMS, TensorRef, kind
+from app.weights.archives import read_archive, span_of, state_dict, tensor_of
+from app.weights.header import PREFIX
+from app.weights.safetensors import read_safetensors
 
 Format = Literal["safetensors", "ckpt", "pt", "pth", "bin", "diffusers"]
 
@@ -37,29 +36,8 @@ SUFFIXES: dict[str, Format] = {
     ".bin": "bin",
 }
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
-HEADER_LIMIT = 100_000_000  # bytes of a safetensors header, the limit of the reference implementation
-MOST_LEVELS = 16  # of dicts around a state dict; a pickle may hold itself
 CHUNK = 1 << 20  # bytes that are read at once where no tensor is wanted
 
 Span = tuple[int, int]  # (first, after the last) byte of a file
@@ -149,13 +127,10 @@ def open_weights(path: Path) -> WeightFile:
 def open_regular(path: Path) -> BufferedReader:
     """A file for reading. Raises OSError, also for a pipe or a device, which is not waited for."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "no regular file", str(path))
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def format_of(path: Path) -> Format:
@@ -190,62 +165,21 @@ def _take(file: BufferedReader, count: int, what: str) -> bytearray:
     return data
 
 
-# -- safetensors ------------------------------------------------------------------------------------------------------
-
-
 def _open_safetensors(path: Path, file: BufferedReader, state: State) -> WeightFile:
-    size = state[2]
-    file.seek(0)
-    prefix = file.read(PREFIX)
-    length = header_length(prefix)
-    if len(prefix) < PREFIX or length > HEADER_LIMIT:
-        raise UnsupportedCheckpoint(f"not a safetensors file: {size} bytes that begin with {prefix!r}")
-    start = PREFIX + length
-    if start > size:
-        raise UnsupportedCheckpoint(f"truncated: header promises {start} bytes, file has {size}")
-    try:
-        header = parse_header(file.read(length))
-    except ValueError as error:
-        raise UnsupportedCheckpoint(f"not a safetensors file: {error}") from error
-    tensors = {key: _info(key, entry) for key, entry in header.entries.items()}
-    if (end := start + header.data_bytes) != size:
-        wrong = "truncated" if end > size else "too long"
-        raise UnsupportedCheckpoint(f"{wrong}: header promises {end} bytes, file has {size}")
+    stored, metadata = read_safetensors(file, state[2])
 
     def find(_: BufferedReader, key: str) -> tuple[Span, Make]:
-        if key not in tensors:
+        if key not in stored:
             raise UnsupportedCheckpoint(f"{short(key)} is not in the file")
-        entry, info = header.entries[key], tensors[key]
-        return (start + entry.begin, start + entry.end), partial(_flat, info)
+        return stored[key].span, stored[key].tensor
 
-    return WeightFile(path, tensors, header.metadata, {}, find, state)
-
-
-def _info(key: str, entry: Entry) -> TensorInfo:
-    """Raises UnsupportedCheckpoint unless dtype, shape and bytes agree."""
-    if entry.dtype not in DTYPES:
-        raise UnsupportedCheckpoint(f"{short(key)} has dtype {short(entry.dtype)}, which is not known here")
-    info = TensorInfo(DTYPES[entry.dtype], entry.shape)
-    sound = len(entry.shape) <= MOST_DIMS and all(side <= LARGEST_SIDE for side in entry.shape)
-    if not sound or entry.end - entry.begin != math.prod(entry.shape) * info.dtype.itemsize:
-        sides = short(str([*entry.shape[: MOST_DIMS + 1]]))
-        raise UnsupportedCheckpoint(
-            f"{short(key)} is {entry.dtype} of shape {sides}, but has bytes {entry.begin} to {entry.end}"
-        )
-    return info
-
-
-def _flat(info: TensorInfo, data: bytearray) -> Tensor:
-    flat = torch.frombuffer(data, dtype=info.dtype) if data else torch.empty(0, dtype=info.dtype)
-    return flat.reshape(info.shape)
-
-
-# -- torch.save -------------------------------------------------------------------------------------------------------
+    tensors = {key: TensorInfo(item.dtype, item.shape) for key, item in stored.items()}
+    return WeightFile(path, tensors, metadata, {}, find, state)
 
 
 def _open_archive(path: Path, file: BufferedReader, state: State) -> WeightFile:
     archive = read_archive(file)
-    refs, others = _unwrap(archive)
+    refs, others = state_dict(archive)
 
     def find(file: BufferedReader, key: str) -> tuple[Span, Make]:
         if key in others:
@@ -256,26 +190,3 @@ def _open_archive(path: Path, file: BufferedReader, state: State) -> WeightFile:
 
     tensors = {key: TensorInfo(ref.dtype, ref.shape) for key, ref in refs.items()}
     return WeightFile(path, tensors, {}, others, find, state)
-
-
-def _unwrap(archive: Archive) -> tuple[dict[str, TensorRef], dict[str, str]]:
-    """The tensors of a pickled dict, of its `state_dict`, or of the one dict that is all it holds; the other keys."""
-    content = archive.content
-    for _ in range(MOST_LEVELS):
-        if not isinstance(content, dict):
-            break
-        inner = content.get("state_dict", next(iter(content.values())) if len(content) == 1 else None)
-        if isinstance(inner, dict):
-            content = inner
-            continue
-        tensors = {key: value for key, value in content.items() if isinstance(value, TensorRef)}
-        others = {key: kind(value) for key, value in content.items() if key not in tensors}
-        if not tensors:
-            break
-        for key, ref in tensors.items():
-            check_there(archive, key, ref)
-        return tensors, others
-    held = kind(content)
-    if isinstance(content, dict) and content:
-        held += f" with {', '.join(f'{short(key)} ({kind(value)})' for key, value in [*content.items()][:3])}"
-    raise UnsupportedCheckpoint(f"holds no tensors by name: {held} where a state dict was expected")

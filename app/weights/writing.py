@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from app.errors import InvalidParameter
-from app.weights.files import DTYPES
 from app.weights.header import Entry, Header, format_header
+from app.weights.safetensors import DTYPES
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 

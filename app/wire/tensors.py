@@ -4,7 +4,7 @@ import numpy as np
 
 from app.errors import InvalidLatent, MalformedBody
 from app.weights.header import PREFIX, Entry, Header, format_header, header_length, parse_header
-from app.wire.declared import Declared, Values, check_size, declare
+from app.wire.spec import ArraySpec, Values, array_spec, check_size
 
 MAX_HEADER = 1 << 20
 """Bytes; ComfyUI puts a whole workflow in there."""
@@ -15,7 +15,7 @@ _CODES = {"F16": "<f2", "F32": "<f4", "BF16": "bf16", "F64": "<f8"}
 _DTYPES = {"float16": "F16", "float32": "F32"}
 
 
-def safetensors_header(body: bytes) -> tuple[Declared, dict[str, str]]:
+def safetensors_header(body: bytes) -> tuple[ArraySpec, dict[str, str]]:
     """What a safetensors file declares of its only tensor, or of the one that is named as latents are; its metadata.
 
     Raises MalformedBody where the header, its offsets and the body's length disagree, and InvalidLatent where no
@@ -32,10 +32,10 @@ def safetensors_header(body: bytes) -> tuple[Declared, dict[str, str]]:
     if header.data_bytes != len(body) - start:
         there = len(body) - start
         raise MalformedBody(f"the safetensors header declares {header.data_bytes} bytes of data, {there} are there")
-    declared = declare(latents.shape, _CODES.get(latents.dtype, latents.dtype), start + latents.begin)
-    check_size(declared, start + latents.end)
+    spec = array_spec(latents.shape, _CODES.get(latents.dtype, latents.dtype), start + latents.begin)
+    check_size(spec, start + latents.end)
     metadata = dict(header.metadata)
-    return declared, {"convention": "raw"} | metadata if _COMFYUI_RAW in header.entries else metadata
+    return spec, {"convention": "raw"} | metadata if _COMFYUI_RAW in header.entries else metadata
 
 
 def write_safetensors(array: Values, metadata: dict[str, str]) -> bytes:

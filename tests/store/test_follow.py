@@ -16,7 +16,7 @@ from app.errors import Unavailable, UnknownModel
 from app.store import follow as follow_module
 from app.store import store as store_module
 from app.store.checkpoint import Checkpoint
-from app.store.digests import digest_of
+from app.store.digests import CACHE, digest_of
 from app.store.follow import Follower
 from app.store.names import Unreadable
 from app.store.store import Look, ModelStore
@@ -382,6 +382,7 @@ async def test_a_bug_in_a_look_stops_nothing(folder, other, monkeypatch, caplog)
 
 async def test_a_pipe_in_the_folder_holds_up_nothing(folder):
     os.mkfifo(folder / "VAE" / "b.ckpt")
+    os.mkfifo(folder / CACHE)
     async with following(folder) as follower:
         assert await follower.first_scan(5)
         assert names(follower).keys() == {"a"}

@@ -13,6 +13,11 @@ def test_names_are_unique_whatever_collides(tmp_path):
     assert len(set(names_of(sources).values())) == len(sources) == 6
 
 
+def test_a_file_s_name_and_another_s_stem_are_told_apart(tmp_path):
+    put(tmp_path, "VAE/a.pt", "VAE/a.ckpt", "VAE/a.pt.pt")
+    assert set(names_of(found(tmp_path)).values()) == {"VAE/a.pt", "a.ckpt", "a.pt"}
+
+
 def test_a_name_that_is_not_utf_8_is_shown_with_escapes(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.safetensors")).write_bytes(b"")
     (name,) = names_of(found(tmp_path)).values()

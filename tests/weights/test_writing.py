@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from app.errors import InvalidParameter
-from app.weights.files import DTYPES, open_weights
+from app.weights.files import open_weights
+from app.weights.safetensors import DTYPES
 from app.weights.writing import TensorSpec, file_order, publish, safetensors_writer
 
 DTYPED = [dtype for dtype in DTYPES.values() if dtype.is_floating_point or dtype in (torch.int64, torch.bool)]
