@@ -170,6 +170,7 @@ async def test_a_list_waits_for_a_file_just_written_whole_or_not_and_not_for_one
         path = folder / "VAE" / "d.safetensors"
         for size in range(15):
             path.write_bytes(bytes(size))
+            await follower.look()  # as a request does
             await asyncio.sleep(0.1)
         begun = time.monotonic()
         assert [entry.name for entry in await follower.entries()] == ["a", "b", "c"]
