@@ -20,7 +20,7 @@ from app.execution.primitive import Whole
 from app.store.checkpoint import load_autoencoder
 from app.store.store import open_checkpoint
 from app.vae.architectures import ARCHITECTURES
-from app.weights.files import read_header
+from app.weights.files import open_weights
 from benchmarks.pairs import table
 from tests.store.hostile import CORPUS, Hostile
 from tests.store.lightning import save_lightning
@@ -185,7 +185,7 @@ def attack(case: Hostile, path: Path) -> list[str]:
     clear_peak()
     before, start = peak(), time.perf_counter()
     try:
-        read_header(path)
+        open_weights(path)
         told = "loaded"
     except UnsupportedCheckpoint as error:
         told = str(error)

@@ -24,7 +24,6 @@ from app.engine.jobs import Job, Result, Task
 from app.metrics import Metrics, StateCollector
 from app.store.checkpoint import Checkpoint
 from app.store.store import Look, ModelStore
-from app.store.tree import Tree
 from app.vae.autoencoder import Autoencoder
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
 from app.vae.families import FAMILIES
@@ -74,7 +73,7 @@ class Shelf:
 
     def look(self) -> Look:
         """Nothing changes."""
-        return Look(Tree(), {}, settling=False)
+        return Look({}, settling=False)
 
     def close(self) -> None:
         """Nothing is being read."""

@@ -231,7 +231,7 @@ def test_a_large_folder_is_read_while_the_service_serves(models, tmp_path, monke
     gate = threading.Event()
 
     def hold(files, check):
-        while files[0].stem == "unread" and not gate.wait(0.02):
+        while files[0].path.stem == "unread" and not gate.wait(0.02):
             check()
         return digest_of(files, check)
 

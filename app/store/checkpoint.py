@@ -18,7 +18,7 @@ from app.text import short
 from app.vae.architectures import Architecture, architecture_of, told, unsupported
 from app.vae.autoencoder import Autoencoder, Config
 from app.vae.families import Family
-from app.weights.files import Format, Header, read_header, read_tensors
+from app.weights.files import Format, WeightFile, open_weights
 from app.weights.renames import canonical_keys, inner_shapes
 
 NAMED = 3  # keys that an error lists
@@ -36,7 +36,7 @@ class Checkpoint:
     path: Path  # the file, the encoder of a pair, or the diffusers folder
     files: tuple[Path, ...]  # with weights: one, or encoder and decoder
     sha256: str  # over the bytes of `files`, in that order
-    tensors_sha256: str  # over the tensors, see `digests.tensors_digest`: the same for a converted copy
+    tensors_sha256: str  # over the tensors, see `digests.digest_of`: the same for a converted copy
     format: Format
     family: Family
     family_source: FamilySource
@@ -102,19 +102,18 @@ def read_state(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     Raises UnsupportedCheckpoint when a file cannot be read.
     """
     for path in checkpoint.files:
-        names = canonical_keys(read_header(path).tensors, checkpoint.architecture, path.stem)
-        for key, tensor in read_tensors(path, names):
+        file = open_weights(path)
+        names = canonical_keys(file.tensors, checkpoint.architecture, path.stem)
+        for key, tensor in file.read(names):
             yield names[key], tensor
 
 
-def told_of(files: Iterable[tuple[Path, Header]]) -> Architecture:
+def told_of(files: Iterable[WeightFile]) -> Architecture:
     """The row of the autoencoder in these files.
 
     Raises UnsupportedCheckpoint for one that is known and has no network here, and for impossible names.
     """
-    shapes = inner_shapes(
-        ({key: info.shape for key, info in header.tensors.items()}, path.stem) for path, header in files
-    )
+    shapes = inner_shapes(({key: info.shape for key, info in file.tensors.items()}, file.path.stem) for file in files)
     if name := unsupported(shapes):
         raise UnsupportedCheckpoint(f"this is {name}, which is not supported")
     return told(shapes)

@@ -8,26 +8,25 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from app.errors import UnsupportedCheckpoint
 from app.store.checkpoint import told_of
 from app.store.known import Known, lookup
 from app.store.tree import Stamp
-from app.weights.files import read_header, read_tensors
+from app.weights.files import WeightFile, open_regular
 from app.weights.renames import canonical_keys
 
 CACHE = ".latentd-hashes.json"  # hidden, so that no scan takes it for a sidecar
-VERSION = 1  # of the file, and of what `tensors_digest` is taken over
+VERSION = 1  # of the file, and of what `Digest.tensors` is taken over
 ROWS = 4096  # kept at most, those used last; files that have gone are among them
 CACHE_LIMIT = 16 << 20  # bytes of the file that are read
-CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,49 +38,34 @@ class Digest:
     tensors: str
 
 
-def digest_of(files: tuple[Path, ...], check: Callable[[], None] = lambda: None) -> Digest:
-    """Reads all bytes of these files once, and then their autoencoder's tensors.
+def digest_of(files: Sequence[WeightFile], check: Callable[[], None] = lambda: None) -> Digest:
+    """Reads these files once, each from its first byte to its last.
+
+    `tensors` is one that a renamed, converted or extracted copy of an autoencoder shares: sha256 over the lines `NAME
+    SHAPE SHA256` of its tensors in order of their LDM names. Values count as float16, so a float32 file and its float16
+    conversion have one digest, and files that differ by less than that are not told apart; every NaN counts as one. A
+    1x1 convolution has the shape of a linear layer. BatchNorm's counter is left out.
 
     `check` is called between pieces and may raise. Raises UnsupportedCheckpoint when a file cannot be read.
     """
-    sha256, halves = sha256_of(files, check)
-    return Digest(sha256, halves, tensors_digest(files, check))
-
-
-def sha256_of(files: tuple[Path, ...], check: Callable[[], None] = lambda: None) -> tuple[str, tuple[str, ...]]:
-    """The hash over all bytes of these files in order, and each file's own where there are two."""
-    total = hashlib.sha256()
-    halves = [hashlib.sha256() for _ in files] if len(files) > 1 else []
-    try:
-        for index, path in enumerate(files):
-            with path.open("rb") as file:
-                while data := file.read(CHUNK):
-                    check()
-                    total.update(data)
-                    if halves:
-                        halves[index].update(data)
-    except OSError as error:
-        raise UnsupportedCheckpoint(f"cannot be read: {error.strerror or error}") from error
-    return total.hexdigest(), tuple(half.hexdigest() for half in halves)
-
-
-def tensors_digest(files: tuple[Path, ...], check: Callable[[], None] = lambda: None) -> str:
-    """A digest that a renamed, converted or extracted copy of an autoencoder shares.
-
-    sha256 over the lines `NAME SHAPE SHA256` of its tensors in order of their LDM names. Values count as float16, so a
-    float32 file and its float16 conversion have one digest, and files that differ by less than that are not told
-    apart; every NaN counts as one. A 1x1 convolution has the shape of a linear layer. BatchNorm's counter is left out.
-    """
-    lines = []
-    headers = [(path, read_header(path)) for path in files]
-    row = told_of(headers)
-    for path, header in headers:
-        names = canonical_keys(header.tensors, row, path.stem)
-        for key, tensor in read_tensors(path, names):
-            check()
+    row = told_of(files)
+    total, halves, lines = hashlib.sha256(), [], []
+    for file in files:
+        halves.append(hashlib.sha256())
+        take = partial(_feed, check, [total, halves[-1]] if len(files) > 1 else [total])
+        names = canonical_keys(file.tensors, row, file.path.stem)
+        for key, tensor in file.read_all(names, take):
             if names[key] not in row.counters:
                 lines.append(f"{names[key]} {_line_of(tensor)}\n")
-    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+    tensors = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+    each = tuple(half.hexdigest() for half in halves)
+    return Digest(total.hexdigest(), each if len(files) > 1 else (), tensors)
+
+
+def _feed(check: Callable[[], None], hashes: Iterable["hashlib._Hash"], data: bytearray) -> None:
+    check()
+    for each in hashes:
+        each.update(data)
 
 
 def _line_of(tensor: Tensor) -> str:
@@ -184,7 +168,7 @@ class DigestCache:
     def _stored(self) -> dict[Key, Digest]:
         """The rows of the file; none of one that is not ours, of another version, or torn."""
         try:
-            with (self._folder / CACHE).open("rb") as file:
+            with open_regular(self._folder / CACHE) as file:
                 content = json.loads(file.read(CACHE_LIMIT))
             if content["version"] != VERSION:
                 return {}

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.store.tree import Stamp
-from app.text import shown
-from app.weights.files import SUFFIXES, Format
+from app.weights.files import SUFFIXES, Format, format_of, open_regular
 from app.weights.renames import half_of
 
 DIFFUSERS_WEIGHTS = tuple(
@@ -47,7 +46,7 @@ def sources(stamps: Iterable[Stamp], folder: Path) -> list[Source]:
     for place, names in places.items():
         if place.parent in pipelines and place.name != "vae":
             continue  # the other parts of a diffusers pipeline
-        weights = {name for name in names if Path(name).suffix.lower() in SUFFIXES}
+        weights = _weights(names)
         if "config.json" in names and _is_autoencoder(place / "config.json"):
             chosen = _chosen(weights)
             own = {name for name in weights if name == chosen or name.startswith("diffusion_pytorch_model")}
@@ -69,7 +68,7 @@ def source_of(path: Path) -> Source:
     if path.is_dir():
         place = path / "vae" if (path / "vae" / "config.json").is_file() else path
         names = {entry.name for entry in place.iterdir()}
-        chosen = _chosen({name for name in names if Path(name).suffix.lower() in SUFFIXES})
+        chosen = _chosen(_weights(names))
         beside = {place.parent, place.parent.parent}
         return _diffusers(
             place, chosen, None, {folder: {entry.name for entry in folder.iterdir()} for folder in beside}
@@ -77,29 +76,12 @@ def source_of(path: Path) -> Source:
     if not path.is_file():
         raise OSError(f"{path.name} is no regular file")
     names = {entry.name for entry in path.parent.iterdir()}
-    weights = {name for name in names if Path(name).suffix.lower() in SUFFIXES} | {path.name}
+    weights = _weights(names) | {path.name}
     return next(source for source in _files(path.parent, weights, names) if path in source.files)
 
 
-def names_of(found: Iterable[Source]) -> dict[Source, str]:
-    """A unique name for each: the stem, else folder/stem, else the file's name, else folder/name, else the path."""
-    names: dict[Source, str] = {}
-    left = list(found)
-    for choice in range(5):
-        wanted: dict[str, list[Source]] = {}
-        for source in left:
-            wanted.setdefault(_choice(source, choice), []).append(source)
-        names |= {same[0]: name for name, same in wanted.items() if len(same) == 1}
-        left = [source for source in left if source not in names]
-    return names
-
-
-def _choice(source: Source, choice: int) -> str:
-    if choice == 0:  # nearly always; a large folder is named anew for each file that is read
-        return shown(source.stem)
-    file, parent = source.path, source.path.parent.name
-    name = source.stem + ("" if source.format == "diffusers" else file.suffix)
-    return shown((f"{parent}/{source.stem}", name, f"{parent}/{name}", file.as_posix().lstrip("/"))[choice - 1])
+def _weights(names: Iterable[str]) -> set[str]:
+    return {name for name in names if name.lower().endswith(tuple(SUFFIXES))}
 
 
 def _files(place: Path, weights: set[str], names: set[str]) -> list[Source]:
@@ -107,7 +89,7 @@ def _files(place: Path, weights: set[str], names: set[str]) -> list[Source]:
     found: list[Source] = []
     left = sorted(weights)
     for same_suffix in (True, False):
-        for name in [name for name in left if half_of(Path(name).stem) == "encoder"]:
+        for name in [name for name in left if "encoder" in name and half_of(Path(name).stem) == "encoder"]:
             stem = Path(name).stem.removesuffix("_encoder")
             partner = next(
                 (
@@ -125,10 +107,11 @@ def _files(place: Path, weights: set[str], names: set[str]) -> list[Source]:
 
 
 def _plain(place: Path, files: tuple[str, ...], stem: str, names: set[str]) -> Source:
+    paths = tuple(place / name for name in files)
     return Source(
-        path=place / files[0],
-        files=tuple(place / name for name in files),
-        format=SUFFIXES.get(Path(files[0]).suffix.lower(), "bin"),
+        path=paths[0],
+        files=paths,
+        format=format_of(paths[0]),
         stem=stem,
         sidecar=place / f"{stem}.json" if f"{stem}.json" in names else None,
         owner=_owner(place, stem, names),
@@ -173,7 +156,7 @@ def _is_autoencoder(config: Path) -> bool:
 
 def read_json(path: Path) -> dict[str, object]:
     """A JSON object from a small file. Raises OSError, or ValueError with a one-line reason."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         text = file.read(CONFIG_LIMIT + 1)
     if len(text) > CONFIG_LIMIT:
         raise ValueError(f"{path.name} is larger than {CONFIG_LIMIT} bytes")

@@ -1,29 +1,31 @@
-"""Keeps a store up to date with its folder while a service runs: watches, waits for files to be whole, reads them."""
+"""Keeps a store up to date with its folder while a service runs: looks, waits for files to be whole, reads them.
+
+Nothing tells of changes on every file system, so the folder is looked at every second: names and stamps alone.
+"""
 
 import asyncio
 import logging
 import time
 from collections.abc import Callable
-from contextlib import aclosing, suppress
+from contextlib import suppress
 
 from app.errors import Unavailable, UnknownModel
 from app.store.checkpoint import Checkpoint
 from app.store.folder import Source
 from app.store.names import Entry
 from app.store.store import ModelStore
-from app.store.tree import Tree
-from app.store.watch import changes
 
 log = logging.getLogger("app.store")
 
 SETTLING_SECONDS = 0.2
 """Between two looks at the folder while a file in it is being written."""
 
-IDLE_SECONDS = 5.0
-"""Between two looks while nothing is reported: network folders do not tell what other machines do."""
+IDLE_SECONDS = 1.0
+"""Between two looks while nothing is being written."""
 
-RETRY_SECONDS = 60.0
-"""Until a folder that could not be watched is tried again; every request looks at it meanwhile."""
+CHEAP_SECONDS = 0.05
+"""A look that takes longer than this, in a large folder or on a slow disk, is followed by as much longer a pause: its
+share of a core stays below 5 %, and below 20 % while a file is being written."""
 
 FIRST_SECONDS = 2.0
 """The first scan does not wait longer for files that are being written."""
@@ -41,27 +43,24 @@ class Follower:
     def __init__(self, store: ModelStore) -> None:
         self.store = store
         self.scanned = False  # all that lay in the folder at the start has been read
-        self.watching = False
-        self._tree: Tree | None = None  # None before the first look
-        self._unread: dict[Source, int] = {}  # with the bytes of its weights; the least first
+        self._looked = False
+        self._cost = 0.0  # seconds of the last look
+        self._unread: dict[bool, dict[Source, int]] = {False: {}, True: {}}  # small or large, with their bytes
         self._reading: dict[Source, int] = {}
         self._settling = False  # something is being written
         self._settling_since = 0.0
         self._started = 0.0
-        self._warned = False
         self._tasks: list[asyncio.Task[None]] = []
         self._looking: asyncio.Task[None] | None = None
         self._stopping = False
         self._poked = asyncio.Event()  # something may have changed: look
-        self._rewatch = asyncio.Event()  # the directories are others: stops the watch, which begins anew
         self._news = asyncio.Event()  # what is listed or to be read may be another; replaced at each time
 
     def start(self) -> None:
         """Begins to follow."""
         self._started = time.monotonic()
         self._tasks = [
-            asyncio.create_task(work)
-            for work in (self._follow(), self._watch(), self._read(large=False), self._read(large=True))
+            asyncio.create_task(work) for work in (self._follow(), self._read(large=False), self._read(large=True))
         ]
 
     async def stop(self) -> None:
@@ -69,7 +68,6 @@ class Follower:
         self._stopping = True
         self.store.close()
         self._poked.set()
-        self._rewatch.set()
         self._tell()
         if self._tasks:
             await asyncio.wait(self._tasks)
@@ -93,9 +91,9 @@ class Follower:
         await self.look()
 
         def read() -> bool:
-            left = [*self._unread.values(), *self._reading.values()]
             writing = self._settling and time.monotonic() - self._settling_since < PATIENCE_SECONDS
-            return all(map(_large, left)) and not writing and (self.scanned or bool(left))
+            small = self._unread[False] or not all(map(_large, self._reading.values()))
+            return not small and not writing and (self.scanned or self._busy())
 
         await self._until(read, PATIENCE_SECONDS)
         return self.store.entries()
@@ -105,8 +103,6 @@ class Follower:
 
         Raises Unavailable instead of UnknownModel while the folder is being read for the first time.
         """
-        if not self.watching:
-            await self.look()
         with suppress(UnknownModel):
             found = self.store.resolve(model, default)
             if not await asyncio.to_thread(found.changed):  # a removed model is unknown from the next request on
@@ -117,7 +113,7 @@ class Follower:
             with suppress(UnknownModel):
                 self.store.resolve(model, default)
                 return True
-            return self.scanned and not (self._settling or self._unread or self._reading)
+            return self.scanned and not (self._settling or self._busy())
 
         await self._until(decided, PATIENCE_SECONDS)
         try:
@@ -139,45 +135,31 @@ class Follower:
             await asyncio.wait([looking])
             if (error := looking.exception()) is not None:
                 log.error("a bug met in looking at %s", self.store.folder, exc_info=error)
-            await _set_within(self._poked, SETTLING_SECONDS if self._settling else IDLE_SECONDS)
+            pause = SETTLING_SECONDS if self._settling else IDLE_SECONDS
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._poked.wait(), pause * max(1.0, self._cost / CHEAP_SECONDS))
 
     async def _look(self) -> None:
+        begun = time.monotonic()
         look = await asyncio.to_thread(self.store.look)
-        self._unread = {source: size for source, size in look.unread.items() if source not in self._reading}
+        self._cost = time.monotonic() - begun
+        self._unread = {False: {}, True: {}}
+        for source, size in look.unread.items():
+            if source not in self._reading:
+                self._unread[_large(size)][source] = size
+        self._looked = True
         self._note_settling(look.settling)
-        before, self._tree = self._tree, look.tree
-        if before is None or (before.places, before.entries) != (look.tree.places, look.tree.entries):
-            self._rewatch.set()
         self._tell()
-
-    async def _watch(self) -> None:
-        await self._rewatch.wait()
-        while not self._stopping:
-            self._rewatch.clear()
-            assert self._tree is not None
-            self.watching = True
-            self._poked.set()  # for what came before: the look follows once this task waits, watching
-            try:
-                async with aclosing(changes(self._tree, self._rewatch)) as events:
-                    async for _ in events:
-                        self._poked.set()
-            except (OSError, RuntimeError) as error:
-                self.watching = False
-                if isinstance(error, FileNotFoundError):  # a directory has gone since the look
-                    self._poked.set()
-                elif not self._warned:
-                    log.warning("%s cannot be watched, every request looks at it: %s", self.store.folder, error)
-                    self._warned = True
-                await _set_within(self._rewatch, RETRY_SECONDS)
 
     async def _read(self, *, large: bool) -> None:
         while not self._stopping:
-            source = next((source for source, size in self._unread.items() if _large(size) == large), None)
-            if source is None:
+            unread = self._unread[large]
+            if not unread:
                 await self._news.wait()
                 continue
-            self._reading[source] = self._unread.pop(source)
-            reading = asyncio.create_task(asyncio.to_thread(self.store.identify, source))
+            source = next(iter(unread))
+            self._reading[source] = unread.pop(source)
+            reading = asyncio.create_task(asyncio.to_thread(self.store.identify, source, more=bool(unread)))
             await asyncio.wait([reading])
             del self._reading[source]
             error = reading.exception()
@@ -186,7 +168,6 @@ class Follower:
                 self.store.give_up(source)
             elif error is None and not reading.result():
                 self._note_settling(True)  # until the next look decides
-                self._poked.set()
             self._tell()
 
     def _note_settling(self, settling: bool) -> None:
@@ -196,10 +177,14 @@ class Follower:
         self._settling = settling
 
     def _tell(self) -> None:
-        if self._tree is not None and not (self._unread or self._reading or self._stopping):
+        if self._looked and not (self._busy() or self._stopping):
             self.scanned |= not self._settling or time.monotonic() - self._started >= FIRST_SECONDS
         news, self._news = self._news, asyncio.Event()
         news.set()
+
+    def _busy(self) -> bool:
+        """Whether something is to be read, or being read."""
+        return bool(self._reading or any(self._unread.values()))
 
     async def _until(self, true: Callable[[], bool], seconds: float | None) -> None:
         """Waits until it is so, at most so long, and not beyond `stop`."""
@@ -211,8 +196,3 @@ class Follower:
 
 def _large(size: int) -> bool:
     return size >= LARGE_BYTES
-
-
-async def _set_within(event: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), seconds)

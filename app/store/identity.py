@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from app.errors import UnsupportedCheckpoint
 from app.store.checkpoint import Checkpoint, blank, some, told_of
@@ -12,11 +11,11 @@ from app.store.digests import Digest
 from app.store.family import Hints, family_of
 from app.store.folder import DIFFUSERS_WEIGHTS, Source
 from app.store.known import Known, lookup
-from app.store.tree import Stamp, stamp
+from app.store.tree import Stamp
 from app.text import short
 from app.vae.architectures import Architecture
 from app.vae.autoencoder import Config
-from app.weights.files import Header, TensorInfo, dtype_name, read_header
+from app.weights.files import TensorInfo, WeightFile, dtype_name, open_weights
 from app.weights.renames import DROPPED, HALVES, NUMBERED, PREFIXES, canonical_keys, half_of, prefix_of
 
 MOST_TENSORS = 4096  # of an autoencoder: SDXL's has 248
@@ -26,21 +25,24 @@ WIDEST = 1 << 20  # channels: keeps what the network makes of them within what t
 
 def identify_source(
     source: Source,
-    name: str,
+    stamps: tuple[Stamp | None, ...],
     default_family: str | None,
-    digest: Callable[[Source], Digest],
+    digest: Callable[[tuple[WeightFile, ...]], Digest],
     twin: Callable[[str], Known | None] = lambda tensors: None,
 ) -> Checkpoint:
     """Finds out what a source is, from headers and shapes; `digest` is asked last, as it reads every byte.
 
+    `stamps` are those of its watched files, taken before; it is named after its stem.
     `twin` is asked for the known file that has the same tensors, where these bytes are not known themselves.
     Raises UnsupportedCheckpoint with the reason.
     """
-    stamps = tuple(_stamp(path) for path in source.watched)
+    whole = tuple(item for item in stamps if item is not None)
+    if len(whole) < len(stamps):
+        raise UnsupportedCheckpoint(f"{source.watched[stamps.index(None)].name} cannot be read")
     weights = _weights(source)
     declared = _declarations(source, weights.metadata)
     config = _config(weights, declared)
-    hashed = digest(source)
+    hashed = digest(weights.files)
     row = lookup(hashed.sha256, hashed.halves) or twin(hashed.tensors)
     family, family_source = family_of(
         config,
@@ -55,7 +57,7 @@ def identify_source(
     values = {key: info for key, info in weights.tensors.items() if not key.startswith(weights.row.statistics)}
     dtypes = {dtype_name(info.dtype) for info in values.values()}
     return Checkpoint(
-        name=name,
+        name=source.stem,
         path=source.path,
         files=source.files,
         sha256=hashed.sha256,
@@ -69,7 +71,7 @@ def identify_source(
         parameters=sum(math.prod(info.shape) for info in values.values()),
         weight_dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
         baked=bool(weights.pipeline),
-        stamps=stamps,
+        stamps=whole,
     )
 
 
@@ -78,6 +80,7 @@ class _Weights:
     """The autoencoder's tensors by canonical name, and what lies beside them in the files."""
 
     row: Architecture
+    files: tuple[WeightFile, ...]
     tensors: Mapping[str, TensorInfo]
     pipeline: Mapping[str, tuple[int, ...]]  # shapes of a full checkpoint's other tensors
     metadata: Mapping[str, str]
@@ -100,11 +103,11 @@ def _weights(source: Source) -> _Weights:
     pipeline: dict[str, tuple[int, ...]] = {}
     metadata: dict[str, str] = {}
     others: dict[str, str] = {}
-    headers = [(path, read_header(path)) for path in source.files]
-    row = told_of(headers)
-    for path, header in headers:
-        names = canonical_keys(header.tensors, row, path.stem)
-        others |= _others(header, row, path.stem)
+    files = tuple(open_weights(path) for path in source.files)
+    row = told_of(files)
+    for header in files:
+        names = canonical_keys(header.tensors, row, header.path.stem)
+        others |= _others(header, row, header.path.stem)
         metadata.update(header.metadata)
         for key, name in names.items():
             if name in tensors:
@@ -114,10 +117,10 @@ def _weights(source: Source) -> _Weights:
             own = (prefix, *DROPPED)
             pipeline |= {key: info.shape for key, info in header.tensors.items() if not key.startswith(own)}
     _check_halves(source, tensors)
-    return _Weights(row, tensors, pipeline, metadata, others)
+    return _Weights(row, files, tensors, pipeline, metadata, others)
 
 
-def _others(header: Header, row: Architecture, stem: str) -> dict[str, str]:
+def _others(header: WeightFile, row: Architecture, stem: str) -> dict[str, str]:
     """What has the place of a tensor, by the canonical name that the tensor would have."""
     keys = [key for key in header.others if half_of(stem) or not NUMBERED.match(key)]  # lists of a trainer, too
     names = canonical_keys([*header.tensors, *keys], row, stem)
@@ -129,7 +132,7 @@ def _beside(source: Source) -> Mapping[str, tuple[int, ...]]:
     if source.owner is None:
         return {}
     try:
-        header = read_header(source.owner)
+        header = open_weights(source.owner)
     except UnsupportedCheckpoint:
         return {}
     own = (*PREFIXES, *DROPPED)
@@ -183,10 +186,3 @@ def _check_size(shapes: Mapping[str, tuple[int, ...]]) -> None:
     for key, shape in shapes.items():
         if math.prod(shape) > LARGEST or max(shape, default=0) > WIDEST:
             raise UnsupportedCheckpoint(f"refused: {short(key)} of shape {shape} is too large for an autoencoder")
-
-
-def _stamp(path: Path) -> Stamp:
-    try:
-        return stamp(path)
-    except OSError as error:
-        raise UnsupportedCheckpoint(f"{path.name} cannot be read: {error.strerror}") from error

@@ -1,6 +1,7 @@
 """The models folder: names -> checkpoints, kept up to date with what lies there."""
 
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -9,36 +10,23 @@ from pathlib import Path
 from app.errors import Unavailable, UnsupportedCheckpoint
 from app.store.checkpoint import Checkpoint
 from app.store.digests import Digest, DigestCache, digest_of
-from app.store.folder import Source, names_of, source_of, sources
+from app.store.folder import Source, source_of, sources
 from app.store.identity import identify_source
 from app.store.known import lookup
-from app.store.names import Entry, Unreadable, resolve
-from app.store.rest import DOUBT_SECONDS, OLD_AT_FIRST, OLD_SECONDS, QUIET_SECONDS, Rest
-from app.store.tree import Stamp, Tree, stamp, walk
+from app.store.names import Entry, Finding, Unreadable, listed, resolve
+from app.store.tree import DOUBT_SECONDS, OLD_AT_FIRST, OLD_SECONDS, QUIET_SECONDS, Rest, Stamp, stamps_of, walk
+from app.weights.files import WeightFile
 
 REASON = 500  # characters of an error that is listed
+LISTING = 10  # times as long as it takes to list anew, it is not done again while more sources are read
 
 
 @dataclass(frozen=True)
 class Look:
     """What one look at the folder left to do."""
 
-    tree: Tree
     unread: Mapping[Source, int]  # to be identified, with the bytes of its weights; the least first
     settling: bool  # something is being written: look again soon
-
-
-@dataclass(frozen=True)
-class _Finding:
-    """What a source was found to be when its files looked so."""
-
-    source: Source
-    stamps: tuple[Stamp | None, ...]
-    entry: Entry  # its name is given when it is listed
-    known: bool = False  # by its own sha256
-
-    def of(self, source: Source, stamps: tuple[Stamp | None, ...]) -> bool:
-        return (self.source, self.stamps) == (source, stamps)
 
 
 class ModelStore:
@@ -54,29 +42,40 @@ class ModelStore:
         self._digests = DigestCache(folder)
         self._lock = threading.Lock()  # of all below; never held while a file is read
         self._rest = Rest()
+        self._tree: Mapping[str, Stamp] = {}  # of the last look
+        self._sources: list[Source] = []  # likewise
+        self._calm = False  # that look left nothing to do, and nothing was found out since
         self._present: frozenset[Path] = frozenset()  # sources of the last look
-        self._findings: dict[Path, _Finding] = {}  # listed, by the source's path
-        self._doubts: dict[Path, _Finding] = {}  # errors that may pass
+        self._findings: dict[Path, Finding] = {}  # listed, by the source's path
+        self._doubts: dict[Path, Finding] = {}  # errors that may pass
         self._entries: dict[str, Entry] = {}
+        self._unlisted = False  # something was found that is not in `_entries` yet
+        self._due = 0.0  # when to list anew though more is to come, on time.monotonic()
         self._closing = threading.Event()
 
     def scan(self) -> None:
         """Looks at every file, and reads those that are new or changed, at once. A bad file never stops it."""
         for _ in range(2):  # again for those that a file read later tells the name of
-            for source in self.look(patient=False).unread:
-                self.identify(source, patient=False)
+            unread = list(self.look(patient=False).unread)
+            for source in unread:
+                self.identify(source, patient=False, more=source is not unread[-1])
 
     def look(self, *, patient: bool = True) -> Look:
         """Unlists what has gone, and says what must be identified; opens no weights.
 
         While a file is being written, what was listed for it before stays, and a new one is not listed.
         """
-        tree = walk(self.folder)
-        found = sources(tree.stamps, self.folder)
+        before = self._tree
+        tree = walk(self.folder, before)
         with self._lock:
+            if self._calm and tree == before and before is self._tree:
+                return Look({}, settling=False)
+        found = self._sources if _same_models(tree, before) else sources(tree.values(), self.folder)
+        with self._lock:
+            self._tree, self._sources = tree, found
             old = OLD_SECONDS if self._rest.looks else OLD_AT_FIRST
-            self._rest.note(tree.stamps)
-            findings: dict[Path, _Finding] = {}
+            self._rest.note(tree.values())
+            findings: dict[Path, Finding] = {}
             unread: list[Source] = []
             settling = False
             for source in found:
@@ -96,57 +95,54 @@ class ModelStore:
                 else:
                     unread.append(source)
             self._present = frozenset(source.path for source in found)
+            self._unlisted |= findings != self._findings
             self._findings = findings
             self._doubts = {path: doubt for path, doubt in self._doubts.items() if path in self._present}
-            self._publish()
+            if self._unlisted:
+                self._publish()
+            self._calm = not (unread or settling)
             sizes = sorted(((self._bytes(source), source) for source in unread), key=itemgetter(0))
-        return Look(tree, {source: size for size, source in sizes}, settling)
+        return Look({source: size for size, source in sizes}, settling)
 
-    def identify(self, source: Source, *, patient: bool = True) -> bool:
+    def identify(self, source: Source, *, patient: bool = True, more: bool = False) -> bool:
         """Reads a source and lists what it is; false where another look must decide: it changed, or may be broken.
 
-        Raises Unavailable once the store is closed.
+        To list takes longer than to read a small file among thousands: where `more` sources follow at once, some are
+        listed together. Raises Unavailable once the store is closed.
         """
-        before = _stamps(source)
+        before = stamps_of(source.watched)
         digest: list[Digest] = []
 
-        def take(source: Source) -> Digest:
-            digest.append(self._digest(source))
+        def take(files: tuple[WeightFile, ...]) -> Digest:
+            digest.append(self._digest(files, before))
             return digest[0]
 
         entry: Entry
         try:
-            entry = identify_source(source, source.stem, self._default_family, take, self._digests.twin)
+            entry = identify_source(source, before, self._default_family, take, self._digests.twin)
         except UnsupportedCheckpoint as error:
             reason = " ".join(str(error).split())  # keys and values of the file are in it, halves of surrogates too
             reason = reason.encode(errors="backslashreplace").decode()
             entry = Unreadable(source.stem, source.path, source.format, reason[:REASON])
-        if _stamps(source) != before:
-            return False
+        changed = stamps_of(source.watched) != before
         known = bool(digest) and lookup(digest[0].sha256, digest[0].halves) is not None
-        finding = _Finding(source, before, entry, known)
-        self._digests.save()
         with self._lock:
-            if source.path not in self._present:
-                return False
-            broken = isinstance(entry, Unreadable)
-            if patient and broken and not self._rest.rests(before, DOUBT_SECONDS, DOUBT_SECONDS):
-                self._doubts[source.path] = finding
-                return False
-            self._findings[source.path] = finding
-            self._doubts.pop(source.path, None)
-            again = known and self._reconsider(digest[0].tensors)
-            self._publish()
-        return not again
+            decided = not changed and self._found(Finding(source, before, entry, known), patient)
+            self._calm, self._unlisted = False, True
+            if due := not more or time.monotonic() >= self._due:
+                self._publish()
+        if due:
+            self._digests.save()
+        return decided
 
     def give_up(self, source: Source) -> None:
         """Lists a source that `identify` failed for by a bug of ours."""
         reason = "it could not be read for an unexpected reason, which the log has"
-        finding = _Finding(source, _stamps(source), Unreadable(source.stem, source.path, source.format, reason))
+        entry = Unreadable(source.stem, source.path, source.format, reason)
         with self._lock:
             if source.path in self._present:
-                self._findings[source.path] = finding
-                self._publish()
+                self._findings[source.path] = Finding(source, stamps_of(source.watched), entry)
+            self._publish()
 
     def lists(self, checkpoint: Checkpoint) -> bool:
         """Whether the checkpoint is listed as it is, replaced by none."""
@@ -170,6 +166,19 @@ class ModelStore:
     def _bytes(self, source: Source) -> int:
         return sum(item.size for item in self._rest.stamps(source.files) if item is not None)
 
+    def _found(self, finding: Finding, patient: bool) -> bool:
+        """Notes what a source was found to be; false where another look must decide."""
+        path, entry = finding.source.path, finding.entry
+        if path not in self._present:
+            return False
+        broken = isinstance(entry, Unreadable)
+        if patient and broken and not self._rest.rests(finding.stamps, DOUBT_SECONDS, DOUBT_SECONDS):
+            self._doubts[path] = finding
+            return False
+        self._findings[path] = finding
+        self._doubts.pop(path, None)
+        return not (finding.known and isinstance(entry, Checkpoint) and self._reconsider(entry.tensors_sha256))
+
     def _reconsider(self, tensors: str) -> bool:
         """A file is known by name now: files of the same tensors must be identified anew; whether there are any."""
         found = False
@@ -183,37 +192,31 @@ class ModelStore:
         return found
 
     def _publish(self) -> None:
-        names = names_of(finding.source for finding in self._findings.values())
-        findings = sorted(self._findings.values(), key=lambda finding: names[finding.source].lower())
-        originals: dict[str, tuple[bool, int, str]] = {}  # by tensors: the known one, then the shortest path
-        for finding in findings:
-            if isinstance(finding.entry, Checkpoint):
-                path = finding.source.path.as_posix()
-                rank = (not finding.known, len(path), path)
-                tensors = finding.entry.tensors_sha256
-                originals[tensors] = min(rank, originals.get(tensors, rank))
-        named = {finding.source.path.as_posix(): names[finding.source] for finding in findings}
-        entries: dict[str, Entry] = {}
-        for finding in findings:
-            name, entry = names[finding.source], finding.entry
-            if isinstance(entry, Checkpoint):
-                original = named[originals[entry.tensors_sha256][2]]
-                entry = replace(entry, copy_of=original if original != name else None)
-            entries[name] = entry if entry.name == name else replace(entry, name=name)
-        self._entries = entries
+        begun = time.monotonic()
+        self._entries = listed(self._findings.values())
+        now = time.monotonic()
+        self._unlisted = False
+        self._due = now + LISTING * (now - begun)
 
-    def _digest(self, source: Source) -> Digest:
-        stamps = tuple(_stamp(path) for path in source.files)
+    def _digest(self, files: tuple[WeightFile, ...], watched: tuple[Stamp | None, ...]) -> Digest:
+        stamps = tuple(item for item in watched[: len(files)] if item is not None)  # those of the weights come first
         digest = self._digests.get(stamps)
         if digest is None:
-            digest = digest_of(source.files, self._check)
-            if stamps == tuple(_stamp(path) for path in source.files):
+            digest = digest_of(files, self._check)
+            if stamps == stamps_of(file.path for file in files):
                 self._digests.put(stamps, digest)
         return digest
 
     def _check(self) -> None:
         if self._closing.is_set():
             raise Unavailable("the service is shutting down")
+
+
+def _same_models(tree: Mapping[str, Stamp], before: Mapping[str, Stamp]) -> bool:
+    """Whether the files of two looks make the same models: their names do, and what the diffusers folders say."""
+    return tree.keys() == before.keys() and all(
+        item is before[path] for path, item in tree.items() if path.endswith("config.json")
+    )
 
 
 def open_checkpoint(path: Path, default_family: str | None = None) -> Checkpoint:
@@ -225,22 +228,4 @@ def open_checkpoint(path: Path, default_family: str | None = None) -> Checkpoint
         source = source_of(path)
     except OSError as error:
         raise UnsupportedCheckpoint(f"{path} cannot be read: {error.strerror or error}") from error
-    return identify_source(source, source.stem, default_family, lambda source: digest_of(source.files))
-
-
-def _stamp(path: Path) -> Stamp:
-    try:
-        return stamp(path)
-    except OSError as error:
-        raise UnsupportedCheckpoint(f"cannot be read: {error.strerror or error}") from error
-
-
-def _stamps(source: Source) -> tuple[Stamp | None, ...]:
-    """How the files are now; None for one that has gone."""
-    found: list[Stamp | None] = []
-    for path in source.watched:
-        try:
-            found.append(stamp(path))
-        except OSError:
-            found.append(None)
-    return tuple(found)
+    return identify_source(source, stamps_of(source.watched), default_family, digest_of)

@@ -1,11 +1,12 @@
-"""The files of a models folder, and how they are: names and stamps alone, nothing is opened.
+"""The files of a models folder, how they are, and for how long: names and stamps alone, nothing is opened.
 
 The layout is the WebUI's and ComfyUI's.
 """
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,20 @@ from app.weights.files import SUFFIXES
 
 ROOTS = frozenset({"vae", "vae_approx", "vae-approx", "vae-taesd", "stable-diffusion", "checkpoints"})  # in any case
 DEEPEST = 64  # folders in folders: os.walk calls itself
+WANTED = (*SUFFIXES, ".json")  # in any case
 DOWNLOADING = ".aria2"  # beside a file that aria2 has made as large as it will be, and is still filling
 
+QUIET_SECONDS = 0.5
+"""A file that was written a moment ago is read once it has been left alone for so long."""
 
-@dataclass(frozen=True, order=True)
+DOUBT_SECONDS = 1.4
+"""So long it must have been left alone before it is believed to be broken: a download may pause."""
+
+OLD_SECONDS, OLD_AT_FIRST = 0.5, 0.05
+"""Written so long ago, a file is not being written: it was moved here, or lay here at the first look."""
+
+
+@dataclass(frozen=True)
 class Stamp:
     """A file's state without its bytes; it changes when the file is written, replaced or made readable."""
 
@@ -27,54 +38,102 @@ class Stamp:
     mode: int
 
 
-@dataclass(frozen=True)
-class Place:
-    """A directory, as it is on the disk: another one of the same path is another place."""
-
-    path: Path
-    device: int
-    inode: int
-
-
-@dataclass(frozen=True)
-class Tree:
-    """One walk over a models folder."""
-
-    stamps: tuple[Stamp, ...] = ()  # all files that could matter, in order of their paths
-    places: frozenset[Place] = frozenset()  # where everything that comes or goes matters
-    entries: frozenset[Path] = frozenset()  # what matters elsewhere: targets of links, the folder itself
-
-
 def stamp(path: Path) -> Stamp:
     """The state of a file; follows links. Raises OSError."""
-    status = path.stat()
-    return Stamp(path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_mode)
+    return _stamp(path, path.stat())
 
 
-def walk(folder: Path) -> Tree:
-    """Looks at every file under the model folders that could matter; opens none.
+def stamps_of(paths: Iterable[Path]) -> tuple[Stamp | None, ...]:
+    """How files are now; None for one that is gone or may not be looked at."""
+    found: list[Stamp | None] = []
+    for path in paths:
+        try:
+            found.append(stamp(path))
+        except OSError:
+            found.append(None)
+    return tuple(found)
 
-    Links are followed; a directory that was seen already is not entered again. Hidden names are skipped, and so are
-    partial downloads, whose last suffix is none of ours.
+
+def walk(folder: Path, before: Mapping[str, Stamp]) -> dict[str, Stamp]:
+    """The stamps by path of every regular file under the model folders that could matter; opens none.
+
+    Those that are as they were `before` are the same objects. Links are followed; a directory that was seen already is
+    not entered again. Hidden names are skipped, and so are partial downloads, whose last suffix is none of ours.
     """
-    stamps: list[Stamp] = []
-    places = {place for place in [_place(folder)] if place}
-    entries = {_landmark(folder)}
+    stamps: dict[str, Stamp] = {}
     seen: set[tuple[int, int]] = set()
     for root in _roots(folder):
         for top, folders, names in os.walk(root, followlinks=True):
-            place = _place(Path(top))
-            if place is None or (place.device, place.inode) in seen:
+            place = _place(top)
+            if place is None or place in seen:
                 folders.clear()
                 continue
-            seen.add((place.device, place.inode))
-            places.add(place)
+            seen.add(place)
             deepest = len(Path(top).parts) - len(root.parts) >= DEEPEST
             folders[:] = [] if deepest else sorted(name for name in folders if not name.startswith("."))
-            for item, target in _stamps(Path(top), names):
-                stamps.append(item)
-                entries.update(target)
-    return Tree(tuple(sorted(stamps)), frozenset(places), frozenset(entries))
+            there = set(names)
+            for name in sorted(names):
+                if name.startswith(".") or not name.lower().endswith(WANTED) or name + DOWNLOADING in there:
+                    continue
+                path = os.path.join(top, name)  # noqa: PTH118  a Path for each file of each look is most of its cost
+                if (item := _look(path, before.get(path))) is not None:
+                    stamps[path] = item
+    return stamps
+
+
+class Rest:
+    """How long each file of a folder has been left alone: what its stamps tell from one look to the next."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+        self._stamps: dict[Path, Stamp] = {}
+        self._since: dict[Path, float] = {}  # when a file was first seen as it is, on time.monotonic()
+        self._written: set[Path] = set()  # files that were seen to change in place
+
+    def note(self, stamps: Iterable[Stamp]) -> None:
+        """Takes in one look."""
+        now, before, since, written = time.monotonic(), self._stamps, {}, set()
+        self._stamps = {item.path: item for item in stamps}
+        for path, item in self._stamps.items():
+            last = before.get(path)
+            since[path] = self._since[path] if last == item else now
+            if last is not None and last.inode == item.inode and (last != item or path in self._written):
+                written.add(path)
+        self._since, self._written = since, written
+        self.looks += 1
+
+    def stamps(self, paths: Iterable[Path]) -> tuple[Stamp | None, ...]:
+        """How these files were at the last look; None for one that was not there."""
+        return tuple(self._stamps.get(path) for path in paths)
+
+    def rests(self, stamps: Iterable[Stamp | None], quiet: float, old: float) -> bool:
+        """Whether each file was seen unchanged for `quiet` seconds, or came here `old` seconds after its last write.
+
+        Clocks of file servers may be off: of a file that was seen to change in place, the time of writing says nothing.
+        """
+        now, wall = time.monotonic(), time.time()
+        return all(
+            now - self._since.get(item.path, now) >= quiet
+            or (item.path not in self._written and wall - item.mtime_ns / 1e9 >= old)
+            for item in stamps
+            if item is not None
+        )
+
+
+def _stamp(path: Path, status: os.stat_result) -> Stamp:
+    return Stamp(path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_mode)
+
+
+def _look(path: str, before: Stamp | None) -> Stamp | None:
+    """The file's stamp; None for one that has gone, a link to nowhere, and what may hang when it is opened."""
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return None
+    state = (status.st_size, status.st_mtime_ns, status.st_ino, status.st_mode)
+    if before is not None and state == (before.size, before.mtime_ns, before.inode, before.mode):
+        return before
+    return _stamp(Path(path), status) if stat.S_ISREG(status.st_mode) else None
 
 
 def _roots(folder: Path) -> list[Path]:
@@ -92,32 +151,10 @@ def _is_dir(path: Path) -> bool:
         return False
 
 
-def _place(path: Path) -> Place | None:
+def _place(path: str) -> tuple[int, int] | None:
+    """Device and inode of a directory; None for one that has gone since it was listed."""
     try:
-        status = path.stat()
-        return Place(path.resolve(), status.st_dev, status.st_ino)
-    except OSError:  # gone since it was listed
+        status = os.stat(path)  # noqa: PTH116
+    except OSError:
         return None
-
-
-def _landmark(folder: Path) -> Path:
-    """Whose coming and going would be the folder's: itself, or the first part of its path that is missing."""
-    path = folder.absolute()
-    while not _is_dir(path.parent):
-        path = path.parent
-    return path.parent.resolve() / path.name
-
-
-def _stamps(place: Path, names: Iterable[str]) -> Iterator[tuple[Stamp, tuple[Path, ...]]]:
-    """(stamp, the link's target if it is one) of each file that could matter; to open a pipe or a device may hang."""
-    there = set(names)
-    for name in names:
-        if name.startswith(".") or Path(name).suffix.lower() not in (*SUFFIXES, ".json") or name + DOWNLOADING in there:
-            continue
-        path = place / name
-        try:
-            item = stamp(path)
-            if stat.S_ISREG(item.mode):
-                yield item, (path.resolve(),) if path.is_symlink() else ()
-        except OSError:  # gone since it was listed, or a link to nowhere
-            continue
+    return status.st_dev, status.st_ino

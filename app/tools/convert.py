@@ -20,7 +20,7 @@ from app.text import shown
 from app.tools.facts import file_layout
 from app.vae.architectures import Architecture
 from app.vae.families import FAMILIES
-from app.weights.files import DTYPE_NAMES, SUFFIXES, TensorInfo, dtype_name, read_header, read_tensors
+from app.weights.files import DTYPE_NAMES, SUFFIXES, TensorInfo, dtype_name, open_weights
 from app.weights.renames import Layout, canonical_keys, half_of
 from app.weights.writing import TensorSpec, Write, file_order, publish, safetensors_writer
 
@@ -121,7 +121,7 @@ def places_of(checkpoint: Checkpoint) -> dict[str, Place]:
     """Where the tensors of a checkpoint lie, by canonical name. Raises UnsupportedCheckpoint."""
     places: dict[str, Place] = {}
     for path in checkpoint.files:
-        tensors = read_header(path).tensors
+        tensors = open_weights(path).tensors
         for key, name in canonical_keys(tensors, checkpoint.architecture, path.stem).items():
             places[name] = Place(path, key, tensors[key])
     return places
@@ -131,7 +131,7 @@ def read_places(places: Iterable[Place]) -> Iterator[Tensor]:
     """The tensors at these places in this order, as the files have them; each file is opened once."""
     places = list(places)
     readers = {
-        path: read_tensors(path, [place.key for place in places if place.path == path])
+        path: open_weights(path).read([place.key for place in places if place.path == path])
         for path in {place.path for place in places}
     }
     for place in places:
@@ -167,7 +167,7 @@ def source_metadata(source: Checkpoint) -> dict[str, str]:
     """The source's own metadata, what it was, and what makes the result identify itself wherever it is put."""
     metadata: dict[str, str] = {}
     for path in source.files:
-        metadata.update(read_header(path).metadata)
+        metadata.update(open_weights(path).metadata)
     for key in KEYS:
         metadata.pop(key, None)  # a sidecar may have overruled it
     family = source.family

@@ -6,7 +6,7 @@ from app.store.checkpoint import Checkpoint
 from app.store.names import Entry
 from app.store.row import row_of
 from app.text import one_line
-from app.weights.files import read_header
+from app.weights.files import open_weights
 from app.weights.renames import Layout, layout_of
 
 FACTS = (
@@ -36,7 +36,7 @@ def facts_of(entry: Entry) -> dict[str, object]:
 
 def file_layout(checkpoint: Checkpoint) -> Layout:
     """The layout of a checkpoint's keys; of a pair, `ldm` only where both halves have it."""
-    layouts = {layout_of(read_header(path).tensors, checkpoint.architecture, path.stem) for path in checkpoint.files}
+    layouts = {layout_of(open_weights(path).tensors, checkpoint.architecture, path.stem) for path in checkpoint.files}
     return "ldm" if layouts == {"ldm"} else "diffusers"
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from app.errors import InvalidParameter, ServiceError
 from app.store.known import Known, fetchable, named
 from app.store.tree import ROOTS
-from app.weights.files import SUFFIXES
+from app.weights.files import SUFFIXES, open_regular
 
 HUB = "https://huggingface.co"
 REVISION = "main"  # a file is what its sha256 says, whichever commit it comes from
@@ -199,5 +199,5 @@ def _reason(error: BaseException) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,6 +24,7 @@ TAR_MAGIC = b"ustar"  # at byte 257: torch before 0.1.10
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 
+MOST_LEVELS = 16  # of dicts around a state dict; a pickle may hold itself
 WIDEST = 16  # times its own size that a tensor may be spread over its storage
 
 
@@ -33,7 +34,7 @@ class Archive:
 
     content: object
     sizes: Mapping[str, int]  # bytes of each storage that the file has
-    place: Callable[[str], int]
+    place: Callable[[BufferedReader, str], int]
     """The byte of the file where a storage begins; raises UnsupportedCheckpoint where the file contradicts itself."""
 
 
@@ -54,6 +55,29 @@ def read_archive(file: BufferedReader) -> Archive:
     return _legacy(file, size)
 
 
+def state_dict(archive: Archive) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    """The tensors of a pickled dict, of its `state_dict`, or of the one dict that is all it holds; the other keys."""
+    content = archive.content
+    for _ in range(MOST_LEVELS):
+        if not isinstance(content, dict):
+            break
+        inner = content.get("state_dict", next(iter(content.values())) if len(content) == 1 else None)
+        if isinstance(inner, dict):
+            content = inner
+            continue
+        tensors = {key: value for key, value in content.items() if isinstance(value, TensorRef)}
+        others = {key: kind(value) for key, value in content.items() if key not in tensors}
+        if not tensors:
+            break
+        for key, ref in tensors.items():
+            check_there(archive, key, ref)
+        return tensors, others
+    held = kind(content)
+    if isinstance(content, dict) and content:
+        held += f" with {', '.join(f'{short(key)} ({kind(value)})' for key, value in [*content.items()][:3])}"
+    raise UnsupportedCheckpoint(f"holds no tensors by name: {held} where a state dict was expected")
+
+
 def check_there(archive: Archive, key: str, ref: TensorRef) -> None:
     """Raises UnsupportedCheckpoint unless the file has the storage of the tensor `key`, all of it."""
     wanted = ref.storage.numel * ref.storage.dtype.itemsize
@@ -64,8 +88,8 @@ def check_there(archive: Archive, key: str, ref: TensorRef) -> None:
         raise UnsupportedCheckpoint(f"truncated or broken: the storage of {short(key)} has {there} bytes of {wanted}")
 
 
-def read_tensor(file: BufferedReader, archive: Archive, key: str, ref: TensorRef) -> Tensor:
-    """The tensor `key`, in memory of its own; only its part of the storage is read.
+def span_of(file: BufferedReader, archive: Archive, key: str, ref: TensorRef) -> tuple[int, int]:
+    """(first, after the last) byte of the file that the tensor `key` touches; its storage's other bytes are nobody's.
 
     Raises UnsupportedCheckpoint where it is spread over far more than its size, or the file is truncated.
     """
@@ -74,11 +98,15 @@ def read_tensor(file: BufferedReader, archive: Archive, key: str, ref: TensorRef
     if after - first > WIDEST * max(ref.nbytes, 1 << 16):
         raise UnsupportedCheckpoint(f"{short(key)} has {ref.nbytes} bytes, spread over {after - first} of its storage")
     if first == after:
+        return 0, 0
+    begin = archive.place(file, ref.storage.key)
+    return begin + first, begin + after
+
+
+def tensor_of(data: bytearray, ref: TensorRef) -> Tensor:
+    """The tensor whose span these bytes are, dense; its memory may be theirs."""
+    if not data:
         return torch.empty(ref.shape, dtype=ref.dtype)
-    data = bytearray(after - first)
-    file.seek(archive.place(ref.storage.key) + first)
-    if (got := file.readinto(data)) < len(data):
-        raise UnsupportedCheckpoint(f"truncated: {short(key)} has {len(data)} bytes, the file gave {got}")
     return torch.frombuffer(data, dtype=ref.dtype).as_strided(ref.shape, ref.stride).contiguous()
 
 
@@ -100,7 +128,7 @@ def _zipped(file: BufferedReader, size: int) -> Archive:
     under = f"{folder}/data/"
     storages = {name.removeprefix(under): record for name, record in records.items() if name.startswith(under)}
     sizes = {key: record.size for key, record in storages.items()}
-    return Archive(content, sizes, lambda key: data_offset(file, storages[key]))
+    return Archive(content, sizes, lambda file, key: data_offset(file, storages[key]))
 
 
 def _legacy(file: BufferedReader, size: int) -> Archive:
@@ -135,4 +163,4 @@ def _legacy(file: BufferedReader, size: int) -> Archive:
             raise UnsupportedCheckpoint(f"not a sound checkpoint of torch.save: a storage of {nbytes} bytes")
         places[key], sizes[key] = at + 8, nbytes
         at += 8 + nbytes
-    return Archive(content.value, sizes, places.__getitem__)
+    return Archive(content.value, sizes, lambda _, key: places[key])

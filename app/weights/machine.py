@@ -6,10 +6,12 @@ No length is believed before the bytes are there, and steps are counted, so that
 from io import BufferedReader
 
 from app.errors import UnsupportedCheckpoint
-from app.weights.rebuilds import StorageRef
+from app.weights.rebuilds import Global, StorageRef
 
 LONGEST = 64 << 20  # bytes of one pickle; those of full checkpoints have less than one MiB
 MOST_STEPS = 500_000  # opcodes and copied elements: a tensor takes about 25
+LONGEST_NAME = 4096  # characters of a class or function
+MOST_NAMES = 64 << 20  # characters of all of them: each is text of its own, be it made of the same two words
 
 
 class Machine:
@@ -20,6 +22,7 @@ class Machine:
         self.length = min(length, LONGEST)
         self.position = 0
         self.steps = 0
+        self.named = 0
         self.stack: list[object] = []
         self.marked: list[list[object]] = []  # the stacks below the open marks
         self.memo: dict[int, object] = {}
@@ -29,6 +32,14 @@ class Machine:
         self.steps += steps
         if self.steps > MOST_STEPS:
             raise UnsupportedCheckpoint(f"refused: the pickle has more than {MOST_STEPS} steps")
+
+    def name(self, module: str, name: str) -> Global:
+        """The name of a class or function."""
+        length = len(module) + 1 + len(name)
+        self.named += length
+        if length > LONGEST_NAME or self.named > MOST_NAMES:
+            raise UnsupportedCheckpoint(f"refused: the pickle names classes in {self.named} characters")
+        return Global(f"{module}.{name}")
 
     def take(self, count: int) -> bytes:
         """The next bytes; asked for only once it is known that they are there."""

@@ -120,7 +120,7 @@ def _object(m: Machine) -> None:
 
 
 def _instance(m: Machine) -> None:
-    function = _global(m.text(LONGEST_LINE).decode(), m.text(LONGEST_LINE).decode())
+    function = _global(m, m.text(LONGEST_LINE).decode(), m.text(LONGEST_LINE).decode())
     _call(m, function, tuple(m.until_mark()))
 
 
@@ -132,15 +132,15 @@ def _build(m: Machine) -> None:
         raise UnsupportedCheckpoint(f"not a sound pickle: state for {kind(target)}")
 
 
-def _global(module: object, name: object) -> Global:
+def _global(m: Machine, module: object, name: object) -> Global:
     if type(module) is not str or type(name) is not str:
         raise UnsupportedCheckpoint("not a sound pickle: a global without a name")
-    return Global(f"{OLD_MODULES.get(module, module)}.{name}")
+    return m.name(OLD_MODULES.get(module, module), name)
 
 
 def _stack_global(m: Machine) -> None:
     name = m.stack.pop()
-    m.push(_global(m.stack.pop(), name))
+    m.push(_global(m, m.stack.pop(), name))
 
 
 def _tuple(m: Machine, count: int) -> None:
@@ -236,7 +236,7 @@ OPCODES: Mapping[bytes, Callable[[Machine], object]] = MappingProxyType(
         pickle.LONG_BINPUT: lambda m: m.remember(m.number(4)),
         pickle.MEMOIZE: lambda m: m.remember(len(m.memo)),
         # names, objects, storages
-        pickle.GLOBAL: lambda m: m.push(_global(m.text(LONGEST_LINE).decode(), m.text(LONGEST_LINE).decode())),
+        pickle.GLOBAL: lambda m: m.push(_global(m, m.text(LONGEST_LINE).decode(), m.text(LONGEST_LINE).decode())),
         pickle.STACK_GLOBAL: _stack_global,
         pickle.REDUCE: _reduce,
         pickle.OBJ: _object,

@@ -210,7 +210,7 @@ def tensor(storage: object, offset: object, shape: object, stride: object, dtype
     Raises UnsupportedCheckpoint where these are no arguments of a tensor.
     """
     if isinstance(storage, Opaque):
-        return Opaque(f"a tensor in {storage.what}")
+        return Opaque(f"a tensor in {short(storage.what)}")  # which may itself be such a tensor
     if not isinstance(storage, StorageRef) or not (_is_sides((offset,)) and _is_sides(shape) and _is_sides(stride)):
         raise UnsupportedCheckpoint("not a sound pickle: a tensor without storage, offset, shape and stride")
     assert isinstance(offset, int)

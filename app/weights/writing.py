@@ -1,10 +1,9 @@
 """Writes weights: a safetensors file tensor by tensor, the same bytes every time, and nothing half-written.
 
 The library's own writer wants all tensors at once and orders the metadata by chance, so that two files of the same
-tensors differ. Format: github.com/huggingface/safetensors, README, "Format".
+tensors differ.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 
 from app.errors import InvalidParameter
-from app.weights.files import DTYPES
+from app.weights.header import Entry, Header, format_header
+from app.weights.safetensors import DTYPES
 
-ALIGNMENT = 8  # bytes that the data begins at a multiple of, as the reference implementation has it
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 Write = Callable[[BinaryIO], object]
@@ -48,18 +47,15 @@ def safetensors_writer(
 ) -> Write:
     """A function that writes the header, then the tensors as they come; they must come as the specs say."""
     specs = list(specs)
-    header: dict[str, object] = {}
-    if metadata:
-        header["__metadata__"] = {_text(key): _text(metadata[key]) for key in sorted(metadata)}
+    entries: dict[str, Entry] = {}
     end = 0
     for spec in specs:
         begin, end = end, end + spec.nbytes
-        header[spec.key] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
+        entries[spec.key] = Entry(CODES[spec.dtype], spec.shape, begin, end)
+    header = format_header(Header(entries, metadata or {}))
 
     def write(file: BinaryIO) -> None:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
         for spec, tensor in zip(specs, tensors, strict=True):
             if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
                 raise ValueError(f"{spec.key}: {spec.dtype} {spec.shape} was announced, {tensor.dtype} came")
@@ -107,8 +103,3 @@ def _check_free(files: Iterable[Path], force: bool) -> None:
             raise InvalidParameter(f"{path} is a folder; a file was to be written there")
         if not force and (path.exists() or path.is_symlink()):
             raise InvalidParameter(f"{path} exists; --force replaces it")
-
-
-def _text(text: str) -> str:
-    """Text that every reader of UTF-8 takes: halves of surrogate pairs become escapes."""
-    return text.encode(errors="backslashreplace").decode()

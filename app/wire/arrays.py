@@ -8,10 +8,10 @@ import numpy as np
 
 from app.errors import InvalidLatent
 from app.terms import Convention
-from app.wire.declared import Declared, Values, check_size, values
 from app.wire.npy import npy_header
 from app.wire.npz import npz_headers, read_npz
 from app.wire.sniff import ARRAYS, sniff
+from app.wire.spec import ArraySpec, Values, check_size, values
 from app.wire.tensors import safetensors_header
 
 
@@ -38,8 +38,6 @@ class Latents:
     """
 
     array: Values
-    model: str | None = None
-    sha256: str | None = None
     family: str | None = None
     convention: Convention | None = None
     image_size: tuple[int, int] | None = None
@@ -57,9 +55,9 @@ def latent_shape(body: bytes) -> LatentShape:
         case "npz":
             return _batch(npz_headers(body))
         case _:
-            declared, metadata = safetensors_header(body)
+            spec, metadata = safetensors_header(body)
             convention = _convention(metadata.get("convention"))
-            return replace(_batch([declared]), family=metadata.get("family"), convention=convention)
+            return replace(_batch([spec]), family=metadata.get("family"), convention=convention)
 
 
 def read_latents(body: bytes, *, max_bytes: int) -> Latents:
@@ -76,24 +74,22 @@ def read_latents(body: bytes, *, max_bytes: int) -> Latents:
             _batch(npz_headers(body))
             return Latents(_finite(np.concatenate(read_npz(body, max_bytes))))
         case _:
-            declared, metadata = safetensors_header(body)
+            spec, metadata = safetensors_header(body)
             return Latents(
-                _finite(values(declared, body)),
-                metadata.get("model"),
-                metadata.get("sha256"),
+                _finite(values(spec, body)),
                 metadata.get("family"),
                 _convention(metadata.get("convention")),
                 _image_size(metadata.get("image_size")),
             )
 
 
-def _npy(body: bytes) -> Declared:
-    declared = npy_header(body)
-    check_size(declared, len(body))
-    return declared
+def _npy(body: bytes) -> ArraySpec:
+    spec = npy_header(body)
+    check_size(spec, len(body))
+    return spec
 
 
-def _batch(parts: list[Declared]) -> LatentShape:
+def _batch(parts: list[ArraySpec]) -> LatentShape:
     shapes = sorted({part.shape for part in parts})
     if len(shapes) > 1:
         raise InvalidLatent(f"expected arrays of one shape in the .npz, got {shapes[0]} and {shapes[1]}")

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.errors import MalformedBody
-from app.wire.declared import Declared, declare
+from app.wire.spec import ArraySpec, array_spec
 
 MAX_HEADER = 4096
 """Bytes; the headers that numpy writes have 128."""
@@ -18,7 +18,7 @@ _ORDER = re.compile(rb"""['"]fortran_order['"]\s*:\s*(True|False)""")
 _SHAPE = re.compile(rb"""['"]shape['"]\s*:\s*\(([0-9,\s]*)\)""")
 
 
-def npy_header(body: bytes) -> Declared:
+def npy_header(body: bytes) -> ArraySpec:
     """What a .npy file, or the first `MAX_HEADER` bytes of one, declares.
 
     Raises MalformedBody where the header is not one, and InvalidLatent for a dtype or shape that latents don't have.
@@ -32,7 +32,7 @@ def npy_header(body: bytes) -> Declared:
     if not (descr and order and shape):
         raise MalformedBody("the .npy header has no plain descr, fortran_order and shape")
     sides = tuple(int(side) for side in re.findall(rb"[0-9]+", shape[1]))
-    return declare(sides, descr[1].decode("latin-1"), start, fortran=order[1] == b"True")
+    return array_spec(sides, descr[1].decode("latin-1"), start, fortran=order[1] == b"True")
 
 
 def write_npy(array: npt.NDArray[Any]) -> bytes:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy.typing as npt
 
 from app.errors import InvalidLatent, MalformedBody, TooLarge
-from app.wire.declared import Declared, Values, check_size, values
 from app.wire.npy import MAX_HEADER, npy_header, write_npy
+from app.wire.spec import ArraySpec, Values, check_size, values
 
 MAX_MEMBERS = 1024
 
@@ -22,7 +22,7 @@ _READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others cannot be i
 _DECODE_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, OverflowError, NotImplementedError)
 
 
-def npz_headers(body: bytes) -> list[Declared]:
+def npz_headers(body: bytes) -> list[ArraySpec]:
     """What the arrays of a .npz file declare, in name order; their data stays compressed.
 
     Raises MalformedBody, TooLarge above `MAX_MEMBERS` arrays, and InvalidLatent as `npy_header` does.
@@ -85,11 +85,11 @@ def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     return members
 
 
-def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Declared:
+def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> ArraySpec:
     with archive.open(member) as file:
-        declared = npy_header(file.read(MAX_HEADER))
-    check_size(declared, member.file_size)
-    return declared
+        spec = npy_header(file.read(MAX_HEADER))
+    check_size(spec, member.file_size)
+    return spec
 
 
 def _inflate(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:

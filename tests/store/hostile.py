@@ -228,6 +228,24 @@ CORPUS = (
     _body("memo place 10^18", "likewise, in text", lambda: alone(b"Np" + b"9" * 18 + b"\n"), "place 9999"),
     _body("60 million lists", "3.8 GB from 60 MB", lambda: alone(b"]" * 60_000_000), "steps"),
     _body("70 million bytes", "a pickle without end", lambda: b"]0" * 35_000_000, "steps"),
+    _body(
+        "names of 3 GB",
+        "3000 globals of one text of 1 MiB",
+        lambda: alone(text("a" * (1 << 20)) + b"\x94" + (b"h\x00h\x00" + pickle.STACK_GLOBAL) * 3000),
+        "names classes in 2097153 characters",
+    ),
+    _body(
+        "names of 600 MB",
+        "160,000 globals of one text of 2 kB",
+        lambda: alone(text("a" * 2000) + b"\x94" + (b"h\x00h\x00" + pickle.STACK_GLOBAL) * 160_000),
+        "names classes in 671",
+    ),
+    _body(
+        "reasons of reasons",
+        "30,000 tensors, each in the one before",
+        lambda: alone(REBUILD + b"q\x00" + pickle.EMPTY_SET + b"q\x01" + b"h\x00(h\x01K\x00))tRq\x01" * 30_000),
+        "no tensors",
+    ),
     _body("deep nesting", "a recursion of 450,000", lambda: alone(b")" + b"\x85" * 450_000), "tuple where"),
     _body("billion laughs", "2^1000 leaves", lambda: alone(b"]" + b"2\x86\x94" * 1000), "tuple where"),
     _body(

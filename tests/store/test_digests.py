@@ -13,16 +13,21 @@ import torch
 from app.errors import Unavailable
 from app.store import store as store_module
 from app.store.checkpoint import Checkpoint
-from app.store.digests import CACHE, Digest, DigestCache, digest_of, sha256_of, tensors_digest
+from app.store.digests import CACHE, Digest, DigestCache, digest_of
 from app.store.store import ModelStore
 from app.store.tree import stamp
+from app.weights.files import open_weights
 from tests.store.weights import SUFFIXES, as_diffusers, state_of, under, write
 
 SOME = Digest("a" * 64, (), "b" * 64)
 
 
+def digest(*paths: Path) -> Digest:
+    return digest_of([open_weights(path) for path in paths])
+
+
 def tensors(path: Path, state) -> str:
-    return tensors_digest((write(path, state),))
+    return digest(write(path, state)).tensors
 
 
 # -- over the tensors -------------------------------------------------------------------------------------------------
@@ -53,7 +58,7 @@ def test_a_pair_of_halves_is_what_both_in_one_file_are(tmp_path):
     for half in ("encoder", "decoder"):
         bare = {key.removeprefix(f"{half}."): value for key, value in state.items() if key.startswith(half)}
         halves.append(write(tmp_path / f"tiny_{half}.pth", bare))
-    assert tensors_digest(tuple(halves)) == tensors(tmp_path / "x.safetensors", state)
+    assert digest(*halves).tensors == tensors(tmp_path / "x.safetensors", state)
 
 
 def test_the_counter_is_left_out_and_a_nan_is_a_nan(tmp_path):
@@ -81,25 +86,68 @@ def test_other_weights_names_or_shapes_have_other_digests(tmp_path):
     assert len({tensors(tmp_path / "x.pt", other) for other in others}) == len(others)
 
 
-def test_the_sha256_is_the_files_own(tmp_path):
-    a, b = tmp_path / "a", tmp_path / "b"
-    a.write_bytes(b"1" * 3_000_000)
-    b.write_bytes(b"2")
-    assert sha256_of((a,)) == (hashlib.sha256(a.read_bytes()).hexdigest(), ())
-    both = hashlib.sha256(a.read_bytes() + b"2").hexdigest()
-    halves = tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in (a, b))
-    assert sha256_of((a, b)) == (both, halves)
+def lines(state) -> str:
+    """The tensors' digest as it has always been taken, straight from a state dict of LDM names."""
+    text = ""
+    for name in sorted(state):
+        half = state[name].half().contiguous()
+        shape = tuple(half.shape[:2] if half.shape[2:] == (1, 1) else half.shape)
+        text += f"{name} {'x'.join(map(str, shape))} {hashlib.sha256(half.numpy().tobytes()).hexdigest()}\n"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_both_digests_are_what_they_have_always_been(tmp_path, suffix):
+    state = state_of()
+    base = torch.cat([state["encoder.conv_out.bias"], state["decoder.conv_out.bias"]])
+    odd = {
+        "turned": state
+        | {"decoder.conv_in.weight": state["decoder.conv_in.weight"].to(memory_format=torch.channels_last)},
+        "shared": state | {"encoder.conv_out.bias": base[:8], "decoder.conv_out.bias": base[8:]},
+        "overlapping": state | {"encoder.conv_out.bias": base[:8], "decoder.conv_out.bias": base[4:7]},
+        "strided": state | {"encoder.conv_out.bias": torch.arange(16.0)[::2], "decoder.conv_out.bias": base[:9:3]},
+        "empty": state | {"decoder.conv_out.bias": torch.zeros(0)},
+    }
+    for name, form in odd.items():
+        path = write(tmp_path / f"{name}{suffix}", form)
+        assert digest(path) == Digest(hashlib.sha256(path.read_bytes()).hexdigest(), (), lines(form))
+
+
+def test_the_sha256_of_a_pair_is_over_both_and_each_has_its_own(tmp_path):
+    a, b = (
+        write(tmp_path / f"{name}.safetensors", {f"{name}.1.weight": torch.ones(3)}) for name in ("encoder", "decoder")
+    )
+    both = digest(a, b)
+    assert both.sha256 == hashlib.sha256(a.read_bytes() + b.read_bytes()).hexdigest()
+    assert both.halves == tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in (a, b))
+
+
+IO = Path("/proc/self/io")
+
+
+@pytest.mark.skipif(not IO.exists(), reason="counts what the system says that was read")
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_new_file_s_bytes_are_read_once(tmp_path, suffix):
+    state = {f"encoder.{index}.weight": torch.randn(1 << 20) for index in range(4)}
+    path = write(tmp_path / f"x{suffix}", under("first_stage_model.")(state) | {"model.x": torch.randn(1 << 20)})
+
+    def read() -> int:
+        return int(IO.read_text().split()[1])  # rchar
+
+    digest(path)  # what torch itself reads at first
+    begun = read()
+    digest(path)
+    assert path.stat().st_size <= read() - begun < 1.02 * path.stat().st_size
 
 
 def test_reading_ends_when_it_is_told_to(tmp_path):
-    path = write(tmp_path / "x.safetensors", state_of())
+    file = open_weights(write(tmp_path / "x.safetensors", state_of()))
 
     def check() -> None:
         raise Unavailable("stop")
 
-    for digest in (sha256_of, tensors_digest, digest_of):
-        with pytest.raises(Unavailable):
-            digest((path,), check)
+    with pytest.raises(Unavailable):
+        digest_of([file], check)
 
 
 # -- kept -------------------------------------------------------------------------------------------------------------
@@ -118,7 +166,7 @@ def reads(monkeypatch):
     names: list[str] = []
 
     def count(files, check):
-        names.append(files[0].name)
+        names.append(files[0].path.name)
         return digest_of(files, check)
 
     monkeypatch.setattr(store_module, "digest_of", count)
@@ -285,3 +333,9 @@ def test_services_of_one_process_number_write_no_file_together(tmp_path, monkeyp
         cache.put((stamp(path),), SOME)
         cache.save()
     assert len(set(written)) == len(written) == 2
+
+
+def test_a_pipe_in_the_place_of_the_file_is_not_waited_for(folder, reads):
+    os.mkfifo(folder / CACHE)
+    assert len(scanned(folder)) == len(reads) == 2
+    assert (folder / CACHE).is_file()  # another has taken its place

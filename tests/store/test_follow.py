@@ -1,13 +1,13 @@
 """A service's view of a folder that changes under it."""
 
 import asyncio
-import logging
 import os
 import shutil
 import threading
 import time
 from collections import Counter
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,10 @@ from app.errors import Unavailable, UnknownModel
 from app.store import follow as follow_module
 from app.store import store as store_module
 from app.store.checkpoint import Checkpoint
-from app.store.digests import digest_of
+from app.store.digests import CACHE, digest_of
 from app.store.follow import Follower
 from app.store.names import Unreadable
-from app.store.store import ModelStore
+from app.store.store import Look, ModelStore
 from tests.store.weights import state_of, under, write
 
 EFFECT_SECONDS = 2.0
@@ -43,7 +43,7 @@ def reads(monkeypatch):
     counts: Counter[str] = Counter()
 
     def count(files, check):
-        counts[files[0].name] += 1
+        counts[files[0].path.name] += 1
         return digest_of(files, check)
 
     monkeypatch.setattr(store_module, "digest_of", count)
@@ -170,6 +170,7 @@ async def test_a_list_waits_for_a_file_just_written_whole_or_not_and_not_for_one
         path = folder / "VAE" / "d.safetensors"
         for size in range(15):
             path.write_bytes(bytes(size))
+            await follower.look()  # as a request does
             await asyncio.sleep(0.1)
         begun = time.monotonic()
         assert [entry.name for entry in await follower.entries()] == ["a", "b", "c"]
@@ -234,7 +235,7 @@ def gate(monkeypatch):
     gate = threading.Event()
 
     def hold(files, check):
-        while files[0].stem == "big" and not gate.wait(0.02):
+        while files[0].path.stem == "big" and not gate.wait(0.02):
             check()
         return digest_of(files, check)
 
@@ -291,34 +292,49 @@ async def test_a_file_that_is_being_written_at_the_start_does_not_hold_it_up(fol
         assert names(follower).keys() == {"a"}
 
 
-# -- without a watch --------------------------------------------------------------------------------------------------
+# -- how it looks ----------------------------------------------------------------------------------------------------
 
 
-async def test_where_nothing_can_be_watched_every_request_looks(folder, other, monkeypatch, caplog):
-    async def refuse(tree, stop):
-        raise OSError(28, "OS file watch limit reached")
-        yield
+async def test_a_look_that_takes_long_is_followed_by_a_longer_pause(folder, monkeypatch):
+    monkeypatch.setattr(follow_module, "IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(follow_module, "CHEAP_SECONDS", 0.001)
+    async with following(folder) as follower:
+        await follower.first_scan(5)
+        looks: list[float] = []
 
-    monkeypatch.setattr(follow_module, "changes", refuse)
-    monkeypatch.setattr(follow_module, "IDLE_SECONDS", 60.0)
-    with caplog.at_level(logging.WARNING):
-        async with following(folder) as follower:
-            await follower.first_scan(5)
-            before = (await follower.find("a", None)).sha256
-            os.utime(other, ns=(10**18, 10**18))
-            other.replace(folder / "VAE" / "a.safetensors")
-            await follower.find("a", None)
-            await becomes(lambda: names(follower)["a"] != before)
-            (folder / "checkpoints").mkdir()
-            await follower.entries()
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{folder} cannot be watched, every request looks at it: [Errno 28] OS file watch limit reached"
-    ]
+        def slow():
+            looks.append(time.monotonic())
+            time.sleep(0.02)
+            return Look({}, settling=False)
+
+        monkeypatch.setattr(follower.store, "look", slow)
+        await becomes(lambda: len(looks) >= 3, 5)
+    assert all(after - before >= 0.2 for before, after in pairwise(looks))
+
+
+async def test_five_thousand_files_that_are_no_models_are_ready_soon(folder):
+    for index in range(5000):
+        (folder / "VAE" / f"{index}.safetensors").write_bytes(b"12345")
+    async with following(folder) as follower:
+        assert await follower.first_scan(15)
+        assert len(names(follower)) == 5001
+
+
+def test_a_look_at_five_thousand_files_that_stay_costs_little(folder):
+    for index in range(5000):
+        (folder / "VAE" / f"{index}.safetensors").write_bytes(b"12345")
+    store = ModelStore(folder, "sd1")
+    store.scan()
+    store.look()
+    begun = time.process_time()
+    for _ in range(3):
+        assert store.look() == Look({}, settling=False)
+    assert (time.process_time() - begun) / 3 < 0.1  # seconds; 0.025 on a desktop's core
 
 
 async def test_a_bug_in_reading_a_file_stops_nothing(folder, other, monkeypatch, caplog):
     def fail(files, check):
-        if files[0].name == "a.safetensors":
+        if files[0].path.name == "a.safetensors":
             raise RuntimeError("bug")
         return digest_of(files, check)
 
@@ -367,6 +383,7 @@ async def test_a_bug_in_a_look_stops_nothing(folder, other, monkeypatch, caplog)
 
 async def test_a_pipe_in_the_folder_holds_up_nothing(folder):
     os.mkfifo(folder / "VAE" / "b.ckpt")
+    os.mkfifo(folder / CACHE)
     async with following(folder) as follower:
         assert await follower.first_scan(5)
         assert names(follower).keys() == {"a"}
@@ -376,7 +393,7 @@ async def test_a_file_whose_name_is_not_utf_8_leaves_others_found(folder, other)
     async with following(folder) as follower:
         await follower.first_scan(5)
         shutil.copy(other, folder / "VAE" / os.fsdecode(b"caf\xe9.safetensors"))
-        await becomes(lambda: not follower.watching)
+        await becomes(lambda: "caf\\xe9" in names(follower))
         shutil.copy(other, folder / "VAE" / "b.safetensors")
         assert (await follower.find("b", None)).name == "b"
         assert (await follower.find("caf\\xe9", None)).name == "caf\\xe9"

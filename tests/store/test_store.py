@@ -1,8 +1,10 @@
 """The models folder as callers see it: what is listed, what a name means, and what changes without a restart."""
 
 import hashlib
+import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +14,12 @@ import torch
 from app.errors import InvalidParameter, UnknownModel, UnsupportedCheckpoint
 from app.store import store as store_module
 from app.store.checkpoint import Checkpoint, load_autoencoder
-from app.store.digests import Digest, digest_of
+from app.store.digests import CACHE, Digest, digest_of
 from app.store.known import Known
 from app.store.names import Unreadable
-from app.store.store import ModelStore
+from app.store.store import Look, ModelStore
+from app.weights import files as files_module
+from app.weights.files import WeightFile
 from tests.store.weights import as_diffusers, state_of, under, write, write_folder
 
 
@@ -205,15 +209,15 @@ def test_only_new_files_are_read_again(store, monkeypatch):
     put(store, "VAE/a.safetensors")
     store.scan()
     path = put(store, "VAE/b.safetensors", seed=1)
-    read: list[tuple[Path, ...]] = []
+    read: list[Path] = []
 
-    def count(files: tuple[Path, ...], check: Callable[[], None]) -> Digest:
-        read.append(files)
+    def count(files: tuple[WeightFile, ...], check: Callable[[], None]) -> Digest:
+        read.extend(file.path for file in files)
         return digest_of(files, check)
 
     monkeypatch.setattr("app.store.store.digest_of", count)
     store.scan()
-    assert read == [(path,)]
+    assert read == [path]
     assert store.resolve("b").sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -346,7 +350,7 @@ def test_a_look_reads_no_weights_and_lists_nothing_new(store, monkeypatch):
 def test_a_file_that_changes_while_it_is_hashed_is_not_listed(store, monkeypatch):
     path = put(store, "VAE/a.pt")
 
-    def change(files: tuple[Path, ...], check: Callable[[], None]) -> Digest:
+    def change(files: tuple[WeightFile, ...], check: Callable[[], None]) -> Digest:
         digest = digest_of(files, check)
         put(store, "VAE/a.pt", seed=4)
         return digest
@@ -392,3 +396,56 @@ def test_a_reason_has_no_halves_of_surrogates(store, monkeypatch):
     put(store, "VAE/x.pt")
     store.scan()
     assert listed(store) == {"x": "half \\ud800 a pair"}
+
+
+def test_what_follows_at_once_may_be_listed_together_and_the_last_lists_all(store, monkeypatch):
+    monkeypatch.setattr(store_module, "LISTING", 1e9)
+    for index in range(4):
+        put(store, f"VAE/{index}.pt", seed=index)
+    first, *others, last = store.look(patient=False).unread
+    assert store.identify(first, patient=False, more=True)  # nothing was listed before: no reason to wait
+    written = (store.folder / CACHE).stat().st_mtime_ns
+    for source in others:
+        assert store.identify(source, patient=False, more=True)
+    assert len(store.entries()) == 1
+    assert (store.folder / CACHE).stat().st_mtime_ns == written
+    assert store.identify(last, patient=False)
+    assert len(store.entries()) == 4
+    assert len(json.loads((store.folder / CACHE).read_text())["rows"]) == 4
+
+
+def test_what_was_not_listed_yet_is_by_the_next_look(store, monkeypatch):
+    monkeypatch.setattr(store_module, "LISTING", 1e9)
+    for index in range(2):
+        put(store, f"VAE/{index}.pt", seed=index)
+    for source in store.look(patient=False).unread:
+        store.identify(source, patient=False, more=True)
+    assert len(store.entries()) == 1
+    assert store.look() == Look({}, settling=False)
+    assert len(store.entries()) == 2
+
+
+def test_a_config_that_says_something_else_makes_other_models_of_the_same_names(store):
+    config = {"_class_name": "AutoencoderKL", "scaling_factor": 0.13025}
+    folder = write_folder(store.folder / "VAE/xl", state_of("sdxl"), config)
+    store.scan()
+    assert listed(store) == {"xl": "sdxl"}
+    (folder / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    store.scan()
+    assert listed(store).keys() == {"diffusion_pytorch_model"}
+
+
+@pytest.mark.parametrize(("suffix", "reader"), [(".safetensors", "read_safetensors"), (".pt", "read_archive")])
+def test_a_header_is_read_once_to_identify_and_once_to_load(store, monkeypatch, suffix, reader):
+    read, real = Counter[str](), getattr(files_module, reader)
+
+    def count(*arguments):
+        read[reader] += 1
+        return real(*arguments)
+
+    monkeypatch.setattr(files_module, reader, count)
+    put(store, f"VAE/a{suffix}")
+    store.scan()
+    assert read[reader] == 1
+    load_autoencoder(store.resolve(None), torch.float32, torch.device("cpu"))
+    assert read[reader] == 2

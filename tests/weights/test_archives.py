@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from app.errors import UnsupportedCheckpoint
-from app.weights.files import read_header, read_tensors
+from app.weights.files import open_weights
 from tests.store.hostile import legacy, records, saved, state, storage, tensor, text, zipped
 
 OLDER = pytest.mark.parametrize("older", [False, True], ids=["zip", "older"])
@@ -23,7 +23,7 @@ DTYPES = (
 
 
 def loaded(path: Path, *keys: str) -> dict[str, Tensor]:
-    return dict(read_tensors(path, keys or read_header(path).tensors))
+    return dict(open_weights(path).read(keys or open_weights(path).tensors))
 
 
 @OLDER
@@ -83,7 +83,7 @@ def test_what_is_no_dense_tensor_is_told_when_it_is_asked_for(tmp_path, older):
     }
     path = tmp_path / "x.pt"
     path.write_bytes(saved(content, older))
-    header = read_header(path)
+    header = open_weights(path)
     assert header.tensors.keys() == {"x", "noted"}
     assert header.others["sparse"] == "a sparse tensor"
     assert header.others["quantised"] == "a quantised tensor"
@@ -123,13 +123,13 @@ def test_a_tensor_spread_over_far_more_than_its_size(tmp_path):
 def test_an_empty_tensor_of_absurd_shape(tmp_path):
     shape = (0, 1 << 39, 1 << 39)
     (tmp_path / "x.pt").write_bytes(zipped(state(x=tensor(), y=tensor(shape=shape, stride=(1, 1, 1)))))
-    assert "y" in read_header(tmp_path / "x.pt").others
+    assert "y" in open_weights(tmp_path / "x.pt").others
 
 
 def test_zip_storages_that_are_shorter_than_they_say(tmp_path):
     (tmp_path / "x.pt").write_bytes(zipped(state(x=tensor(numel=5)), {"0": bytes(16)}))
     with pytest.raises(UnsupportedCheckpoint, match="the storage of x has 16 bytes of 20"):
-        read_header(tmp_path / "x.pt")
+        open_weights(tmp_path / "x.pt")
 
 
 def test_another_part_may_lack_its_storage(tmp_path):
@@ -157,10 +157,10 @@ def test_only_what_is_needed_is_read(tmp_path, monkeypatch, older):
     path.write_bytes(saved(content, older))
     monkeypatch.setattr(Path, "open", lambda self, mode: io.BufferedReader(Counted(str(self), mode)))
     Counted.taken = 0
-    assert read_header(path).tensors.keys() == content["state_dict"].keys()
+    assert open_weights(path).tensors.keys() == content["state_dict"].keys()
     assert Counted.taken < 100_000
     Counted.taken = 0
-    [(_, value)] = read_tensors(path, ["first_stage_model.x"])
+    [(_, value)] = open_weights(path).read(["first_stage_model.x"])
     assert torch.equal(value, torch.ones(1000))
     assert Counted.taken < 200_000
 
@@ -189,7 +189,7 @@ def test_a_checkpoint_of_8_gb_is_described_without_its_data(tmp_path):
         file.write(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0))
     if path.stat().st_blocks * 512 > 1 << 20:
         pytest.skip("the file system has no holes")
-    header = read_header(path)
+    header = open_weights(path)
     assert header.tensors["big"].shape == (size // 4,)
     assert loaded(path, "small")["small"].view(torch.uint8).unique().tolist() == [1]
 
@@ -262,7 +262,7 @@ def test_mutants_of_the_pickle_alone(tmp_path):
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     path = tmp_path / "x.pt"
     torch.save({"x": torch.ones(100_000), "y": torch.ones(100_000)}, path)
-    reading = read_tensors(path, ["x", "y"])
+    reading = open_weights(path).read(["x", "y"])
     next(reading)
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 2)
@@ -273,7 +273,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
 def test_a_byte_order_of_megabytes(tmp_path):
     (tmp_path / "x.pt").write_bytes(records({"x/data.pkl": state(x=tensor()), "x/byteorder": b"x" * 5_000_000}))
     with pytest.raises(UnsupportedCheckpoint, match="its byte order is xxxxxxxxxxxxxxxx;"):
-        read_header(tmp_path / "x.pt")
+        open_weights(tmp_path / "x.pt")
 
 
 def test_keys_with_line_breaks_stay_on_one_line(tmp_path):

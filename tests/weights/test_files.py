@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from app.errors import UnsupportedCheckpoint
-from app.weights.files import read_header, read_tensors
+from app.weights.files import open_weights
 from tests.store.weights import SUFFIXES, write
 
 STATE = {
@@ -26,11 +26,11 @@ STATE = {
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_header_and_tensors(tmp_path, suffix):
     path = write(tmp_path / f"x{suffix}", STATE)
-    header = read_header(path)
+    header = open_weights(path)
     assert {key: (info.dtype, info.shape) for key, info in header.tensors.items()} == {
         key: (value.dtype, tuple(value.shape)) for key, value in STATE.items()
     }
-    read = dict(read_tensors(path, ["full", "half", "count"]))
+    read = dict(open_weights(path).read(["full", "half", "count"]))
     assert list(read) == ["full", "half", "count"]
     for key, value in read.items():
         assert torch.equal(value, STATE[key])
@@ -38,23 +38,23 @@ def test_header_and_tensors(tmp_path, suffix):
 
 def test_metadata(tmp_path):
     path = write(tmp_path / "x.safetensors", STATE, {"family": "sd1", "norm_num_groups": "8"})
-    assert read_header(path).metadata == {"family": "sd1", "norm_num_groups": "8"}
+    assert open_weights(path).metadata == {"family": "sd1", "norm_num_groups": "8"}
 
 
 @pytest.mark.parametrize("content", [{"state_dict": STATE, "epoch": 1}, {"model": STATE}, {"a": {"b": STATE}}, STATE])
 def test_levels_are_unwrapped(tmp_path, content):
     torch.save(content, tmp_path / "x.ckpt")
-    assert read_header(tmp_path / "x.ckpt").tensors.keys() == STATE.keys()
+    assert open_weights(tmp_path / "x.ckpt").tensors.keys() == STATE.keys()
 
 
 def test_safetensors_with_a_pickle_s_suffix(tmp_path):
     write(tmp_path / "x.safetensors", STATE).rename(tmp_path / "x.ckpt")
-    assert read_header(tmp_path / "x.ckpt").tensors.keys() == STATE.keys()
+    assert open_weights(tmp_path / "x.ckpt").tensors.keys() == STATE.keys()
 
 
 def test_what_was_read_outlives_the_file(tmp_path):
     path = write(tmp_path / "x.safetensors", STATE)
-    read = dict(read_tensors(path, STATE))
+    read = dict(open_weights(path).read(STATE))
     path.write_bytes(b"\0" * path.stat().st_size)
     assert torch.equal(read["full"], STATE["full"])
 
@@ -63,12 +63,12 @@ def test_what_was_read_outlives_the_file(tmp_path):
 def test_a_key_that_is_gone(tmp_path, suffix):
     path = write(tmp_path / f"x{suffix}", STATE)
     with pytest.raises(UnsupportedCheckpoint, match="nothing is not in the file"):
-        list(read_tensors(path, ["nothing"]))
+        list(open_weights(path).read(["nothing"]))
 
 
 def refusal(path: Path) -> str:
     with pytest.raises(UnsupportedCheckpoint) as caught:
-        read_header(path)
+        open_weights(path)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -119,7 +119,7 @@ def test_a_pickle_that_runs_code_does_not_run_it(tmp_path, older):
     assert "could run code" in reason
     assert "system" in reason
     with pytest.raises(UnsupportedCheckpoint, match="could run code"):
-        list(read_tensors(path, STATE))
+        list(open_weights(path).read(STATE))
     assert not proof.exists()
 
 
@@ -164,8 +164,8 @@ def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) ->
         (b"{nonsense", "no JSON"),
         (b"\xff\xfe", "no JSON"),
         (b'{"a":' * 100_000, "no JSON"),
-        ({"x": 1}, "lacks dtype"),
-        ({"x": {"dtype": "F32"}}, "lacks dtype"),
+        ({"x": 1}, "no dtype"),
+        ({"x": {"dtype": "F32"}}, "no dtype"),
         ({"x": entry(dtype="F3")}, "F3"),
         ({"x": entry(shape=[3])}, "bytes 0 to 8"),
         ({"x": entry(shape=[-2])}, "shape"),
@@ -173,8 +173,8 @@ def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) ->
         ({"x": entry(shape=[1 << 62, 4])}, "shape"),
         ({"x": entry(offsets=[8, 16])}, "gap"),
         ({"x": entry(offsets=[-8, 0])}, "bytes -8 to 0"),
-        ({"x": entry(), "y": entry()}, "overlaps"),
-        ({"x": entry(), "y": entry(offsets=[4, 12])}, "overlaps"),
+        ({"x": entry(), "y": entry()}, "overlap"),
+        ({"x": entry(), "y": entry(offsets=[4, 12])}, "overlap"),
         ({"x": entry(shape=[4], offsets=[0, 16])}, "truncated"),
         ({"x": entry(shape=[1], offsets=[0, 4])}, "too long"),
         ({"__metadata__": [1], "x": entry()}, "metadata"),
@@ -194,7 +194,7 @@ def test_a_header_longer_than_the_limit(tmp_path):
 
 def test_an_empty_tensor(tmp_path):
     path = with_header(tmp_path / "x.safetensors", {"x": entry(shape=[0, 3], offsets=[0, 0])})
-    assert dict(read_tensors(path, ["x"]))["x"].shape == (0, 3)
+    assert dict(open_weights(path).read(["x"]))["x"].shape == (0, 3)
 
 
 def header_of(path: Path, text: bytes, data: bytes = b"") -> Path:
@@ -214,7 +214,7 @@ def header_of(path: Path, text: bytes, data: bytes = b"") -> Path:
 def test_a_header_of_too_many_parts_is_not_parsed(tmp_path, text, monkeypatch):
     monkeypatch.setattr(json, "loads", lambda _: pytest.fail("parsed"))
     with pytest.raises(UnsupportedCheckpoint, match="more than 1048576 parts"):
-        read_header(header_of(tmp_path / "x.safetensors", text))
+        open_weights(header_of(tmp_path / "x.safetensors", text))
 
 
 @pytest.mark.parametrize("sides", [[int("9" * 4000)] * 600, [1] * 9, [0, 1 << 41]], ids=["endless", "many", "empty"])
@@ -223,7 +223,7 @@ def test_shapes_that_torch_could_not_have_are_refused_unmultiplied(tmp_path, sid
     text = json.dumps({"a": {"dtype": "F16", "shape": sides, "data_offsets": [0, end]}}).encode()
     begun = time.monotonic()
     with pytest.raises(UnsupportedCheckpoint, match=r"a is F16 of shape .*, but has bytes 0 to") as caught:
-        read_header(header_of(tmp_path / "x.safetensors", text, bytes(end)))
+        open_weights(header_of(tmp_path / "x.safetensors", text, bytes(end)))
     assert len(str(caught.value)) < 300
     assert time.monotonic() - begun < 2
 
@@ -232,7 +232,37 @@ def test_shapes_that_torch_could_not_have_are_refused_unmultiplied(tmp_path, sid
 def test_words_of_the_header_stand_in_errors_as_plain_text(tmp_path, dtype):
     text = json.dumps({"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, 2]}}).encode()
     with pytest.raises(UnsupportedCheckpoint, match="which is not known here") as caught:
-        read_header(header_of(tmp_path / "x.safetensors", text, b"12"))
+        open_weights(header_of(tmp_path / "x.safetensors", text, b"12"))
     assert str(caught.value).isascii()
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_pipe_or_device_is_not_waited_for(tmp_path, suffix):
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"zero{suffix}").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        assert refusal(tmp_path / f"{name}{suffix}") == "cannot be read: no regular file"
+
+
+def test_a_file_that_was_replaced_since_its_header_was_read(tmp_path):
+    path = write(tmp_path / "x.safetensors", STATE)
+    file = open_weights(path)
+    write(tmp_path / "y.safetensors", STATE).replace(path)
+    with pytest.raises(UnsupportedCheckpoint, match=r"x\.safetensors was written to or replaced"):
+        list(file.read(["half"]))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_all_bytes_pass_once_and_the_wanted_tensors_with_them(tmp_path, suffix):
+    base = torch.arange(40.0)
+    state = STATE | {"a": base[:30], "b": base[20:], "c": base.reshape(5, 8).T, "none": torch.zeros(0, 3)}
+    path = tmp_path / f"x{suffix}"
+    write(path, state)
+    passed = bytearray()
+    read = dict(open_weights(path).read_all(["half", "a", "b", "c", "none", "full"], passed.extend))
+    assert passed == path.read_bytes()
+    assert read.keys() == {"half", "a", "b", "c", "none", "full"}
+    for key, value in read.items():
+        assert torch.equal(value, state[key]), key

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from app.errors import UnsupportedCheckpoint
-from app.weights.files import read_header, read_tensors
+from app.weights.files import open_weights
 from app.weights.machine import MOST_STEPS
 from app.weights.pickles import OPCODES, read_pickle
 from app.weights.rebuilds import Global, Opaque
@@ -116,10 +116,10 @@ def test_a_lightning_checkpoint(tmp_path, older, protocol):
     path = tmp_path / "last.ckpt"
     save_lightning(path, STATE, older, protocol)
     before = set(sys.modules)
-    header = read_header(path)
+    header = open_weights(path)
     assert {key: info.shape for key, info in header.tensors.items()} == {"encoder.x": (2, 3), "decoder.x": (4,)}
     assert header.others == {}
-    for key, value in read_tensors(path, STATE):
+    for key, value in open_weights(path).read(STATE):
         assert torch.equal(value, STATE[key])
         assert value.dtype is STATE[key].dtype
     assert set(sys.modules) == before
@@ -128,7 +128,7 @@ def test_a_lightning_checkpoint(tmp_path, older, protocol):
 def test_a_whole_model_is_named(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pt")
     with pytest.raises(UnsupportedCheckpoint, match=r"an object of class torch\.nn\.modules\.linear\.Linear where"):
-        read_header(tmp_path / "x.pt")
+        open_weights(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("case", CORPUS, ids=lambda case: case.name)
@@ -138,14 +138,14 @@ def test_hostile_files(tmp_path, monkeypatch, case):
     path.write_bytes(case.build())
     begin = time.perf_counter()
     with pytest.raises(UnsupportedCheckpoint) as caught:
-        read_header(path)
+        open_weights(path)
     assert case.reason in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
     assert time.perf_counter() - begin < 20  # seconds: nothing quadratic
     assert not Path(PROOF).exists()
     with pytest.raises(UnsupportedCheckpoint):
-        list(read_tensors(path, ["x"]))
+        list(open_weights(path).read(["x"]))
     assert not Path(PROOF).exists()
 
 
@@ -154,7 +154,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from app.errors import UnsupportedCheckpoint
-from app.weights.files import read_header
+from app.weights.files import open_weights
 from tests.store.hostile import CORPUS
 
 path = Path(sys.argv[1])
@@ -165,7 +165,7 @@ for case in CORPUS:
     path.write_bytes(case.build())
     resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
     try:
-        read_header(path)
+        open_weights(path)
     except UnsupportedCheckpoint:
         told += 1
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -184,7 +184,7 @@ def test_a_pickle_in_a_storage_is_numbers(tmp_path, monkeypatch):
     body = pickle.dumps(Path("x"), 2) + alone(b"cos\nsystem\n" + text(f"touch {PROOF}") + b"\x85R")
     body += bytes(-len(body) % 4)
     (tmp_path / "x.pt").write_bytes(zipped(state(x=tensor(numel=len(body) // 4, shape=(len(body) // 4,))), {"0": body}))
-    [(_, value)] = read_tensors(tmp_path / "x.pt", ["x"])
+    [(_, value)] = open_weights(tmp_path / "x.pt").read(["x"])
     assert value.view(torch.uint8).numpy().tobytes() == body
     assert not Path(PROOF).exists()
 
@@ -263,4 +263,4 @@ def test_names_of_a_file_stay_on_one_line():
 def test_a_list_of_storages_that_is_none(tmp_path, keys):
     (tmp_path / "x.pt").write_bytes(legacy(state(x=tensor()), keys))
     with pytest.raises(UnsupportedCheckpoint, match="storages"):
-        read_header(tmp_path / "x.pt")
+        open_weights(tmp_path / "x.pt")

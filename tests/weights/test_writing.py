@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from app.errors import InvalidParameter
-from app.weights.files import DTYPES, read_header, read_tensors
+from app.weights.files import open_weights
+from app.weights.safetensors import DTYPES
 from app.weights.writing import TensorSpec, file_order, publish, safetensors_writer
 
 DTYPED = [dtype for dtype in DTYPES.values() if dtype.is_floating_point or dtype in (torch.int64, torch.bool)]
@@ -39,7 +40,7 @@ def test_the_library_reads_what_we_write(tmp_path, dtype):
         assert torch.equal(read[key].double(), value.double())
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"a": "1", "b": "ü"}
-    assert dict(read_tensors(path, tensors)).keys() == tensors.keys()
+    assert dict(open_weights(path).read(tensors)).keys() == tensors.keys()
 
 
 def test_the_layout_of_the_file_is_the_library_s(tmp_path):
@@ -54,7 +55,7 @@ def test_metadata_is_in_order_and_readable_whatever_it_is(tmp_path):
     assert list(json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"]) == ["a", "m", "z\\ud800"]
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"z\\ud800": "1", "a": "\\udcff", "m": "\x00\n"}
-    assert read_header(path).metadata["m"] == "\x00\n"
+    assert open_weights(path).metadata["m"] == "\x00\n"
 
 
 def test_a_tensor_that_was_not_announced_is_a_bug_and_leaves_nothing(tmp_path):

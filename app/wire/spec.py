@@ -16,8 +16,8 @@ _LONGEST = 2**31
 
 
 @dataclass(frozen=True)
-class Declared:
-    """An array whose data begins at byte `start` of its file; `declare` makes one."""
+class ArraySpec:
+    """An array whose data begins at byte `start` of its file; `array_spec` makes one."""
 
     shape: tuple[int, int, int, int]
     """(N, C, h, w)."""
@@ -37,7 +37,7 @@ class Declared:
         return math.prod(self.shape) * (4 if "4" in self.code else 2)
 
 
-def declare(shape: tuple[int, ...], code: str, start: int, *, fortran: bool = False) -> Declared:
+def array_spec(shape: tuple[int, ...], code: str, start: int, *, fortran: bool = False) -> ArraySpec:
     """Checks a dtype and a shape (C, h, w) or (N, C, h, w); raises InvalidLatent."""
     if code not in _DTYPES:
         raise InvalidLatent(f"expected float16 or float32, got {_OTHERS.get(code.lstrip('<>|='), code)[:40]}")
@@ -46,21 +46,21 @@ def declare(shape: tuple[int, ...], code: str, start: int, *, fortran: bool = Fa
     if min(shape) < 1:
         raise InvalidLatent(f"expected no dimension of 0, got a shape of {shape}")
     batch, channels, height, width = (1, *shape) if len(shape) == 3 else shape
-    return Declared((batch, channels, height, width), code, start, fortran)
+    return ArraySpec((batch, channels, height, width), code, start, fortran)
 
 
-def check_size(declared: Declared, size: int) -> None:
+def check_size(spec: ArraySpec, size: int) -> None:
     """Compares the declaration with the file's `size` in bytes; raises MalformedBody."""
-    if declared.nbytes != size - declared.start:
-        raise MalformedBody(f"the header declares {declared.nbytes} bytes of data, {size - declared.start} are there")
+    if spec.nbytes != size - spec.start:
+        raise MalformedBody(f"the header declares {spec.nbytes} bytes of data, {size - spec.start} are there")
 
 
-def values(declared: Declared, body: bytes) -> Values:
+def values(spec: ArraySpec, body: bytes) -> Values:
     """The data as (N, C, h, w): native byte order, contiguous, writable, a copy that does not hold the body."""
-    count = math.prod(declared.shape)
-    if declared.code == "bf16":  # the upper half of a float32
-        halves = np.frombuffer(body, "<u2", count, declared.start)
+    count = math.prod(spec.shape)
+    if spec.code == "bf16":  # the upper half of a float32
+        halves = np.frombuffer(body, "<u2", count, spec.start)
         flat = (halves.astype(np.uint32) << 16).view(np.float32)
     else:
-        flat = np.frombuffer(body, declared.code, count, declared.start).astype(declared.dtype)
-    return np.ascontiguousarray(flat.reshape(declared.shape, order="F" if declared.fortran else "C"))
+        flat = np.frombuffer(body, spec.code, count, spec.start).astype(spec.dtype)
+    return np.ascontiguousarray(flat.reshape(spec.shape, order="F" if spec.fortran else "C"))
