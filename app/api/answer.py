@@ -1,18 +1,18 @@
 """The answer to /encode and /decode: which type the Accept header wants, its bytes, headers that say what happened."""
 
 import re
-from collections.abc import Sequence
 from urllib.parse import quote
 
 import numpy as np
 from fastapi import Response
 
-from app.api.work import Clock, Done, Size
+from app.api.work import Clock, Done
 from app.engine.jobs import Task
 from app.errors import NotAcceptable
 from app.wire.images import write_image
 from app.wire.npy import write_npy
 from app.wire.npz import write_npz, write_zip
+from app.wire.origin import Origin, texts
 from app.wire.tensors import write_safetensors
 
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
@@ -21,7 +21,7 @@ _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 
 
-def latents_body(media: str, arrays: list[np.ndarray], task: Task, sizes: Sequence[Size]) -> bytes:
+def latents_body(media: str, arrays: list[np.ndarray], task: Task, origin: Origin) -> bytes:
     """float16 latents as a file of the type `media`."""
     if media == NPZ:
         return write_npz([array[None] for array in arrays])
@@ -34,9 +34,7 @@ def latents_body(media: str, arrays: list[np.ndarray], task: Task, sizes: Sequen
         "family": task.checkpoint.family.name,
         "convention": task.latents,
     }
-    if len(set(sizes)) == 1:
-        metadata["image_size"] = _sizes(sizes)
-    return write_safetensors(batch, metadata)
+    return write_safetensors(batch, metadata | texts(origin))
 
 
 def pictures_body(media: str, arrays: list[np.ndarray], quality: int | None) -> bytes:
@@ -48,13 +46,7 @@ def pictures_body(media: str, arrays: list[np.ndarray], quality: int | None) -> 
     return write_image(arrays[0], media, quality=quality)
 
 
-def _sizes(sizes: Sequence[Size]) -> str:
-    """WxH; of pictures of different sizes, each."""
-    distinct = sizes[:1] if len(set(sizes)) == 1 else sizes
-    return ", ".join(f"{width}x{height}" for width, height in distinct)
-
-
-def answer(body: bytes, media: str, done: Done, clock: Clock, sizes: Sequence[Size]) -> Response:
+def answer(body: bytes, media: str, done: Done, clock: Clock, origin: Origin) -> Response:
     """The body, and headers that say what happened to it."""
     told = next((result for result in done.results if result.reason), done.results[0])
     checkpoint = done.task.checkpoint
@@ -63,9 +55,9 @@ def answer(body: bytes, media: str, done: Done, clock: Clock, sizes: Sequence[Si
         "X-Model-SHA256": checkpoint.sha256,
         "X-Plan": told.plan,
         "X-Latents": done.task.latents,
-        "X-Image-Size": _sizes(sizes),
         "Server-Timing": clock.finish(),
     }
+    headers |= {f"X-{name.replace('_', '-').title()}": text for name, text in texts(origin).items()}
     if told.reason:
         headers["X-Plan-Reason"] = told.reason
     if done.warning:

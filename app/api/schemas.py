@@ -6,11 +6,18 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from app.terms import Convention, Precision, Tiling
+from app.wire.origin import Change, Pair, read_offsets, read_sizes
 
 
-def _size(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", text):
-        raise ValueError("a size is WxH in pixels, like 512x768")
+def _sizes(text: str) -> str:
+    if read_sizes(text) is None:
+        raise ValueError("a size is WxH in pixels, like 512x768; of several pictures, each, separated by commas")
+    return text
+
+
+def _offsets(text: str) -> str:
+    if read_offsets(text) is None:
+        raise ValueError("an offset is x,y in pixels, like 1,2; of several pictures, each, separated by semicolons")
     return text
 
 
@@ -59,17 +66,21 @@ class EncodeQuery(CommonQuery, PictureQuery):
 class DecodeQuery(CommonQuery):
     """Parameters of /decode."""
 
-    size: Annotated[str, AfterValidator(_size)] | None = None
+    size: Annotated[str, AfterValidator(_sizes)] | None = Field(None, max_length=8192)
+    fit: Change | None = None
+    offset: Annotated[str, AfterValidator(_offsets)] | None = Field(None, max_length=8192)
     quality: Annotated[int, Field(ge=1, le=100)] | None = None
     bits: Literal["8", "16"] = "8"
 
     @property
-    def width_height(self) -> tuple[int, int] | None:
-        """`size` as numbers."""
-        if self.size is None:
-            return None
-        width, height = self.size.split("x")
-        return int(width), int(height)
+    def sizes(self) -> tuple[Pair, ...] | None:
+        """`size` as numbers, (width, height) of each picture or of all."""
+        return None if self.size is None else read_sizes(self.size)
+
+    @property
+    def offsets(self) -> tuple[Pair, ...]:
+        """`offset` as numbers, (x, y) of each picture or of all."""
+        return read_offsets(self.offset or "") or ()
 
 
 class CompareQuery(PictureQuery):
