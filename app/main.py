@@ -29,6 +29,7 @@ from app.engine.gauges import gauges
 from app.metrics import Metrics, StateCollector
 from app.settings import InvalidSetting, Settings
 from app.store.store import ModelStore
+from app.text import one_line
 from app.vae.families import FAMILIES
 
 DEVICE_LOST_STATUS = 70  # EX_SOFTWARE: a supervisor starts a fresh process with a fresh context
@@ -178,10 +179,18 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+class TextFormatter(logging.Formatter):
+    """One line a record, whatever stands in the names and texts that it tells of; a traceback below it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
+        """The line, with escapes for what would break it."""
+        return one_line(super().formatMessage(record))
+
+
 def configure_logging(log_format: str) -> None:
     """Logs to stderr, as text or JSON."""
     handler = logging.StreamHandler()
-    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    text = TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if log_format == "json" else text)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells of every change

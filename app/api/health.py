@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.api.context import BEARER, Shared, require_metrics_key
@@ -41,3 +42,7 @@ async def startup(shared: Shared) -> JSONResponse:
 async def metrics(shared: Shared) -> Response:
     """Prometheus text."""
     return Response(generate_latest(shared.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+PROBES = frozenset(route.path for route in router.routes if isinstance(route, APIRoute))
+"""Paths that machines ask for every few seconds."""
