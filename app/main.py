@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Info
 
 from app import __version__
 from app.allocator import Heap
-from app.api import compare, errors, health, models, openapi, routes
+from app.api import compare, docs, errors, health, models, openapi, routes
 from app.api.access import Access
 from app.api.context import Context, Limits
 from app.engine.batcher import QueueLimits
@@ -82,12 +82,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             yield
             await engine.drain(settings.drain_seconds)
 
-    app = FastAPI(
+    app = openapi.Documented(
         title="latentd",
         version=__version__,
         summary="Turns pictures into VAE latents and latents into pictures.",
         lifespan=lifespan,
-        openapi_url=None,  # FastAPI's own routes for it would be open to everybody: see api/openapi.py
+        openapi_url=None,  # FastAPI's own routes for it would be open to everybody: see api/docs.py
+        generate_unique_id_function=lambda route: route.name,  # names for the functions of generated clients
     )
     app.state.context = Context(
         engine=engine,
@@ -102,7 +103,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         admin_key=settings.admin_key.get_secret_value() if settings.admin_key else None,
         metrics_public=settings.metrics_public,
     )
-    for router in (routes.router, compare.router, models.admin, models.router, health.router, openapi.router):
+    for router in (routes.router, compare.router, models.admin, models.router, health.router, docs.router):
         app.include_router(router)
     errors.install(app)
     app.add_middleware(Access, metrics=engine.metrics)

@@ -4,8 +4,9 @@ import re
 from urllib.parse import quote
 
 import numpy as np
-from fastapi import Response
+from fastapi import Request, Response
 
+from app.api.errors import MEDIA
 from app.api.work import Clock, Done
 from app.engine.jobs import Task
 from app.errors import NotAcceptable
@@ -17,6 +18,7 @@ from app.wire.tensors import write_safetensors
 
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
 PNG, JPEG, WEBP, ZIP = "image/png", "image/jpeg", "image/webp", "application/zip"
+JSON, OCTETS = "application/json", "application/octet-stream"
 _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 
@@ -46,8 +48,8 @@ def pictures_body(media: str, arrays: list[np.ndarray], quality: int | None) -> 
     return write_image(arrays[0], media, quality=quality)
 
 
-def answer(body: bytes, media: str, done: Done, clock: Clock, origin: Origin) -> Response:
-    """The body, and headers that say what happened to it."""
+def answer(body: bytes, kind: str, done: Done, clock: Clock, origin: Origin) -> Response:
+    """A body of this Content-Type, and headers that say what happened to it."""
     told = next((result for result in done.results if result.reason), done.results[0])
     checkpoint = done.task.checkpoint
     headers = {
@@ -62,21 +64,39 @@ def answer(body: bytes, media: str, done: Done, clock: Clock, origin: Origin) ->
         headers["X-Plan-Reason"] = told.reason
     if done.warning:
         headers["X-Warning"] = quote(done.warning, safe=PRINTABLE)
-    return Response(body, media_type=media, headers=headers)
+    return Response(body, media_type=kind, headers=headers)
+
+
+def accepted(request: Request) -> str:
+    """The request's Accept, however many headers say it."""
+    return ", ".join(request.headers.getlist("accept"))
 
 
 def negotiate(accept: str, offers: tuple[str, ...]) -> str:
     """The offer with the highest weight; the first offer where several tie, or where nothing is asked for.
 
-    Raises NotAcceptable naming the offers when the header excludes all of them.
+    JSON that is not among the offers is how errors are wanted: clients made from the OpenAPI document name it, and
+    nothing else. application/octet-stream stands for whichever offer is best besides. Raises NotAcceptable naming the
+    offers when the header excludes all of them.
     """
-    ranges = dict(_range(part) for part in accept.split(",") if part.strip())
+    ranges = _ranges(accept, offers)
     if not ranges:
         return offers[0]
     best = max(offers, key=lambda offer: _weight(offer, ranges))
-    if _weight(best, ranges) <= 0:
+    if max(_weight(best, ranges), ranges.get(OCTETS, 0)) <= 0:
         raise NotAcceptable(f"this answer can be {', '.join(offers)}; the request accepts {accept[:200]}")
     return best
+
+
+def content_type(accept: str, media: str) -> str:
+    """What a body of the type that was negotiated is called: application/octet-stream where that is preferred."""
+    ranges = _ranges(accept, (media,))
+    return OCTETS if ranges.get(OCTETS, 0) > _weight(media, ranges) else media
+
+
+def _ranges(accept: str, offers: tuple[str, ...]) -> dict[str, float]:
+    ranges = dict(_range(part) for part in accept.split(",") if part.strip())
+    return {kind: weight for kind, weight in ranges.items() if kind in offers or kind not in (JSON, MEDIA)}
 
 
 def _range(part: str) -> tuple[str, float]:

@@ -8,11 +8,25 @@ from typing import Annotated
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
-from app.api.answer import JPEG, NPY, NPZ, PNG, SAFETENSORS, WEBP, ZIP, answer, latents_body, negotiate, pictures_body
+from app.api.answer import (
+    JPEG,
+    NPY,
+    NPZ,
+    PNG,
+    SAFETENSORS,
+    WEBP,
+    ZIP,
+    accepted,
+    answer,
+    content_type,
+    latents_body,
+    negotiate,
+    pictures_body,
+)
 from app.api.body import deadline_of, read_body, read_pictures
 from app.api.context import GUARD, Shared
 from app.api.mismatch import check_family, convention_of, warning
-from app.api.openapi import LATENTS_FAMILY, PROBLEM, WARNING, answers, takes
+from app.api.openapi import DECODED, ENCODED, LATENTS_FAMILY, PROBLEM, WORK, answers, problems, takes
 from app.api.restoring import WayBack, way_back
 from app.api.schemas import DecodeQuery, EncodeQuery
 from app.api.work import Clock, Done, Given, Size, decoding, encoding, finished, picture_size, resolved
@@ -30,7 +44,7 @@ router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
 @router.post(
     "/encode",
     response_class=Response,
-    responses=answers("float16 latents, (N, C, h, w)", (NPY, SAFETENSORS, NPZ)),
+    responses=answers("float16 latents, (N, C, h, w)", (NPY, SAFETENSORS, NPZ), ENCODED) | problems(*WORK),
     openapi_extra=takes("A picture, or a form of several.", (PNG, JPEG, WEBP), form=True),
 )
 async def encode(request: Request, query: Annotated[EncodeQuery, Query()], shared: Shared) -> Response:
@@ -66,13 +80,14 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     with clock.stage("write"):
         origin = origin_of(sizes, done.task.checkpoint.family.size_multiple, query.fit)
         content = await asyncio.to_thread(latents_body, media, arrays, done.task, origin)
-    return answer(content, media, done, clock, origin)
+    return answer(content, content_type(accepted(request), media), done, clock, origin)
 
 
 @router.post(
     "/decode",
     response_class=Response,
-    responses=answers("A picture; several as zip or npy, uint8 (N, H, W, 3)", (PNG, JPEG, WEBP, ZIP, NPY), WARNING),
+    responses=answers("A picture; several as zip or npy, uint8 (N, H, W, 3)", (PNG, JPEG, WEBP, ZIP, NPY), DECODED)
+    | problems(409, *WORK),
     openapi_extra=takes("Latents, (C, h, w) or (N, C, h, w).", (NPY, NPZ, SAFETENSORS), headers=[LATENTS_FAMILY]),
 )
 async def decode(request: Request, query: Annotated[DecodeQuery, Query()], shared: Shared) -> Response:
@@ -112,11 +127,11 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
 
     with clock.stage("write"):
         content = await asyncio.to_thread(write)
-    return answer(content, media, done, clock, back.result)
+    return answer(content, content_type(accepted(request), media), done, clock, back.result)
 
 
 def _latents_type(request: Request, shapes: Sequence[tuple[int, ...]]) -> str:
-    return negotiate(_accept(request), (NPY, SAFETENSORS, NPZ) if len(set(shapes)) == 1 else (NPZ,))
+    return negotiate(accepted(request), (NPY, SAFETENSORS, NPZ) if len(set(shapes)) == 1 else (NPZ,))
 
 
 def _way_back(query: DecodeQuery, header: LatentShape, task: Task) -> WayBack:
@@ -124,12 +139,8 @@ def _way_back(query: DecodeQuery, header: LatentShape, task: Task) -> WayBack:
     return way_back(query, header, decoded, task.checkpoint.family.size_multiple)
 
 
-def _accept(request: Request) -> str:
-    return ", ".join(request.headers.getlist("accept"))
-
-
 def _picture_type(request: Request, query: DecodeQuery, sizes: Sequence[Size]) -> str:
-    accept, n = _accept(request), len(sizes)
+    accept, n = accepted(request), len(sizes)
     if n == 1:
         media = negotiate(accept, (PNG, JPEG, WEBP, NPY, ZIP))
     else:

@@ -73,7 +73,7 @@ def read_origin(metadata: Mapping[str, str]) -> Origin | None:
         raise InvalidLatent(f"expected the metadata's image_size as WIDTHxHEIGHT, got {metadata['image_size'][:40]!r}")
     if offsets is None:
         raise InvalidLatent(f"expected the metadata's image_offset as X,Y, got {metadata['image_offset'][:40]!r}")
-    if change not in (None, *get_args(Change)):
+    if change is not None and change not in get_args(Change):
         raise InvalidLatent(f"expected the metadata's image_fit to be pad, crop or resize, got {change[:40]!r}")
     return Origin(sizes, cast(Change | None, change), offsets if "image_offset" in metadata else ())
 
