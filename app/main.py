@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry, Info
+from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable_created_metrics
 
 from app import __version__
 from app.allocator import Heap
@@ -44,6 +44,7 @@ def build_engine(settings: Settings, registry: CollectorRegistry) -> Engine:
     # What `deterministic` and "fp32" promise on CUDA. Both are switches of the whole process.
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.backends.cudnn.allow_tf32 = False
+    disable_created_metrics()  # a second family for each counter and histogram, which nobody plots
     metrics = Metrics(registry)
     options = EngineOptions(
         devices=settings.devices,
@@ -56,6 +57,7 @@ def build_engine(settings: Settings, registry: CollectorRegistry) -> Engine:
     )
     engine = Engine(options, ModelStore(settings.models, settings.default_family), metrics)
     registry.register(StateCollector(partial(gauges, engine)))
+    ProcessCollector(registry=registry)
     build = Info("vae_build", "What is running.", registry=registry)
     build.info({"version": __version__, "torch": torch.__version__, "cuda": torch.version.cuda or ""})
     return engine

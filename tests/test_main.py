@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from app.main import JsonFormatter, Server, TextFormatter, build_engine, create_app
 from app.settings import InvalidSetting, Settings
 from app.store.digests import digest_of
+from tests.fakes import total
 from tests.service import SIDE, latent, listening, npy, occupied, picture, refused, serving, until
 
 
@@ -140,7 +141,7 @@ def test_a_client_that_leaves_is_not_computed_for(server):
     worker = engine.workers[0]
 
     def value(name: str, **labels: str) -> float:
-        return engine.metrics.registry.get_sample_value(name, labels) or 0.0
+        return total(engine.metrics.registry, name, **labels)
 
     def waits_until(true) -> None:
         asyncio.run(until(true))
