@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry, Info
+from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable_created_metrics
 
 from app import __version__
 from app.allocator import Heap
-from app.api import compare, errors, health, models, openapi, routes
+from app.api import compare, docs, errors, health, models, openapi, routes
 from app.api.access import Access
 from app.api.context import Context, Limits
 from app.engine.batcher import QueueLimits
@@ -29,6 +29,7 @@ from app.engine.gauges import gauges
 from app.metrics import Metrics, StateCollector
 from app.settings import InvalidSetting, Settings
 from app.store.store import ModelStore
+from app.text import one_line
 from app.vae.families import FAMILIES
 
 DEVICE_LOST_STATUS = 70  # EX_SOFTWARE: a supervisor starts a fresh process with a fresh context
@@ -43,6 +44,7 @@ def build_engine(settings: Settings, registry: CollectorRegistry) -> Engine:
     # What `deterministic` and "fp32" promise on CUDA. Both are switches of the whole process.
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.backends.cudnn.allow_tf32 = False
+    disable_created_metrics()  # a second family for each counter and histogram, which nobody plots
     metrics = Metrics(registry)
     options = EngineOptions(
         devices=settings.devices,
@@ -55,6 +57,7 @@ def build_engine(settings: Settings, registry: CollectorRegistry) -> Engine:
     )
     engine = Engine(options, ModelStore(settings.models, settings.default_family), metrics)
     registry.register(StateCollector(partial(gauges, engine)))
+    ProcessCollector(registry=registry)
     build = Info("vae_build", "What is running.", registry=registry)
     build.info({"version": __version__, "torch": torch.__version__, "cuda": torch.version.cuda or ""})
     return engine
@@ -81,12 +84,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             yield
             await engine.drain(settings.drain_seconds)
 
-    app = FastAPI(
+    app = openapi.Documented(
         title="latentd",
         version=__version__,
         summary="Turns pictures into VAE latents and latents into pictures.",
         lifespan=lifespan,
-        openapi_url=None,  # FastAPI's own routes for it would be open to everybody: see api/openapi.py
+        openapi_url=None,  # FastAPI's own routes for it would be open to everybody: see api/docs.py
+        generate_unique_id_function=lambda route: route.name,  # names for the functions of generated clients
     )
     app.state.context = Context(
         engine=engine,
@@ -101,7 +105,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         admin_key=settings.admin_key.get_secret_value() if settings.admin_key else None,
         metrics_public=settings.metrics_public,
     )
-    for router in (routes.router, compare.router, models.admin, models.router, health.router, openapi.router):
+    for router in (routes.router, compare.router, models.admin, models.router, health.router, docs.router):
         app.include_router(router)
     errors.install(app)
     app.add_middleware(Access, metrics=engine.metrics)
@@ -178,9 +182,17 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+class TextFormatter(logging.Formatter):
+    """One line a record, whatever stands in the names and texts that it tells of; a traceback below it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
+        """The line, with escapes for what would break it."""
+        return one_line(super().formatMessage(record))
+
+
 def configure_logging(log_format: str) -> None:
     """Logs to stderr, as text or JSON."""
     handler = logging.StreamHandler()
-    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    text = TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if log_format == "json" else text)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -1,13 +1,19 @@
 """Every Prometheus object, on a registry it is given. Label values come from the model registry and fixed sets only."""
 
 from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-# OpenTelemetry's advice for http.server.request.duration, and 20 and 40 s for very large pictures on small devices.
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40)
+SECONDS = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
+)
+"""From a stage of a small picture on a fast card to a very large one on a slow device."""
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+M = TypeVar("M", Counter, Histogram)
 
 Gauge = tuple[str, str, dict[str, str], float]
 """(name, help, labels, value) of something that is read at scrape time."""
@@ -29,18 +35,51 @@ class Metrics:
         self.stage_seconds = histogram("stage_duration_seconds", "Time in each stage of a request.", "op", "stage")
         self.rejected = counter("rejected", "Requests refused or dropped before compute.", "reason")
         self.cancelled = counter("cancelled", "Requests whose client went away.", "stage")
-        self.batch_size = histogram("batch_size", "Items in a forward.", "op", "model", buckets=BATCHES)
-        self.batches = counter("batch_executions", "Forwards.")
-        self.items = counter("batch_items", "Items in forwards.")
-        self.item_failures = counter("batch_item_failures", "Items that failed in compute.", "reason")
-        self.retries = counter("batch_retries", "Forwards run again.", "reason")
-        self.executions = counter("mode_executions", "Forwards by mode.", "mode")
-        self.fallbacks = counter("mode_fallbacks", "Changes of mode.", "from", "to", "reason")
-        self.oom = counter("oom", "Forwards that ran out of memory.")
-        self.nonfinite = counter("nonfinite", "Items whose output was not finite.")
-        self.loads = counter("model_loads", "Models brought to a device.", "result")
-        self.load_seconds = histogram("model_load_duration_seconds", "Time to bring a model to a device.")
-        self.evictions = counter("model_evictions", "Models removed from a device.", "reason")
+        self.batch_size = histogram("batch_size", "Items in a forward.", "device", "op", "model", buckets=BATCHES)
+        self.batches = counter("batch_executions", "Forwards.", "device")
+        self.items = counter("batch_items", "Items in forwards.", "device")
+        self.pixels = counter("pixels", "Pixels of the pictures that were encoded or decoded.", "device", "op")
+        self.item_failures = counter("batch_item_failures", "Items that failed in compute.", "device", "reason")
+        self.retries = counter("batch_retries", "Forwards run again.", "device", "reason")
+        self.executions = counter("mode_executions", "Forwards by mode.", "device", "mode")
+        self.fallbacks = counter("mode_fallbacks", "Changes of mode.", "device", "from", "to", "reason")
+        self.oom = counter("oom", "Forwards that ran out of memory.", "device")
+        self.nonfinite = counter("nonfinite", "Items whose output was not finite.", "device")
+        self.loads = counter("model_loads", "Models brought to a device.", "device", "result")
+        self.load_seconds = histogram("model_load_duration_seconds", "Time to bring a model to a device.", "device")
+        self.evictions = counter("model_evictions", "Models removed from a device.", "device", "reason")
+
+
+class OnDevice(Generic[M]):
+    """A counter or a histogram whose first label, the device, is filled in."""
+
+    def __init__(self, metric: M, device: str) -> None:
+        self._metric: M = metric
+        self._device = device
+
+    def labels(self, *values: str) -> M:
+        """The one with these values of the other labels."""
+        return self._metric.labels(self._device, *values)
+
+
+class DeviceMetrics:
+    """What moves as one device works: `Metrics`, with the device filled in."""
+
+    def __init__(self, metrics: Metrics, device: str) -> None:
+        self.rejected, self.cancelled = metrics.rejected, metrics.cancelled
+        self.batch_size = OnDevice(metrics.batch_size, device)
+        self.batches = metrics.batches.labels(device)
+        self.items = metrics.items.labels(device)
+        self.pixels = OnDevice(metrics.pixels, device)
+        self.item_failures = OnDevice(metrics.item_failures, device)
+        self.retries = OnDevice(metrics.retries, device)
+        self.executions = OnDevice(metrics.executions, device)
+        self.fallbacks = OnDevice(metrics.fallbacks, device)
+        self.oom = metrics.oom.labels(device)
+        self.nonfinite = metrics.nonfinite.labels(device)
+        self.loads = OnDevice(metrics.loads, device)
+        self.load_seconds = metrics.load_seconds.labels(device)
+        self.evictions = OnDevice(metrics.evictions, device)
 
 
 class StateCollector:

@@ -34,10 +34,10 @@ def levels(delta: Tensor, factor: float) -> np.ndarray:
 
 
 def amplified(delta: Tensor, factor: float, name: str) -> tuple[np.ndarray, str]:
-    """A difference as a picture, and what stands above it."""
+    """A difference as a picture, and what stands above it, in characters that Pillow's font has: no ×."""
     most = delta.abs().max().item() * 127.5
     rms = delta.square().mean().sqrt().item() * 127.5
-    return levels(delta, factor), f"{name}, ×{factor:g}: at most {most:.2g}, RMS {rms:.2g} of 255 levels"
+    return levels(delta, factor), f"{name}, {factor:g}x: at most {most:.2g}, RMS {rms:.2g} of 255 levels"
 
 
 def main() -> None:

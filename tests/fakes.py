@@ -124,8 +124,14 @@ def picture(side: int = 16, seed: int = 0) -> np.ndarray:
 
 
 def value(engine: Engine, name: str, **labels: str) -> float:
-    """A metric; 0 if it was never touched."""
-    return engine.metrics.registry.get_sample_value(name, labels) or 0.0
+    """The sum of a metric over all that have these labels; 0 if it was never touched."""
+    return total(engine.metrics.registry, name, **labels)
+
+
+def total(registry: CollectorRegistry, name: str, **labels: str) -> float:
+    """As `value`, of any registry."""
+    samples = (sample for family in registry.collect() for sample in family.samples)
+    return sum(each.value for each in samples if each.name == name and labels.items() <= each.labels.items())
 
 
 class Forwards:

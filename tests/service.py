@@ -18,6 +18,7 @@ from PIL import Image
 from app.engine.engine import Engine
 from app.main import Server, create_app
 from app.settings import Settings
+from tests.fakes import total
 
 SIDE = 32
 """Pixels of most pictures here: one shape for the forecast to count, and little to compute."""
@@ -33,8 +34,8 @@ class Service:
         self.get, self.post, self.request = client.get, client.post, client.request
 
     def count(self, name: str, **labels: str) -> float:
-        """The value of a metric."""
-        return self.engine.metrics.registry.get_sample_value(name, labels) or 0.0
+        """The sum of a metric over all that have these labels."""
+        return total(self.engine.metrics.registry, name, **labels)
 
 
 @asynccontextmanager

@@ -53,13 +53,24 @@ def test_the_embedded_default_does_the_main_job(client):
     assert quality > 22
 
 
-def test_a_picture_keeps_its_odd_size(client):
+def test_a_picture_keeps_its_odd_size_and_its_place_whatever_the_fit(client):
+    with Image.open(PICTURE) as whole:
+        picture = whole.convert("RGB").crop((10, 20, 461, 320))
     buffer = io.BytesIO()
-    Image.open(PICTURE).crop((10, 20, 311, 217)).save(buffer, "PNG")
-    encoded = client.post("/encode", content=buffer.getvalue())
-    assert encoded.headers["x-image-size"] == "301x197"
-    decoded = client.post("/decode", content=encoded.content, params={"size": "301x197"})
-    assert Image.open(io.BytesIO(decoded.content)).size == (301, 197)
+    picture.save(buffer, "PNG")
+    quality = {}
+    for fit in ("pad", "resize", "crop"):
+        latents = {"Accept": "application/x-safetensors"}
+        encoded = client.post("/encode", content=buffer.getvalue(), params={"fit": fit}, headers=latents)
+        assert encoded.headers["x-image-size"] == "451x300"
+        decoded = client.post("/decode", content=encoded.content)
+        x, y = map(int, decoded.headers.get("x-image-offset", "0,0").split(","))
+        with Image.open(io.BytesIO(decoded.content)) as after:
+            assert after.size == ((448, 296) if fit == "crop" else (451, 300))
+            place = (x, y, x + after.width, y + after.height)
+            quality[fit] = psnr(np.asarray(picture.crop(place)), np.asarray(after))
+    assert quality["resize"] > quality["pad"] - 1
+    assert quality["crop"] > quality["pad"] - 1
 
 
 @pytest.mark.skipif(len(TAEF2) != 2, reason="the TAEF2 weights are not there")

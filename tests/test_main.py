@@ -16,9 +16,10 @@ import pytest
 import uvicorn
 from prometheus_client import CollectorRegistry
 
-from app.main import JsonFormatter, Server, build_engine, create_app
+from app.main import JsonFormatter, Server, TextFormatter, build_engine, create_app
 from app.settings import InvalidSetting, Settings
 from app.store.digests import digest_of
+from tests.fakes import total
 from tests.service import SIDE, latent, listening, npy, occupied, picture, refused, serving, until
 
 
@@ -140,7 +141,7 @@ def test_a_client_that_leaves_is_not_computed_for(server):
     worker = engine.workers[0]
 
     def value(name: str, **labels: str) -> float:
-        return engine.metrics.registry.get_sample_value(name, labels) or 0.0
+        return total(engine.metrics.registry, name, **labels)
 
     def waits_until(true) -> None:
         asyncio.run(until(true))
@@ -325,3 +326,15 @@ def test_a_log_line_is_one_json_object():
     assert "\n" not in text
     line = json.loads(text)
     assert (line["message"], line["status"], line["level"]) == ("two\nlines x", 200, "info")
+
+
+def test_a_log_line_as_text_stays_one_line():
+    record = logging.LogRecord("a", logging.INFO, "f", 1, "no model %s", ("x\n2026 CRITICAL \x1b[31m",), None)
+    assert TextFormatter("%(levelname)s %(message)s").format(record) == r"INFO no model x\n2026 CRITICAL \x1b[31m"
+    try:
+        raise ValueError("two\nlines")
+    except ValueError as error:
+        record.exc_info = (ValueError, error, error.__traceback__)
+    first, *traceback = TextFormatter("%(levelname)s %(message)s").format(record).splitlines()
+    assert first.startswith("INFO no model")
+    assert traceback[0].startswith("Traceback")

@@ -11,11 +11,15 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.errors import CLIENT_GONE
+from app.api.errors import BUG, CLIENT_GONE
+from app.api.health import PROBES
 from app.metrics import Metrics
+from app.text import one_line
 
 log = logging.getLogger("app.access")
 OPS = {"/encode": "encode", "/decode": "decode", "/compare": "compare"}
+LONGEST = 500
+"""Characters of a reason in the log."""
 SAFE_ID = re.compile(rb"[A-Za-z0-9._:+/=-]{1,128}")
 
 
@@ -67,4 +71,13 @@ class Access:
             "model": model,
             "request_id": state["request_id"],
         }
-        log.info("%(method)s %(path)s %(status)d %(ms).1f ms", facts, extra={"facts": facts})
+        words = [f"{facts['method']} {facts['path']} {status} {facts['ms']} ms request={facts['request_id']}"]
+        if model:
+            words.append(f"model={quote(model)}")
+        if status == BUG.status:
+            state.setdefault("problem", (BUG.code, "an unexpected error; see its traceback"))
+        if found := state.get("problem"):
+            facts |= {"code": found[0], "reason": one_line(found[1])[:LONGEST]}
+            words.append(f"{facts['code']}: {facts['reason']}")
+        level = logging.DEBUG if path in PROBES else logging.WARNING if status >= BUG.status else logging.INFO
+        log.log(level, "%s", " ".join(words), extra={"facts": facts})

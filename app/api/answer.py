@@ -1,27 +1,29 @@
 """The answer to /encode and /decode: which type the Accept header wants, its bytes, headers that say what happened."""
 
 import re
-from collections.abc import Sequence
 from urllib.parse import quote
 
 import numpy as np
-from fastapi import Response
+from fastapi import Request, Response
 
-from app.api.work import Clock, Done, Size
+from app.api.errors import MEDIA
+from app.api.work import Clock, Done
 from app.engine.jobs import Task
 from app.errors import NotAcceptable
 from app.wire.images import write_image
 from app.wire.npy import write_npy
 from app.wire.npz import write_npz, write_zip
+from app.wire.origin import Origin, texts
 from app.wire.tensors import write_safetensors
 
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
 PNG, JPEG, WEBP, ZIP = "image/png", "image/jpeg", "image/webp", "application/zip"
+JSON, OCTETS = "application/json", "application/octet-stream"
 _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 
 
-def latents_body(media: str, arrays: list[np.ndarray], task: Task, sizes: Sequence[Size]) -> bytes:
+def latents_body(media: str, arrays: list[np.ndarray], task: Task, origin: Origin) -> bytes:
     """float16 latents as a file of the type `media`."""
     if media == NPZ:
         return write_npz([array[None] for array in arrays])
@@ -34,9 +36,7 @@ def latents_body(media: str, arrays: list[np.ndarray], task: Task, sizes: Sequen
         "family": task.checkpoint.family.name,
         "convention": task.latents,
     }
-    if len(set(sizes)) == 1:
-        metadata["image_size"] = _sizes(sizes)
-    return write_safetensors(batch, metadata)
+    return write_safetensors(batch, metadata | texts(origin))
 
 
 def pictures_body(media: str, arrays: list[np.ndarray], quality: int | None) -> bytes:
@@ -48,14 +48,8 @@ def pictures_body(media: str, arrays: list[np.ndarray], quality: int | None) -> 
     return write_image(arrays[0], media, quality=quality)
 
 
-def _sizes(sizes: Sequence[Size]) -> str:
-    """WxH; of pictures of different sizes, each."""
-    distinct = sizes[:1] if len(set(sizes)) == 1 else sizes
-    return ", ".join(f"{width}x{height}" for width, height in distinct)
-
-
-def answer(body: bytes, media: str, done: Done, clock: Clock, sizes: Sequence[Size]) -> Response:
-    """The body, and headers that say what happened to it."""
+def answer(body: bytes, kind: str, done: Done, clock: Clock, origin: Origin) -> Response:
+    """A body of this Content-Type, and headers that say what happened to it."""
     told = next((result for result in done.results if result.reason), done.results[0])
     checkpoint = done.task.checkpoint
     headers = {
@@ -63,28 +57,46 @@ def answer(body: bytes, media: str, done: Done, clock: Clock, sizes: Sequence[Si
         "X-Model-SHA256": checkpoint.sha256,
         "X-Plan": told.plan,
         "X-Latents": done.task.latents,
-        "X-Image-Size": _sizes(sizes),
         "Server-Timing": clock.finish(),
     }
+    headers |= {f"X-{name.replace('_', '-').title()}": text for name, text in texts(origin).items()}
     if told.reason:
         headers["X-Plan-Reason"] = told.reason
     if done.warning:
         headers["X-Warning"] = quote(done.warning, safe=PRINTABLE)
-    return Response(body, media_type=media, headers=headers)
+    return Response(body, media_type=kind, headers=headers)
+
+
+def accepted(request: Request) -> str:
+    """The request's Accept, however many headers say it."""
+    return ", ".join(request.headers.getlist("accept"))
 
 
 def negotiate(accept: str, offers: tuple[str, ...]) -> str:
     """The offer with the highest weight; the first offer where several tie, or where nothing is asked for.
 
-    Raises NotAcceptable naming the offers when the header excludes all of them.
+    JSON that is not among the offers is how errors are wanted: clients made from the OpenAPI document name it, and
+    nothing else. application/octet-stream stands for whichever offer is best besides. Raises NotAcceptable naming the
+    offers when the header excludes all of them.
     """
-    ranges = dict(_range(part) for part in accept.split(",") if part.strip())
+    ranges = _ranges(accept, offers)
     if not ranges:
         return offers[0]
     best = max(offers, key=lambda offer: _weight(offer, ranges))
-    if _weight(best, ranges) <= 0:
+    if max(_weight(best, ranges), ranges.get(OCTETS, 0)) <= 0:
         raise NotAcceptable(f"this answer can be {', '.join(offers)}; the request accepts {accept[:200]}")
     return best
+
+
+def content_type(accept: str, media: str) -> str:
+    """What a body of the type that was negotiated is called: application/octet-stream where that is preferred."""
+    ranges = _ranges(accept, (media,))
+    return OCTETS if ranges.get(OCTETS, 0) > _weight(media, ranges) else media
+
+
+def _ranges(accept: str, offers: tuple[str, ...]) -> dict[str, float]:
+    ranges = dict(_range(part) for part in accept.split(",") if part.strip())
+    return {kind: weight for kind, weight in ranges.items() if kind in offers or kind not in (JSON, MEDIA)}
 
 
 def _range(part: str) -> tuple[str, float]:

@@ -12,10 +12,10 @@ from typing import Annotated
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
-from app.api.answer import JPEG, PNG, WEBP, ZIP, negotiate
+from app.api.answer import JPEG, JSON, PNG, WEBP, ZIP, accepted, content_type, negotiate
 from app.api.body import deadline_of, read_pictures, while_connected
 from app.api.context import GUARD, Context, Limits, Shared
-from app.api.openapi import BINARY, PROBLEM, takes
+from app.api.openapi import COMPARED, PROBLEM, WORK, answers, problems, takes
 from app.api.schemas import Compared, CompareQuery, Comparison
 from app.api.work import Clock, Size, latent_shape_of, picture_shape
 from app.engine.batcher import Admission
@@ -36,7 +36,6 @@ from app.wire.images import image_size, read_image, write_image
 from app.wire.npz import write_zip
 from app.wire.sheet import Cell, contact_sheet, shrunk
 
-JSON = "application/json"
 MOST = 64
 """Models in one comparison: a sheet of more is not looked at."""
 WRAP = 40  # characters of an error in a line below a cell
@@ -69,19 +68,19 @@ Run = Callable[[], Awaitable[Row]]
 @router.post(
     "/compare",
     response_class=Response,
-    responses={
-        200: {
-            "description": "A contact sheet; the numbers; or a zip of both, `sheet.png` and `numbers.json`",
-            "content": {PNG: {"schema": BINARY}, ZIP: {"schema": BINARY}},
-            "model": Comparison,
-        }
-    },
-    openapi_extra=takes("A picture.", (PNG, JPEG, WEBP)),
+    responses=answers(
+        "A contact sheet; the numbers; or a zip of both, `sheet.png` and `numbers.json`",
+        (PNG, ZIP),
+        COMPARED,
+        Comparison,
+    )
+    | problems(*WORK),
+    openapi_extra=takes("A picture, or a form of one.", (PNG, JPEG, WEBP), form=True),
 )
 async def compare(request: Request, query: Annotated[CompareQuery, Query()], shared: Shared) -> Response:
     """One picture through each of `models` and back. Body: the bytes of a PNG, JPEG or WebP."""
     clock, deadline = Clock("compare", shared.metrics), deadline_of(request)
-    media = negotiate(", ".join(request.headers.getlist("accept")), (PNG, JSON, ZIP))
+    media = negotiate(accepted(request), (PNG, JSON, ZIP))
     trips = await _models(query, shared)
     bodies = await read_pictures(request, shared.limits.body_bytes)
     if len(bodies) != 1:
@@ -123,7 +122,7 @@ async def compare(request: Request, query: Annotated[CompareQuery, Query()], sha
         numbers = Comparison(image_size=f"{seen[0]}x{seen[1]}", models=rows)
         content = await asyncio.to_thread(_body, media, numbers, cells)
     headers = {"X-Image-Size": f"{size[0]}x{size[1]}", "Server-Timing": clock.finish()}
-    return Response(content, media_type=media, headers=headers)
+    return Response(content, media_type=content_type(accepted(request), media), headers=headers)
 
 
 async def _models(query: CompareQuery, shared: Context) -> list[_Trip]:

@@ -82,7 +82,8 @@ def kind_of(error: errors.ServiceError) -> Kind:
 
 
 def problem(request: Request, kind: Kind, detail: str, headers: dict[str, str] | None = None) -> Response:
-    """The answer to a request that failed."""
+    """The answer to a request that failed; its line in the log says the same."""
+    request.scope.setdefault("state", {})["problem"] = kind.code, detail
     body = Problem(
         type=f"urn:latentd:problem:{kind.code}",
         title="Client Closed Request" if kind.status == CLIENT_GONE else HTTPStatus(kind.status).phrase,
@@ -135,7 +136,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _bug(request: Request, error: Exception) -> Response:
     found_by = request_id(request)
-    log.error("unexpected error, request %s", found_by, exc_info=error, extra={"facts": {"request_id": found_by}})
+    model = str(request.scope.get("state", {}).get("model", ""))
+    facts = {"request_id": found_by, "model": model}
+    log.error("unexpected error, request=%s model=%s", found_by, quote(model), exc_info=error, extra={"facts": facts})
     # starlette answers from outside `Access`, which sets this header on everything else
     headers = {"X-Request-Id": found_by}
     return problem(request, BUG, "an unexpected error: the log has it under this request_id", headers)

@@ -2,10 +2,10 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Path, Query
 
 from app.api.context import ADMIN, GUARD, Context, Shared
-from app.api.openapi import PROBLEM
+from app.api.openapi import PROBLEM, problems
 from app.api.schemas import LoadQuery, Model, Models, NoQuery, Plan, PlanQuery, Resident
 from app.api.work import latent_shape_of, picture_shape
 from app.engine.jobs import Task
@@ -18,6 +18,7 @@ from app.wire.fit import fitted_size
 router = APIRouter(prefix="/models", tags=["models"], dependencies=GUARD, responses=PROBLEM)
 admin = APIRouter(prefix="/models", tags=["admin"], dependencies=ADMIN, responses=PROBLEM)
 Nothing = Annotated[NoQuery, Query()]
+Name = Annotated[str, Path(description="A name of GET /models, or at least 8 digits of a sha256.")]
 
 
 def model_row(entry: Entry, shared: Context) -> Model:
@@ -41,14 +42,14 @@ async def _row(name: str, shared: Context) -> Model:
     return model_row(await shared.engine.resolve(name), shared)  # by hash, or UnknownModel
 
 
-@router.get("")
+@router.get("", responses=problems(503))
 async def list_models(_: Nothing, shared: Shared) -> Models:
     """Every model file of the folder, unreadable ones with their error."""
     return Models(models=[model_row(entry, shared) for entry in await shared.engine.entries()])
 
 
-@router.get("/{name:path}/plan")
-async def plan(name: str, query: Annotated[PlanQuery, Query()], shared: Shared) -> Plan:
+@router.get("/{name:path}/plan", operation_id="plan_model", responses=problems(404, 503))
+async def plan(name: Name, query: Annotated[PlanQuery, Query()], shared: Shared) -> Plan:
     """The forecast and the plan for a picture of this size, as things are now."""
     checkpoint = await shared.engine.resolve(name)
     width, height = fitted_size(query.width, query.height, checkpoint.family.size_multiple, "pad")
@@ -65,40 +66,40 @@ async def plan(name: str, query: Annotated[PlanQuery, Query()], shared: Shared) 
     )
 
 
-@router.get("/{name:path}")
-async def one_model(name: str, _: Nothing, shared: Shared) -> Model:
+@router.get("/{name:path}", operation_id="get_model", responses=problems(404, 503))
+async def one_model(name: Name, _: Nothing, shared: Shared) -> Model:
     """One row of the list."""
     if not name:
         raise UnknownModel("a model's name is missing")
     return await _row(name, shared)
 
 
-@admin.post("/{name:path}/load")
-async def load(name: str, query: Annotated[LoadQuery, Query()], shared: Shared) -> Model:
+@admin.post("/{name:path}/load", operation_id="load_model", responses=problems(404, 409, 503, 507))
+async def load(name: Name, query: Annotated[LoadQuery, Query()], shared: Shared) -> Model:
     """Brings the model to every device."""
     checkpoint = await shared.engine.resolve(name)
     await shared.engine.load(checkpoint, query.dtype)
     return await _row(checkpoint.name, shared)
 
 
-@admin.post("/{name:path}/unload")
-async def unload(name: str, _: Nothing, shared: Shared) -> Model:
+@admin.post("/{name:path}/unload", operation_id="unload_model", responses=problems(404, 409, 503))
+async def unload(name: Name, _: Nothing, shared: Shared) -> Model:
     """Removes the model from every device; 409 while it is pinned or in use."""
     checkpoint = await shared.engine.resolve(name)
     shared.engine.unload(checkpoint)
     return await _row(checkpoint.name, shared)
 
 
-@admin.post("/{name:path}/pin")
-async def pin(name: str, _: Nothing, shared: Shared) -> Model:
+@admin.post("/{name:path}/pin", operation_id="pin_model", responses=problems(404, 503))
+async def pin(name: Name, _: Nothing, shared: Shared) -> Model:
     """Keeps the model on the device once it is there."""
     checkpoint = await shared.engine.resolve(name)
     shared.engine.pin(checkpoint, pinned=True)
     return await _row(checkpoint.name, shared)
 
 
-@admin.post("/{name:path}/unpin")
-async def unpin(name: str, _: Nothing, shared: Shared) -> Model:
+@admin.post("/{name:path}/unpin", operation_id="unpin_model", responses=problems(404, 503))
+async def unpin(name: Name, _: Nothing, shared: Shared) -> Model:
     """Lets the model be evicted again."""
     checkpoint = await shared.engine.resolve(name)
     shared.engine.pin(checkpoint, pinned=False)

@@ -8,11 +8,26 @@ from typing import Annotated
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
-from app.api.answer import JPEG, NPY, NPZ, PNG, SAFETENSORS, WEBP, ZIP, answer, latents_body, negotiate, pictures_body
+from app.api.answer import (
+    JPEG,
+    NPY,
+    NPZ,
+    PNG,
+    SAFETENSORS,
+    WEBP,
+    ZIP,
+    accepted,
+    answer,
+    content_type,
+    latents_body,
+    negotiate,
+    pictures_body,
+)
 from app.api.body import deadline_of, read_body, read_pictures
 from app.api.context import GUARD, Shared
 from app.api.mismatch import check_family, convention_of, warning
-from app.api.openapi import LATENTS_FAMILY, PROBLEM, WARNING, answers, takes
+from app.api.openapi import DECODED, ENCODED, LATENTS_FAMILY, PROBLEM, WORK, answers, problems, takes
+from app.api.restoring import WayBack, way_back
 from app.api.schemas import DecodeQuery, EncodeQuery
 from app.api.work import Clock, Done, Given, Size, decoding, encoding, finished, picture_size, resolved
 from app.engine.jobs import Output, Task, Work
@@ -21,6 +36,7 @@ from app.store.checkpoint import Checkpoint
 from app.wire.arrays import LatentShape, latent_shape, read_latents
 from app.wire.fit import fit, fitted_size
 from app.wire.images import check_sides, image_size, read_image
+from app.wire.origin import origin_of, restore
 
 router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
 
@@ -28,7 +44,7 @@ router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
 @router.post(
     "/encode",
     response_class=Response,
-    responses=answers("float16 latents, (N, C, h, w)", (NPY, SAFETENSORS, NPZ)),
+    responses=answers("float16 latents, (N, C, h, w)", (NPY, SAFETENSORS, NPZ), ENCODED) | problems(*WORK),
     openapi_extra=takes("A picture, or a form of several.", (PNG, JPEG, WEBP), form=True),
 )
 async def encode(request: Request, query: Annotated[EncodeQuery, Query()], shared: Shared) -> Response:
@@ -62,14 +78,16 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     arrays = [result.array for result in done.results]
     media = _latents_type(request, [array.shape for array in arrays])
     with clock.stage("write"):
-        content = await asyncio.to_thread(latents_body, media, arrays, done.task, sizes)
-    return answer(content, media, done, clock, sizes)
+        origin = origin_of(sizes, done.task.checkpoint.family.size_multiple, query.fit)
+        content = await asyncio.to_thread(latents_body, media, arrays, done.task, origin)
+    return answer(content, content_type(accepted(request), media), done, clock, origin)
 
 
 @router.post(
     "/decode",
     response_class=Response,
-    responses=answers("A picture; several as zip or npy, uint8 (N, H, W, 3)", (PNG, JPEG, WEBP, ZIP, NPY), WARNING),
+    responses=answers("A picture; several as zip or npy, uint8 (N, H, W, 3)", (PNG, JPEG, WEBP, ZIP, NPY), DECODED)
+    | problems(409, *WORK),
     openapi_extra=takes("Latents, (C, h, w) or (N, C, h, w).", (NPY, NPZ, SAFETENSORS), headers=[LATENTS_FAMILY]),
 )
 async def decode(request: Request, query: Annotated[DecodeQuery, Query()], shared: Shared) -> Response:
@@ -80,7 +98,6 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
     with clock.stage("read"):
         header = await asyncio.to_thread(latent_shape, body)
     latents = convention_of(query, header)
-    media = _picture_type(request, query, header.batch)
 
     def prepare(checkpoint: Checkpoint) -> Work[Done]:
         family = checkpoint.family
@@ -88,50 +105,50 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
         output: Output = "uint16" if query.bits == "16" else "uint8"
         task = Task("decode", checkpoint, latents, query.precision, query.tiling, query.deterministic, output)
         shared.limits.check([picture_size(header, task)] * header.batch)
-        check_sides(*_crop(query, header, task), media)
+        back = _way_back(query, header, task)
+        media = _picture_type(request, query, back.result.sizes)  # refused now or never
+        for size in set(back.result.sizes):
+            check_sides(*size, media)
 
         def read() -> Given:
             items = list(read_latents(body, max_bytes=shared.limits.body_bytes * 4).array)
-            return Given(items, warning(items, family, latents))
+            found = [text for text in (warning(items, family, latents), back.warning) if text]
+            return Given(items, "; ".join(found) or None)
 
         return decoding(task, header, lambda: asyncio.to_thread(read), clock)
 
     done = await finished(request, checkpoint, query.model, prepare, deadline, shared)
-    size = _crop(query, header, done.task)
-    arrays = [result.array[: size[1], : size[0]] for result in done.results]
+    back = _way_back(query, header, done.task)
+    media = _picture_type(request, query, back.result.sizes)
+
+    def write() -> bytes:
+        pairs = zip(done.results, back.result.sizes, strict=True)
+        return pictures_body(media, [restore(each.array, size, back.change) for each, size in pairs], query.quality)
+
     with clock.stage("write"):
-        content = await asyncio.to_thread(pictures_body, media, arrays, query.quality)
-    return answer(content, media, done, clock, [size])
+        content = await asyncio.to_thread(write)
+    return answer(content, content_type(accepted(request), media), done, clock, back.result)
 
 
 def _latents_type(request: Request, shapes: Sequence[tuple[int, ...]]) -> str:
-    return negotiate(_accept(request), (NPY, SAFETENSORS, NPZ) if len(set(shapes)) == 1 else (NPZ,))
+    return negotiate(accepted(request), (NPY, SAFETENSORS, NPZ) if len(set(shapes)) == 1 else (NPZ,))
 
 
-def _crop(query: DecodeQuery, header: LatentShape, task: Task) -> Size:
-    """The size that a picture is cut to."""
-    width, height = picture_size(header, task)
-    size = query.width_height
-    if size is None:
-        return width, height
-    if size[0] > width or size[1] > height:
-        raise InvalidParameter(f"size={query.size} is larger than the picture, {width}x{height}")
-    return size
+def _way_back(query: DecodeQuery, header: LatentShape, task: Task) -> WayBack:
+    decoded = [picture_size(header, task)] * header.batch
+    return way_back(query, header, decoded, task.checkpoint.family.size_multiple)
 
 
-def _accept(request: Request) -> str:
-    return ", ".join(request.headers.getlist("accept"))
-
-
-def _picture_type(request: Request, query: DecodeQuery, n: int) -> str:
-    accept = _accept(request)
+def _picture_type(request: Request, query: DecodeQuery, sizes: Sequence[Size]) -> str:
+    accept, n = accepted(request), len(sizes)
     if n == 1:
         media = negotiate(accept, (PNG, JPEG, WEBP, NPY, ZIP))
     else:
+        offers = (ZIP, NPY) if len(set(sizes)) == 1 else (ZIP,)  # pictures of different sizes are no array
         try:
-            media = negotiate(accept, (ZIP, NPY))
+            media = negotiate(accept, offers)
         except NotAcceptable:
-            raise NotAcceptable(f"{n} pictures do not fit in {accept[:200]}: ask for {ZIP} or {NPY}") from None
+            raise NotAcceptable(f"{n} pictures do not fit in {accept[:200]}: ask for {' or '.join(offers)}") from None
     if query.bits == "16" and media not in (PNG, ZIP):
         raise InvalidParameter(f"bits=16 is for PNG; {media} has 8 bits a channel")
     if query.quality is not None and media not in (JPEG, WEBP):

@@ -6,11 +6,19 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from app.terms import Convention, Precision, Tiling
+from app.wire.fit import Fit
+from app.wire.origin import Change, Pair, read_offsets, read_sizes
 
 
-def _size(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", text):
-        raise ValueError("a size is WxH in pixels, like 512x768")
+def _sizes(text: str) -> str:
+    if read_sizes(text) is None:
+        raise ValueError("a size is WxH in pixels, like 512x768; of several pictures, each, separated by commas")
+    return text
+
+
+def _offsets(text: str) -> str:
+    if read_offsets(text) is None:
+        raise ValueError("an offset is x,y in pixels, like 1,2; of several pictures, each, separated by semicolons")
     return text
 
 
@@ -26,21 +34,38 @@ class NoQuery(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+PRECISION = "The network's. auto: the service's own choice, again in fp32 where fp16 overflows."
+TILING = "Bands of rows, for less memory and the same picture. auto: when memory is short."
+
+
 class CommonQuery(NoQuery):
     """Parameters of both operations."""
 
-    model: str | None = Field(None, min_length=1, max_length=512)
-    latents: Convention = "scaled"
-    precision: Precision = "auto"
-    tiling: Tiling = "auto"
-    deterministic: bool = False
+    model: str | None = Field(
+        None,
+        min_length=1,
+        max_length=512,
+        description="A name of GET /models, or at least 8 digits of a sha256. Absent: the service's default model.",
+    )
+    latents: Convention = Field(
+        "scaled", description="scaled: as a diffusion model sees them. raw: as the network has them."
+    )
+    precision: Precision = Field("auto", description=PRECISION)
+    tiling: Tiling = Field("auto", description=TILING)
+    deterministic: bool = Field(False, description="The same bytes for the same request, at some cost in speed.")
 
 
 class PictureQuery(NoQuery):
     """How a picture is made ready for a network."""
 
-    fit: Literal["pad", "crop", "resize", "error"] = "pad"
-    background: Annotated[str, AfterValidator(_colour)] = "ffffff"
+    fit: Fit = Field(
+        "pad",
+        description="Where a side is no multiple of the network's factor: repeat the edge, keep the centre, resize to "
+        "the nearest multiple, or refuse.",
+    )
+    background: Annotated[str, AfterValidator(_colour)] = Field(
+        "ffffff", description="What shows through transparent pixels: RRGGBB in hexadecimal."
+    )
 
     @property
     def rgb(self) -> tuple[int, int, int]:
@@ -52,32 +77,58 @@ class PictureQuery(NoQuery):
 class EncodeQuery(CommonQuery, PictureQuery):
     """Parameters of /encode."""
 
-    posterior: Literal["mode", "sample"] = "mode"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    posterior: Literal["mode", "sample"] = Field(
+        "mode", description="mode: the middle of the distribution that the encoder gives. sample: a draw from it."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
+        None, description="Of posterior=sample: the same seed gives the same draw. Absent: another one each time."
+    )
 
 
 class DecodeQuery(CommonQuery):
     """Parameters of /decode."""
 
-    size: Annotated[str, AfterValidator(_size)] | None = None
-    quality: Annotated[int, Field(ge=1, le=100)] | None = None
-    bits: Literal["8", "16"] = "8"
+    size: Annotated[str, AfterValidator(_sizes)] | None = Field(
+        None,
+        max_length=8192,
+        description="X-Image-Size of /encode: the picture comes back in this size. Without fit, any size to cut to. "
+        "Absent: as a safetensors file says it, else as decoded.",
+    )
+    fit: Change | None = Field(
+        None,
+        description="X-Image-Fit of /encode: pad cuts the padding off, resize resizes back, crop keeps the part that "
+        "was encoded. Absent: as a safetensors file says it, else pad.",
+    )
+    offset: Annotated[str, AfterValidator(_offsets)] | None = Field(
+        None, max_length=8192, description="X-Image-Offset of /encode, for fit=crop: told again with the answer."
+    )
+    quality: Annotated[int, Field(ge=1, le=100)] | None = Field(
+        None, description="Of JPEG and WebP; 90 where nothing is said."
+    )
+    bits: Literal["8", "16"] = Field("8", description="A channel, in PNG.")
 
     @property
-    def width_height(self) -> tuple[int, int] | None:
-        """`size` as numbers."""
-        if self.size is None:
-            return None
-        width, height = self.size.split("x")
-        return int(width), int(height)
+    def sizes(self) -> tuple[Pair, ...] | None:
+        """`size` as numbers, (width, height) of each picture or of all."""
+        return None if self.size is None else read_sizes(self.size)
+
+    @property
+    def offsets(self) -> tuple[Pair, ...]:
+        """`offset` as numbers, (x, y) of each picture or of all."""
+        return read_offsets(self.offset or "") or ()
 
 
 class CompareQuery(PictureQuery):
     """Parameters of /compare."""
 
-    models: str | None = Field(None, min_length=1, max_length=8192)  # comma separated; absent: all usable
-    precision: Precision = "auto"
-    tiling: Tiling = "auto"
+    models: str | None = Field(
+        None,
+        min_length=1,
+        max_length=8192,
+        description="Names or hashes, separated by commas. Absent: all usable models.",
+    )
+    precision: Precision = Field("auto", description=PRECISION)
+    tiling: Tiling = Field("auto", description=TILING)
 
     @property
     def names(self) -> list[str] | None:
@@ -90,17 +141,19 @@ class CompareQuery(PictureQuery):
 class LoadQuery(NoQuery):
     """Parameters of /models/{name}/load."""
 
-    dtype: Precision = "auto"
+    dtype: Precision = Field(
+        "auto", description="The precision that it is loaded in. auto: the one that would be tried first."
+    )
 
 
 class PlanQuery(NoQuery):
     """Parameters of /models/{name}/plan: a picture's size in pixels and how it would be run."""
 
-    op: Literal["encode", "decode"] = "decode"
-    width: int = Field(1024, ge=1, le=1 << 16)
-    height: int = Field(1024, ge=1, le=1 << 16)
-    precision: Precision = "auto"
-    tiling: Tiling = "auto"
+    op: Literal["encode", "decode"] = Field("decode", description="What would be done.")
+    width: int = Field(1024, ge=1, le=1 << 16, description="Of the picture, in pixels.")
+    height: int = Field(1024, ge=1, le=1 << 16, description="Of the picture, in pixels.")
+    precision: Precision = Field("auto", description=PRECISION)
+    tiling: Tiling = Field("auto", description=TILING)
 
 
 class Resident(BaseModel):
@@ -172,6 +225,16 @@ class Comparison(BaseModel):
 
     image_size: str  # WxH of what was measured
     models: list[Compared]
+
+
+class Health(BaseModel):
+    """A probe's answer: 200 with ok, or 503 with failing and what it is that fails."""
+
+    status: Literal["ok", "failing"]
+    lost: str | None = None  # why the device is lost
+    scanned: bool | None = None  # the folder has been read once
+    device: bool | None = None  # there is one that works
+    draining: bool | None = None  # shutting down
 
 
 class Problem(BaseModel):

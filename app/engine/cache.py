@@ -14,7 +14,7 @@ import torch
 from app.engine.memory import DeviceMemory
 from app.engine.planning import TORCH_DTYPES
 from app.errors import ModelBusy, OutOfMemory
-from app.metrics import Metrics
+from app.metrics import DeviceMetrics
 from app.store.checkpoint import Checkpoint
 from app.terms import Dtype
 from app.vae.autoencoder import Autoencoder, Config
@@ -38,7 +38,7 @@ class Resident:
 class ModelCache:
     """Modules by sha256, configuration and dtype, oldest use first."""
 
-    def __init__(self, load: Load, memory: DeviceMemory, limit: int | None, metrics: Metrics) -> None:
+    def __init__(self, load: Load, memory: DeviceMemory, limit: int | None, metrics: DeviceMetrics) -> None:
         self._load_module = load
         self._memory = memory
         self._limit = limit if limit is not None else memory.capacity()

@@ -14,7 +14,10 @@ from app.terms import Op
 def gauges(engine: Engine) -> Iterator[Gauge]:
     """The state as Prometheus gauges: (name, help, labels, value)."""
     now = time.monotonic()
-    names = [entry.name for entry in engine.store.entries() if isinstance(entry, Checkpoint)]
+    entries = engine.store.entries()
+    names = [entry.name for entry in entries if isinstance(entry, Checkpoint)]
+    for state, count in (("usable", len(names)), ("error", len(entries) - len(names))):
+        yield "models", "Model files in the folder, by whether they can be used.", {"state": state}, count
     depths: dict[tuple[str, Op], int] = {(name, op): 0 for name in names for op in get_args(Op)}
     for worker in engine.workers:
         for key, depth in worker.batcher.depths().items():

@@ -27,7 +27,7 @@ from app.engine.memory import DeviceMemory, Level
 from app.engine.planner import Planner, shape_of
 from app.engine.planning import ExecutionPlan
 from app.errors import DeadlineExceeded, NonFiniteOutput, OutOfMemory, ServiceError, Unavailable
-from app.metrics import Metrics
+from app.metrics import DeviceMetrics
 from app.store.checkpoint import Checkpoint
 from app.terms import Dtype
 from app.vae.autoencoder import Autoencoder
@@ -63,7 +63,7 @@ class Runner:
         cache: ModelCache,
         memory: DeviceMemory,
         planner: Planner,
-        metrics: Metrics,
+        metrics: DeviceMetrics,
         keep_pages: Callable[[bool], object] | None,
         unstage: Callable[[], bool],
     ) -> None:
@@ -313,6 +313,7 @@ class Runner:
     def _finish(self, job: Job, array: np.ndarray, plan: ExecutionPlan) -> None:
         if not job.gone:
             reason = job.reason or ("requested" if self._planner.unusual(job.task, plan) else None)
+            self._metrics.pixels.labels(job.task.op).inc(job.pixels)
             job.future.set_result(Result(array, str(plan), reason, job.seconds))
 
 

@@ -27,7 +27,7 @@ from app.engine.rate import Rate
 from app.engine.runner import Runner, Staged, on
 from app.engine.verdicts import Verdicts
 from app.errors import OutOfMemory, Unavailable
-from app.metrics import Gauge, Metrics
+from app.metrics import DeviceMetrics, Gauge, Metrics
 from app.store.checkpoint import Checkpoint, load_autoencoder
 from app.terms import Dtype, Precision
 from app.text import reason
@@ -76,7 +76,8 @@ class Worker:
         self.memory = memory
         self.rate = Rate()
         self.batcher = Batcher(limits, self.rate, metrics)
-        self.cache = ModelCache(self._load, memory, cache_bytes, metrics)
+        of_device = DeviceMetrics(metrics, name)
+        self.cache = ModelCache(self._load, memory, cache_bytes, of_device)
         self._load_module = load
         self._stage_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-stage")
         self._load_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-load")
@@ -87,7 +88,7 @@ class Worker:
             self.cache,
             memory,
             self.planner,
-            metrics,
+            of_device,
             keep_pages if self.device.type == "cpu" else None,
             self._unstage,
         )
@@ -156,7 +157,7 @@ class Worker:
             yield "model_resident_bytes", "Bytes of its weights.", labels, resident.nbytes
             yield "model_in_use", "Batches that hold it.", labels, resident.in_use
         for kind, value in self.memory.kinds(self.cache.nbytes).items():
-            yield "gpu_memory_bytes", "Memory of a device.", {**device, "kind": kind}, value
+            yield "device_memory_bytes", "Memory of a device, by kind.", {**device, "kind": kind}, value
         progress = time.time() - (time.monotonic() - self._runner.progress)
         yield "worker_last_progress_timestamp_seconds", "When the device thread last moved.", device, progress
         yield "worker_up", "0 once the device is lost or stuck.", device, self.alive

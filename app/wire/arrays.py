@@ -1,6 +1,5 @@
 """Latents out of a body: .npy, .npz or safetensors, always as a batch of finite numbers."""
 
-import re
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -10,6 +9,7 @@ from app.errors import InvalidLatent
 from app.terms import Convention
 from app.wire.npy import npy_header
 from app.wire.npz import npz_headers, read_npz
+from app.wire.origin import Origin, read_origin
 from app.wire.sniff import ARRAYS, sniff
 from app.wire.spec import ArraySpec, Values, check_size, values
 from app.wire.tensors import safetensors_header
@@ -27,7 +27,8 @@ class LatentShape:
     """`float16` or `float32`, as they are read."""
     family: str | None = None
     convention: Convention | None = None
-    """These two as a safetensors file says; None where it does not, and for .npy and .npz."""
+    origin: Origin | None = None
+    """These three as a safetensors file says; None where it does not, and for .npy and .npz."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +41,7 @@ class Latents:
     array: Values
     family: str | None = None
     convention: Convention | None = None
-    image_size: tuple[int, int] | None = None
-    """(width, height) in pixels of the picture that was encoded."""
+    origin: Origin | None = None
 
 
 def latent_shape(body: bytes) -> LatentShape:
@@ -57,7 +57,8 @@ def latent_shape(body: bytes) -> LatentShape:
         case _:
             spec, metadata = safetensors_header(body)
             convention = _convention(metadata.get("convention"))
-            return replace(_batch([spec]), family=metadata.get("family"), convention=convention)
+            origin = read_origin(metadata)
+            return replace(_batch([spec]), family=metadata.get("family"), convention=convention, origin=origin)
 
 
 def read_latents(body: bytes, *, max_bytes: int) -> Latents:
@@ -79,7 +80,7 @@ def read_latents(body: bytes, *, max_bytes: int) -> Latents:
                 _finite(values(spec, body)),
                 metadata.get("family"),
                 _convention(metadata.get("convention")),
-                _image_size(metadata.get("image_size")),
+                read_origin(metadata),
             )
 
 
@@ -111,12 +112,3 @@ def _convention(text: str | None) -> Convention | None:
     if text not in (None, "scaled", "raw"):
         raise InvalidLatent(f"expected the metadata's convention to be scaled or raw, got {text[:40]!r}")
     return cast(Convention | None, text)
-
-
-def _image_size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    size = re.fullmatch("([1-9][0-9]{0,6})x([1-9][0-9]{0,6})", text)
-    if size is None:
-        raise InvalidLatent(f"expected the metadata's image_size as WIDTHxHEIGHT, got {text[:40]!r}")
-    return int(size[1]), int(size[2])

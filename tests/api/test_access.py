@@ -3,6 +3,7 @@ import re
 
 import pytest
 
+from tests.api.test_health import LIVE, READY
 from tests.service import picture, serving
 
 
@@ -39,4 +40,51 @@ async def test_the_log_has_one_line_a_request(service, caplog):
         "model": "kl",
         "request_id": "me",
     }
+    assert re.fullmatch(r"POST /encode 200 [0-9.]+ ms request=me model=kl", first.getMessage())
     assert second.getMessage().startswith("GET /no%0Asuch%20route 404 ")
+
+
+def lines(caplog) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.name == "app.access"]
+
+
+async def test_the_line_of_an_error_says_what_and_why_and_who(service, caplog):
+    with caplog.at_level(logging.INFO, "app.access"):
+        answer = await service.post("/encode", content=b"no picture", headers={"X-Request-Id": "me"})
+        await service.post("/encode?model=no%0Abody%1b")
+        await service.post("/encode?model=" + "x" * 513)
+    first, second, third = lines(caplog)
+    code, reason = answer.json()["code"], answer.json()["detail"]
+    assert first.getMessage().endswith(f" ms request=me model=kl {code}: {reason}")
+    facts = first.__dict__["facts"]
+    assert (facts["code"], facts["reason"], facts["model"], facts["request_id"]) == (code, reason, "kl", "me")
+    for record in (second, third):
+        assert record.getMessage().isprintable()
+        assert len(record.getMessage()) < 800
+    assert "unknown_model" in second.getMessage()
+    assert "invalid_parameter: model: " in third.getMessage()
+
+
+async def test_the_line_of_a_bug_has_the_code_too(service, caplog, monkeypatch):
+    def broken(_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("app.api.routes.image_size", broken)
+    with caplog.at_level(logging.INFO):
+        await service.post("/encode", content=picture(), headers={"X-Request-Id": "me"})
+    (record,) = lines(caplog)
+    assert record.levelno == logging.WARNING
+    assert " 500 " in record.getMessage()
+    assert "request=me model=kl internal_error: " in record.getMessage()
+    (bug,) = (record for record in caplog.records if record.exc_info)
+    assert bug.getMessage() == "unexpected error, request=me model=kl"
+
+
+@pytest.mark.parametrize("path", [*LIVE, *READY, "/healthz/startup", "/metrics"])
+async def test_probes_are_not_logged(service, caplog, path):
+    with caplog.at_level(logging.INFO):
+        assert (await service.get(path)).status_code == 200
+    assert not lines(caplog)
+    with caplog.at_level(logging.DEBUG, "app.access"):
+        await service.get(path)
+    assert len(lines(caplog)) == 1

@@ -273,7 +273,7 @@ async def test_it_is_counted_and_described(service):
     picture_of(await service.post("/compare?models=kl", content=picture()))
     assert service.count("vae_requests_total", op="compare", model="", status="200") == before + 1
     document = (await service.get("/openapi.json")).json()["paths"]["/compare"]["post"]
-    assert set(document["responses"]["200"]["content"]) == {PNG, JSON, ZIP}
+    assert set(document["responses"]["200"]["content"]) == {PNG, JSON, ZIP, "application/octet-stream"}
     assert {parameter["name"] for parameter in document["parameters"]} == {
-        *("models", "precision", "tiling", "fit", "background", "X-Request-Timeout-Ms")
+        *("models", "precision", "tiling", "fit", "background", "X-Request-Timeout-Ms", "X-Request-Id")
     }

@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.wire.arrays import read_latents
 from app.wire.tensors import write_safetensors
 from tests.service import SIDE, array_of, latent, npy, picture, picture_of, refused, serving
 
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
 PNG, JPEG, WEBP, ZIP = "image/png", "image/jpeg", "image/webp", "application/zip"
+
+
+def safetensors(body: bytes) -> np.ndarray:
+    return read_latents(body, max_bytes=1 << 20).array
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +123,72 @@ async def test_size_crops_the_padding_away(service):
     np.testing.assert_array_equal(np.asarray(picture_of(answer)), np.asarray(picture_of(whole))[:33, :35])
 
 
+@pytest.mark.parametrize("accept", [NPY, SAFETENSORS])
+@pytest.mark.parametrize("fit", ["pad", "resize", "crop"])
+async def test_what_encode_said_leads_back_to_the_picture(service, fit, accept):
+    encoded = await service.post(f"/encode?fit={fit}", content=picture(35, 29), headers={"Accept": accept})
+    headers = encoded.headers
+    back = {"size": headers["X-Image-Size"], "fit": headers["X-Image-Fit"], "offset": headers.get("X-Image-Offset")}
+    query = {name: value for name, value in back.items() if value} if accept == NPY else {}  # the file says it itself
+    answer = await service.post("/decode", content=encoded.content, params=query)
+    plain = await service.post("/decode", content=npy(safetensors(encoded.content) if not query else array_of(encoded)))
+    decoded = picture_of(plain)
+    if fit == "crop":  # what is gone cannot come back: the answer is the part, and says so
+        assert (answer.headers["X-Image-Size"], answer.headers["X-Image-Fit"]) == ("32x24", "crop")
+        assert answer.headers["X-Image-Offset"] == "1,2"
+        expected = decoded
+    else:
+        assert answer.headers["X-Image-Size"] == "35x29"
+        assert not {"x-image-fit", "x-image-offset"} & set(answer.headers)
+        box = (0, 0, 35, 29)
+        expected = decoded.crop(box) if fit == "pad" else decoded.resize((35, 29), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(np.asarray(picture_of(answer)), np.asarray(expected))
+
+
+async def test_the_query_overrules_what_the_file_says_of_its_size(service):
+    async def decoded(latents, **query):
+        return await service.post("/decode", content=latents, params=query)
+
+    padded = (await service.post("/encode", content=picture(35, 29), headers={"Accept": SAFETENSORS})).content
+    assert picture_of(await decoded(padded, size="40x32")).size == (40, 32)
+    resized = await service.post("/encode?fit=resize", content=picture(35, 29), headers={"Accept": SAFETENSORS})
+    assert picture_of(await decoded(resized.content, size="20x30", fit="pad")).size == (20, 30)
+    refused(await decoded(resized.content, size="20x30"), 422, "invalid_parameter")
+    refused(await decoded(resized.content, fit="crop", size="20x30"), 422, "invalid_parameter")
+    refused(await decoded(resized.content, fit="pad"), 422, "invalid_parameter")
+
+
+async def test_a_file_whose_size_is_not_its_own_is_decoded_with_a_warning(service):
+    for metadata in ({"image_size": "64x64"}, {"image_size": "30x30, 31x31"}, {"image_size": "8x8"}):
+        answer = await service.post("/decode", content=write_safetensors(latent(), metadata))
+        assert picture_of(answer).size == (SIDE, SIDE)
+        assert "left as decoded" in answer.headers["X-Warning"]
+
+
+async def test_a_batch_of_sizes_comes_back_as_each_was(service):
+    files = [("image", ("a.png", picture(30, 25))), ("image", ("b.png", picture(31, 26)))]
+    encoded = await service.post("/encode", files=files, headers={"Accept": SAFETENSORS})
+    answer = await service.post("/decode", content=encoded.content)
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        assert [Image.open(archive.open(name)).size for name in archive.namelist()] == [(30, 25), (31, 26)]
+    assert answer.headers["X-Image-Size"] == "30x25, 31x26"
+    asked = await service.post("/decode", content=encoded.content, headers={"Accept": NPY})
+    assert ZIP in refused(asked, 406, "not_acceptable")
+    array = npy(safetensors(encoded.content))
+    same = await service.post("/decode", content=array, params={"size": encoded.headers["X-Image-Size"], "fit": "pad"})
+    assert same.content == answer.content
+    whole = await service.post("/decode", content=encoded.content, params={"size": "32x32"}, headers={"Accept": NPY})
+    assert array_of(whole).shape == (2, SIDE, SIDE, 3)
+
+
+async def test_cropped_pictures_of_a_batch_say_where_each_belongs(service):
+    files = [("image", ("a.png", picture(34, 33))), ("image", ("b.png", picture(38, 39)))]
+    encoded = await service.post("/encode?fit=crop", files=files, headers={"Accept": SAFETENSORS})
+    answer = await service.post("/decode", content=encoded.content, headers={"Accept": NPY})
+    assert array_of(answer).shape == (2, SIDE, SIDE, 3)
+    assert (answer.headers["X-Image-Size"], answer.headers["X-Image-Offset"]) == ("32x32", "1,0; 3,3")
+
+
 async def test_quality_matters(service):
     bodies = [
         (await service.post(f"/decode?quality={quality}", content=npy(latent()), headers={"Accept": JPEG})).content
@@ -184,7 +255,13 @@ async def test_plans_that_are_asked_for(service, query, plan):
         ("bits=16", NPY),
         ("posterior=sample", PNG),  # parameters of /encode
         ("seed=1", PNG),
-        ("fit=pad", PNG),
+        ("fit=error", PNG),  # a value of /encode
+        ("fit=resize", PNG),  # to which size?
+        ("offset=1,1", PNG),  # of what?
+        ("offset=1&fit=crop", PNG),
+        ("size=32x32,32x32", PNG),  # there is one picture
+        ("size=20x32&fit=resize", PNG),  # is made 24x32
+        ("size=40x32&fit=crop", PNG),  # has nothing to crop
         ("size=8x8&size=16x16", PNG),
     ],
 )

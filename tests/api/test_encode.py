@@ -109,16 +109,31 @@ async def test_safetensors_says_what_it_holds(service):
         "family": "sd1",
         "convention": "scaled",
         "image_size": "30x25",
+        "image_fit": "pad",
     }
 
 
-async def test_safetensors_of_sizes_that_differ_names_none_and_decodes(service):
+async def test_safetensors_lists_sizes_that_differ(service):
     files = form(picture(30, 25), picture(31, 26))
     answer = await service.post("/encode", files=files, headers={"Accept": SAFETENSORS})
-    assert answer.headers["X-Image-Size"] == "30x25, 31x26"
-    assert "image_size" not in metadata_of(answer.content)
-    again = await service.post("/decode", content=answer.content, headers={"Accept": NPY})
-    assert array_of(again).shape == (2, 32, 32, 3)
+    assert answer.headers["X-Image-Size"] == metadata_of(answer.content)["image_size"] == "30x25, 31x26"
+
+
+@pytest.mark.parametrize(
+    ("query", "size", "fit", "offset"),
+    [
+        ("", (35, 33), "pad", None),
+        ("fit=resize", (35, 33), "resize", None),
+        ("fit=crop", (35, 33), "crop", "1,0"),
+        ("fit=crop", (SIDE, SIDE), None, None),  # nothing had to change
+        ("fit=error", (SIDE, SIDE), None, None),
+    ],
+)
+async def test_headers_and_file_say_what_a_decode_needs_to_come_back(service, query, size, fit, offset):
+    answer = await service.post(f"/encode?{query}", content=picture(*size), headers={"Accept": SAFETENSORS})
+    metadata = metadata_of(answer.content)
+    for key, said in (("Size", f"{size[0]}x{size[1]}"), ("Fit", fit), ("Offset", offset)):
+        assert answer.headers.get(f"X-Image-{key}") == metadata.get(f"image_{key.lower()}") == said
 
 
 async def test_raw_latents_are_unscaled(service):

@@ -1,11 +1,14 @@
 import asyncio
+import shutil
+import subprocess
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from app.main import create_app
 from app.settings import Settings
-from tests.service import occupied, picture, refused, serving
+from tests.service import SIDE, occupied, picture, refused, serving
 
 LIVE = ("/healthz/live", "/health", "/livez", "/v2/health/live")
 READY = ("/healthz/ready", "/readyz", "/v2/health/ready")
@@ -84,3 +87,37 @@ async def test_the_metrics_say_what_was_done(models):
             "vae_build_info{",
         ):
             assert name in answer.text
+
+
+def complaints(text: str) -> str:
+    """What promtool says of metrics; nothing where it is not installed."""
+    if shutil.which("promtool") is None:
+        return ""
+    command = ["promtool", "check", "metrics"]
+    checked = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    return checked.stdout + checked.stderr
+
+
+async def test_the_metrics_keep_the_rules_of_prometheus(models, tmp_path):
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "VAE" / "broken.safetensors").write_bytes(b"no weights")
+    async with serving(tmp_path, default_model="kl") as service:
+        encoded = await service.post("/encode", content=picture())
+        await service.post("/decode", content=encoded.content)
+        text = (await service.get("/metrics")).text
+    assert "_created" not in text
+    assert "gpu" not in text
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert all(family.documentation for family in families.values())
+    assert {"process_resident_memory_bytes", "process_cpu_seconds", "process_open_fds"} <= set(families)
+    for line in (
+        'vae_models{state="usable"} 2.0',
+        'vae_models{state="error"} 1.0',
+        'vae_device_memory_bytes{device="cpu",kind="total"}',
+        f'vae_pixels_total{{device="cpu",op="encode"}} {SIDE * SIDE:.1f}',
+        f'vae_pixels_total{{device="cpu",op="decode"}} {SIDE * SIDE:.1f}',
+        'vae_stage_duration_seconds_bucket{le="0.0005",op="decode",stage="write"}',
+        'vae_stage_duration_seconds_bucket{le="600.0",op="decode",stage="compute"}',
+    ):
+        assert line in text, line
+    assert complaints(text) == ""

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from app.engine.cache import ModelCache
 from app.engine.memory import FixedMemory
 from app.errors import ModelBusy, OutOfMemory, UnsupportedCheckpoint
-from app.metrics import Metrics
+from app.metrics import DeviceMetrics, Metrics
 from tests.fakes import checkpoint, load
 
 A, B, C = (checkpoint(name) for name in "abc")
@@ -35,7 +35,7 @@ class Loader:
 
 def cache_of(loader, room, limit=None):
     metrics = Metrics(CollectorRegistry())
-    return ModelCache(loader, FixedMemory(room), limit, metrics), metrics
+    return ModelCache(loader, FixedMemory(room), limit, DeviceMetrics(metrics, "cpu")), metrics
 
 
 async def use(cache, model, dtype="fp32"):
@@ -59,7 +59,7 @@ async def test_a_hundred_requests_for_a_cold_model_load_it_once():
     assert loader.loads == [("a", "fp32")]
     assert set(residents) == {residents[0]}
     assert residents[0].in_use == 100
-    assert metrics.registry.get_sample_value("vae_model_loads_total", {"result": "ok"}) == 1
+    assert metrics.registry.get_sample_value("vae_model_loads_total", {"device": "cpu", "result": "ok"}) == 1
 
 
 async def test_precision_is_part_of_the_key():
@@ -81,7 +81,7 @@ async def test_least_recently_used_goes_first_and_its_memory_before_the_next_loa
     gc.collect()
     assert names(cache) == ["c", "b"]
     assert module() is None
-    assert metrics.registry.get_sample_value("vae_model_evictions_total", {"reason": "memory"}) == 2
+    assert metrics.registry.get_sample_value("vae_model_evictions_total", {"device": "cpu", "reason": "memory"}) == 2
 
 
 async def test_what_is_in_use_or_pinned_stays():
@@ -119,7 +119,7 @@ async def test_a_failed_load_fails_its_own_waiters_only_and_is_tried_again():
     loader.error = None
     await use(cache, A)
     assert loader.loads == [("a", "fp32")] * 2
-    assert metrics.registry.get_sample_value("vae_model_loads_total", {"result": "error"}) == 1
+    assert metrics.registry.get_sample_value("vae_model_loads_total", {"device": "cpu", "result": "error"}) == 1
 
 
 async def test_a_waiter_that_gives_up_does_not_take_the_load_with_it():
@@ -182,7 +182,7 @@ async def test_a_load_that_runs_out_of_memory_is_tried_once_more_in_an_empty_cac
     assert loader.loads == [("a", "fp32"), ("b", "fp32"), ("b", "fp32")]
     assert names(cache) == []
     assert cache.free == 10 * BYTES
-    assert metrics.registry.get_sample_value("vae_model_loads_total", {"result": "error"}) == 1
+    assert metrics.registry.get_sample_value("vae_model_loads_total", {"device": "cpu", "result": "error"}) == 1
 
 
 async def test_an_error_that_nobody_waits_for_is_not_complained_about(caplog):

@@ -430,13 +430,14 @@ async def test_shapes_are_checked_before_anything_is_admitted():
 
 
 GAUGES = {
-    "queue_depth", "queue_pixels", "queue_oldest_age_seconds", "requests_in_flight", "draining", "model_resident",
-    "model_resident_bytes", "model_in_use", "gpu_memory_bytes", "worker_last_progress_timestamp_seconds", "worker_up",
+    "queue_depth", "queue_pixels", "queue_oldest_age_seconds", "requests_in_flight", "draining", "models",
+    "model_resident", "model_resident_bytes", "model_in_use", "device_memory_bytes",
+    "worker_last_progress_timestamp_seconds", "worker_up",
 }  # fmt: skip
 COUNTERS = {
     "rejected", "cancelled", "batch_executions", "batch_items", "batch_item_failures", "batch_retries",
     "mode_executions", "mode_fallbacks", "oom", "nonfinite", "model_loads", "model_load_duration_seconds",
-    "model_evictions", "batch_size", "requests", "request_duration_seconds", "stage_duration_seconds",
+    "model_evictions", "batch_size", "pixels", "requests", "request_duration_seconds", "stage_duration_seconds",
 }  # fmt: skip
 
 
@@ -457,6 +458,8 @@ async def test_the_metrics_exist_and_add_up(forwards):
         assert executions == [len(forwards.log)] * 3
         assert total("model_loads_total") == total("model_load_duration_seconds_count") == 2
         assert total("model_resident") == 2
+        assert total("pixels_total") == 2 * (5 + 3) * 16 * 16
+        assert {sample.labels.get("device") for sample in samples if sample.name == "vae_pixels_total"} == {"cpu"}
         assert total("model_resident_bytes") == 2 * HOT.weight_bytes(torch.float32)
         assert [total(name) for name in ("queue_depth", "queue_pixels", "requests_in_flight", "model_in_use")] == [
             0

@@ -13,7 +13,7 @@ from app.engine.planner import Planner, shape_of
 from app.engine.planning import ExecutionPlan
 from app.engine.verdicts import Verdicts
 from app.errors import InvalidParameter, OutOfMemory
-from app.metrics import Metrics
+from app.metrics import DeviceMetrics, Metrics
 from app.vae.architectures import ARCHITECTURES
 from app.vae.latent_format import LatentFormat
 from tests.fakes import FAMILY, checkpoint, load
@@ -40,7 +40,7 @@ async def never(checkpoint, dtype):
 
 def planner(precision="auto", device="cpu", room=1000):
     memory = FixedMemory(room)
-    cache = ModelCache(never, memory, None, Metrics(CollectorRegistry()))
+    cache = ModelCache(never, memory, None, DeviceMetrics(Metrics(CollectorRegistry()), "cpu"))
     return Planner(device, memory, cache, Told("cpu"), Verdicts(), precision)
 
 
@@ -85,7 +85,7 @@ async def test_the_prospect_of_a_task_counts_its_own_weights_as_there():
     async def loaded(checkpoint, dtype):
         return load(checkpoint, torch.float32, torch.device("cpu"))
 
-    cache = ModelCache(loaded, memory, None, Metrics(CollectorRegistry()))
+    cache = ModelCache(loaded, memory, None, DeviceMetrics(Metrics(CollectorRegistry()), "cpu"))
     plans = Planner("cpu", memory, cache, Told("cpu"), Verdicts(), "auto")
     assert plans.prospect(TASK) == 9 * weights
     resident = await cache.acquire(TOY, "fp32")

@@ -61,8 +61,8 @@ def test_npy(dtype, shape, order):
     assert not np.shares_memory(latents.array, np.frombuffer(body, np.uint8))
     batch = array.reshape(-1, *shape[-3:])
     np.testing.assert_array_equal(latents.array, batch)
-    assert astuple(latent_shape(body)) == (*batch.shape, latents.array.dtype.name, None, None)
-    assert (latents.family, latents.convention, latents.image_size) == (None, None, None)
+    assert astuple(latent_shape(body)) == (*batch.shape, latents.array.dtype.name, None, None, None)
+    assert (latents.family, latents.convention, latents.origin) == (None, None, None)
 
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
