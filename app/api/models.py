@@ -1,16 +1,17 @@
 """The models: what there is, what would happen, and for the admin what is resident."""
 
+import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
 
 from app.api.context import ADMIN, GUARD, Context, Shared
 from app.api.openapi import PROBLEM, problems
-from app.api.schemas import LoadQuery, Model, Models, NoQuery, Plan, PlanQuery, Resident
+from app.api.schemas import LoadQuery, Model, Models, NoQuery, OneModel, Plan, PlanQuery, Resident, Statistics
 from app.api.work import latent_shape_of, picture_shape
 from app.engine.jobs import Task
 from app.errors import UnknownModel
-from app.store.checkpoint import Checkpoint
+from app.store.checkpoint import Checkpoint, read_statistics
 from app.store.names import Entry
 from app.store.row import row_of
 from app.wire.fit import fitted_size
@@ -33,13 +34,17 @@ def model_row(entry: Entry, shared: Context) -> Model:
     return row.model_copy(update={"fp16": shared.engine.fp16(entry), "resident": resident})
 
 
-async def _row(name: str, shared: Context) -> Model:
-    """The row of a model that has just been changed, or is asked for; one with an error is shown, not raised."""
-    entries = await shared.engine.entries()
-    for entry in entries:
+async def _entry(name: str, shared: Context) -> Entry:
+    """A model by its name, which may have an error, or by its hash. Raises UnknownModel."""
+    for entry in await shared.engine.entries():
         if entry.name == name:
-            return model_row(entry, shared)
-    return model_row(await shared.engine.resolve(name), shared)  # by hash, or UnknownModel
+            return entry
+    return await shared.engine.resolve(name)
+
+
+async def _row(name: str, shared: Context) -> Model:
+    """The row of a model that has just been changed."""
+    return model_row(await _entry(name, shared), shared)
 
 
 @router.get("", responses=problems(503))
@@ -67,11 +72,15 @@ async def plan(name: Name, query: Annotated[PlanQuery, Query()], shared: Shared)
 
 
 @router.get("/{name:path}", operation_id="get_model", responses=problems(404, 503))
-async def one_model(name: Name, _: Nothing, shared: Shared) -> Model:
-    """One row of the list."""
+async def one_model(name: Name, _: Nothing, shared: Shared) -> OneModel:
+    """One row of the list, unreadable or not; of a FLUX.2 model with the statistics that its latents are scaled by."""
     if not name:
         raise UnknownModel("a model's name is missing")
-    return await _row(name, shared)
+    entry = await _entry(name, shared)
+    row = OneModel.model_validate(model_row(entry, shared).model_dump())
+    if not isinstance(entry, Checkpoint) or (found := await asyncio.to_thread(read_statistics, entry)) is None:
+        return row
+    return row.model_copy(update={"statistics": Statistics.model_validate(found)})
 
 
 @admin.post("/{name:path}/load", operation_id="load_model", responses=problems(404, 409, 503, 507))

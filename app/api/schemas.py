@@ -187,6 +187,23 @@ class Model(BaseModel):
     error: str | None = None
 
 
+class Statistics(BaseModel):
+    """What packed latents are normalised by, channel by channel: (z - mean) / sqrt(variance + eps)."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    mean: tuple[float, ...]
+    variance: tuple[float, ...]
+    eps: float
+    patch: int  # positions along one side of a raw latent that become channels
+
+
+class OneModel(Model):
+    """GET /models/{name}: the row, and what is read off the file for it."""
+
+    statistics: Statistics | None = None  # of FLUX.2
+
+
 class Models(BaseModel):
     """GET /models."""
 

@@ -29,6 +29,16 @@ class CheckpointChanged(UnsupportedCheckpoint):
 
 
 @dataclass(frozen=True)
+class Statistics:
+    """What scaled latents are normalised by, packed channel by packed channel: (z - mean) / sqrt(variance + eps)."""
+
+    mean: tuple[float, ...]
+    variance: tuple[float, ...]
+    eps: float
+    patch: int  # positions along one side of a raw latent that are channels of a packed one
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """One autoencoder on disk: what it is, where it is, and how its files looked when that was found out."""
 
@@ -96,16 +106,34 @@ def load_autoencoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
     return module.requires_grad_(False).eval()
 
 
-def read_state(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def read_state(checkpoint: Checkpoint, prefixes: tuple[str, ...] = ("",)) -> Iterator[tuple[str, Tensor]]:
     """(canonical name, tensor on the host as the file has it) one at a time; copy, do not keep.
 
-    Raises UnsupportedCheckpoint when a file cannot be read.
+    `prefixes` of canonical names are those that are wanted. Raises UnsupportedCheckpoint when a file cannot be read.
     """
     for path in checkpoint.files:
         file = open_weights(path)
         names = canonical_keys(file.tensors, checkpoint.architecture, path.stem)
-        for key, tensor in file.read(names):
+        for key, tensor in file.read(key for key in names if names[key].startswith(prefixes)):
             yield names[key], tensor
+
+
+def read_statistics(checkpoint: Checkpoint) -> Statistics | None:
+    """The latents' statistics that the weights bring, None for weights without; no other tensor is read. Blocking.
+
+    Raises as `load_autoencoder`, and UnsupportedCheckpoint for numbers that are not finite.
+    """
+    if not checkpoint.config.statistics_bytes:
+        return None
+    _check_unchanged(checkpoint)
+    norm = blank(checkpoint.config).bn
+    assert norm is not None
+    found = {key: value.double() for key, value in read_state(checkpoint, checkpoint.architecture.statistics)}
+    mean, variance = found["bn.running_mean"], found["bn.running_var"]
+    if not (mean.isfinite().all() and variance.isfinite().all()):
+        raise UnsupportedCheckpoint(f"{checkpoint.name}: the statistics of its latents are not finite")
+    patch = checkpoint.family.latent_format.patch
+    return Statistics(tuple(mean.tolist()), tuple(variance.tolist()), norm.eps, patch)
 
 
 def told_of(files: Iterable[WeightFile]) -> Architecture:

@@ -55,6 +55,18 @@ def test_numbers_per_channel_are_a_list():
     assert json.loads(row.model_dump_json())["scaling_factor"] == [0.5, 2.0]
 
 
+async def test_one_model_s_row_has_the_statistics_that_its_latents_are_scaled_by(tmp_path):
+    state = state_of("flux2")
+    save_file(state, tmp_path / "packed.safetensors")
+    async with serving(tmp_path) as service:
+        await until(lambda: service.engine.scanned)
+        assert set((await rows(service))["packed"]) == FIELDS
+        found = (await service.get("/models/packed")).json()["statistics"]
+    assert (found["eps"], found["patch"]) == (1e-4, 2)
+    np.testing.assert_array_equal(np.float32(found["mean"]), state["bn.running_mean"])
+    np.testing.assert_array_equal(np.float32(found["variance"]), state["bn.running_var"])
+
+
 async def test_a_row_has_these_fields_exactly(service, models):
     answer = await service.get("/models")
     assert set(answer.json()) == {"models"}
@@ -160,7 +172,7 @@ async def test_a_file_that_cannot_be_read_is_listed_and_refused_with_its_reason(
             assert row["sha256"] is None
             answer = await service.post("/decode", params={"model": name}, content=npy(latent()))
             assert name in refused(answer, 422, "unsupported_checkpoint")
-            assert (await service.get(f"/models/{name}")).json() == row
+            assert (await service.get(f"/models/{name}")).json() == row | {"statistics": None}
         picture_of(await service.post("/decode", content=npy(latent())))
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from app.errors import UnsupportedCheckpoint
 from app.execution.primitive import Whole
-from app.store.checkpoint import CheckpointChanged, load_autoencoder, read_state
+from app.store.checkpoint import CheckpointChanged, load_autoencoder, read_state, read_statistics
 from app.store.store import open_checkpoint
 from app.vae.families import FAMILIES
 from tests.store.weights import (
@@ -207,3 +207,37 @@ def test_a_vae_of_sd_s_own_size_gives_diffusers_latents(tmp_path, form):
     torch.testing.assert_close(scaled.half(), expected.half(), atol=step, rtol=torch.finfo(torch.float16).eps)
     decoded = module.decode(Whole(), checkpoint.family.latent_format.unscale(scaled))
     torch.testing.assert_close(decoded, reference.decode(expected / 0.18215).sample, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_statistics_of_the_latents_are_read_alone(tmp_path, layout):
+    module = module_of("flux2")
+    model = open_checkpoint(write(tmp_path / "vae.safetensors", LAYOUTS[layout](module.state_dict())))
+    found = read_statistics(model)
+    assert found is not None
+    assert module.bn is not None
+    assert (found.eps, found.patch) == (module.bn.eps, 2)
+    torch.testing.assert_close(torch.tensor(found.mean), module.bn.running_mean, rtol=0, atol=0)
+    torch.testing.assert_close(torch.tensor(found.variance), module.bn.running_var, rtol=0, atol=0)
+
+
+def test_weights_without_statistics_have_none(tmp_path):
+    path = write(tmp_path / "vae.safetensors", state_of("flux"))
+    sidecar(path, "flux")
+    assert read_statistics(open_checkpoint(path)) is None
+
+
+def test_statistics_that_are_not_finite_are_refused(tmp_path):
+    state = state_of("flux2")
+    state["bn.running_var"][3] = torch.nan
+    model = open_checkpoint(write(tmp_path / "vae.safetensors", state))
+    with pytest.raises(UnsupportedCheckpoint, match="not finite"):
+        read_statistics(model)
+
+
+def test_statistics_of_a_file_that_was_replaced_are_not_read(tmp_path):
+    path = write(tmp_path / "vae.safetensors", state_of("flux2"))
+    model = open_checkpoint(path)
+    os.utime(path, (1, 1))
+    with pytest.raises(CheckpointChanged):
+        read_statistics(model)
