@@ -65,6 +65,7 @@ def answer(body: bytes, kind: str, done: Done, clock: Clock, origin: Origin) -> 
         "X-Model-SHA256": checkpoint.sha256,
         "X-Plan": told.plan,
         "X-Latents": done.task.latents,
+        "X-Latents-Family": checkpoint.family.name,
         "Server-Timing": clock.finish(),
     }
     if done.task.moments:

@@ -25,6 +25,7 @@ ANSWER_HEADERS = {
     "X-Plan": "Precision and execution, like fp16/whole.",
     "X-Plan-Reason": "Why it is not the first choice: low_memory, non_finite, oom or requested.",
     "X-Latents": "scaled or raw.",
+    "X-Latents-Family": "The model's family. A decode of an .npy takes it as it is.",
     "X-Warning": "What looks wrong, in one line, the work being done all the same; absent when nothing does.",
     "Server-Timing": "Milliseconds of read, queue, load, compute and write.",
 } | REQUEST_ID_HEADER

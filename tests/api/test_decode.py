@@ -34,6 +34,7 @@ async def test_a_latent_becomes_a_png_and_the_headers_say_how(service):
     assert len(headers["X-Model-SHA256"]) == 64
     assert headers["X-Plan"] == "fp32/whole"
     assert headers["X-Latents"] == "scaled"
+    assert headers["X-Latents-Family"] == "sd1"
     assert headers["X-Image-Size"] == f"{SIDE}x{SIDE}"
     assert headers["X-Request-Id"]
     assert [part.split(";")[0] for part in headers["Server-Timing"].split(", ")] == [

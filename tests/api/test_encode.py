@@ -45,6 +45,7 @@ async def test_a_picture_becomes_float16_npy_and_the_headers_say_how(service):
     assert headers["X-Plan"] == "fp32/whole"
     assert "X-Plan-Reason" not in headers
     assert headers["X-Latents"] == "scaled"
+    assert headers["X-Latents-Family"] == "sd1"
     assert headers["X-Image-Size"] == f"{SIDE}x{SIDE}"
     assert headers["X-Request-Id"] == "a-1"
     stages = dict(part.split(";dur=") for part in headers["Server-Timing"].split(", "))
