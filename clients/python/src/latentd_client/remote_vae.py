@@ -1,5 +1,6 @@
 """RemoteVAE: stands where a diffusers pipeline has its VAE; the network runs on the service."""
 
+import weakref
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -17,7 +18,7 @@ from latentd_client.client import Client
 from latentd_client.errors import UnsupportedCheckpoint
 from latentd_client.results import Model
 
-EncoderOutput: TypeAlias = "AutoencoderKLOutput | AutoencoderTinyOutput"
+EncoderOutput: TypeAlias = AutoencoderKLOutput | AutoencoderTinyOutput
 
 
 class RemoteVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
@@ -46,6 +47,8 @@ class RemoteVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has
     ) -> None:
         super().__init__()
         self._client = client or Client(url, api_key, timeout=timeout)
+        if client is None:
+            weakref.finalize(self, self._client.close)
         self._options: dict[str, Any] = {"precision": precision, "tiling": tiling, "deterministic": deterministic}
         row = self._client.model(model)
         # What `.to()`, `.dtype` and `.device` of every module, pipeline and offload hook are about: no weights here.

@@ -1,0 +1,42 @@
+"""Random autoencoders of diffusers, one of each family that its pipelines have."""
+
+from typing import Any
+
+import diffusers
+import torch
+
+CHANNELS = {"sd1": 4, "sdxl": 4, "sd3": 16, "flux": 16, "flux2": 32, "taesd": 4}
+CONSTANTS = {"sd1": (0.18215, None), "sdxl": (0.13025, None), "sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}
+
+
+def autoencoder(family: str) -> Any:
+    """A random VAE of the family, as diffusers builds it."""
+    torch.manual_seed(sorted(CHANNELS).index(family))
+    if family == "taesd":
+        widths = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+        blocks = {"num_encoder_blocks": (1, 1, 1, 1), "num_decoder_blocks": (1, 1, 1, 1)}
+        return diffusers.AutoencoderTiny(**widths, **blocks).eval()
+    levels = 4
+    common: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": (32,) * levels,
+        "latent_channels": CHANNELS[family],
+        "norm_num_groups": 32,
+    }
+    if family == "flux2":
+        vae = diffusers.AutoencoderKLFlux2(**common)
+        vae.bn.running_mean.normal_(0, 0.1)
+        vae.bn.running_var.uniform_(0.5, 2)
+    else:
+        scale, shift = CONSTANTS[family]
+        quant = family in ("sd1", "sdxl")
+        vae = diffusers.AutoencoderKL(
+            **common,
+            scaling_factor=scale,
+            shift_factor=shift,
+            use_quant_conv=quant,
+            use_post_quant_conv=quant,
+            force_upcast=False,
+        )
+    return vae.eval()
