@@ -252,3 +252,20 @@ def test_it_goes_where_the_pipeline_goes(url):
     pipe.vae.enable_tiling()
     pipe.vae.enable_slicing()
     assert quick(pipe, **SIZE, num_images_per_prompt=2).shape == (2, SIDE, SIDE, 3)
+
+
+def test_a_pipeline_is_saved_and_loaded_with_it(url, tmp_path):
+    pipe = PIPELINES["SD txt2img"][1]()(RemoteVAE(url, "sd1-tiny", "secret"))
+    pipe.save_pretrained(tmp_path)
+    assert not any(b"secret" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, text_encoder=None, tokenizer=None)
+    assert isinstance(again.vae, RemoteVAE)
+    np.testing.assert_allclose(quick(again, **SIZE), quick(pipe, **SIZE), rtol=0, atol=TOLERANCE)
+
+
+def test_offloading_a_pipeline_passes_it_by(url):
+    pytest.importorskip("accelerate", reason="diffusers offloads with accelerate")
+    pipe = PIPELINES["SD txt2img"][1]()(RemoteVAE(url, "sd1-tiny"))
+    expected = quick(pipe, **SIZE)
+    pipe.enable_model_cpu_offload(device="cpu")
+    np.testing.assert_allclose(quick(pipe, **SIZE), expected, rtol=0, atol=TOLERANCE)

@@ -113,8 +113,7 @@ def test_it_moves_as_a_module_does(url):
     assert (vae.dtype, vae.device) == (torch.float32, torch.device("cpu"))
     assert vae.to("meta", torch.float16) is vae
     assert (vae.dtype, vae.device) == (torch.float16, torch.device("meta"))
-    assert list(vae.parameters()) == []
-    assert vae.state_dict() == {}
+    assert vae.num_parameters() == 0
     assert RemoteVAE(url, "sd1-tiny", dtype=torch.bfloat16).dtype == torch.bfloat16
 
 

@@ -51,8 +51,8 @@ class RemoteVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has
             weakref.finalize(self, self._client.close)
         self._options: dict[str, Any] = {"precision": precision, "tiling": tiling, "deterministic": deterministic}
         row = self._client.model(model)
-        # What `.to()`, `.dtype` and `.device` of every module, pipeline and offload hook are about: no weights here.
-        self.register_buffer("_here", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        # What `.to()`, `.dtype`, `.device` and the offloading of pipelines are about: there are no weights here.
+        self.here = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
         if row.statistics is not None:
             self.bn = _batch_norm(row)
         self.register_to_config(url=url, model=row.name, **config_of(row))
