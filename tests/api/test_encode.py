@@ -341,7 +341,7 @@ async def test_moments_are_what_the_network_says_and_the_headers_say_of_what(ser
     query = f"/encode?model={model}&posterior=moments"
     answer = await service.post(query, content=picture())
     moments = array_of(answer)
-    assert (moments.shape, moments.dtype) == ((1, channels, 4, 4), np.float16)
+    assert (moments.shape, moments.dtype) == ((1, channels, 4, 4), np.dtype(np.float16))
     assert (answer.headers["X-Posterior"], answer.headers["X-Latents"]) == (posterior, "raw")
     wide = array_of(await service.post(f"{query}&dtype=float32&latents=raw", content=picture()))
     np.testing.assert_array_equal(wide.astype(np.float16), moments)
