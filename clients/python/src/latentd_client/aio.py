@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -32,10 +32,10 @@ def _awaited(
 
 def _many(
     call: Callable[Concatenate[Policy, A, P], Steps[T]],
-) -> Callable[Concatenate["AsyncClient", Iterable[A], P], AsyncIterator[T]]:
+) -> Callable[Concatenate["AsyncClient", Iterable[A], P], AsyncGenerator[T]]:
     """The same for many items."""
 
-    def method(self: "AsyncClient", items: Iterable[A], /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
+    def method(self: "AsyncClient", items: Iterable[A], /, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[T]:
         """The same of each item, `at_once` at a time; results in the items' order.
 
         Items are taken as there is room for them. The first failure ends it, and so does cancelling: what is in flight
@@ -100,7 +100,7 @@ class AsyncClient:
             return await asyncio.sleep(step.seconds)
         return await asyncio.to_thread(step.function)
 
-    async def _in_order(self, one: Callable[[A], Awaitable[T]], items: Iterable[A]) -> AsyncIterator[T]:
+    async def _in_order(self, one: Callable[[A], Awaitable[T]], items: Iterable[A]) -> AsyncGenerator[T]:
         waiting: deque[asyncio.Future[T]] = deque()
         try:
             with counting(self.progress, items) as advance:

@@ -18,6 +18,7 @@ from latentd_client.bodies import (
     latents_body,
     media_of,
     picture_body,
+    picture_file,
     write_file,
 )
 from latentd_client.errors import UnexpectedAnswer
@@ -150,8 +151,11 @@ def compare(
     tiling: Tiling | None = None,
     timeout: float | None = None,
 ) -> Steps[Comparison]:
-    """One picture through these models, or all, and back: numbers and a contact sheet. Raises LatentdError."""
-    content = yield Work(partial(picture_body, picture))
+    """One picture through these models, or all, and back: numbers and a contact sheet. Raises LatentdError.
+
+    An array is uint8 (H, W, 3) here.
+    """
+    content = yield Work(partial(picture_file, picture))
     names = None if models is None else ",".join(models)
     params = _params(models=names, fit=fit, background=background, precision=precision, tiling=tiling)
     send = Send("POST", "/compare", params, _headers(ZIP), content)

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
@@ -30,10 +30,10 @@ def _blocking(call: Callable[Concatenate[Policy, P], Steps[T]]) -> Callable[Conc
 
 def _many(
     call: Callable[Concatenate[Policy, A, P], Steps[T]],
-) -> Callable[Concatenate["Client", Iterable[A], P], Iterator[T]]:
+) -> Callable[Concatenate["Client", Iterable[A], P], Generator[T]]:
     """The same for many items."""
 
-    def method(self: "Client", items: Iterable[A], /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+    def method(self: "Client", items: Iterable[A], /, *args: P.args, **kwargs: P.kwargs) -> Generator[T]:
         """The same of each item, `at_once` at a time; results in the items' order.
 
         Items are taken as there is room for them. The first failure ends it, and nothing more is begun.
@@ -100,7 +100,7 @@ class Client:
             return time.sleep(step.seconds)
         return step.function()
 
-    def _in_order(self, one: Callable[[A], T], items: Iterable[A]) -> Iterator[T]:
+    def _in_order(self, one: Callable[[A], T], items: Iterable[A]) -> Generator[T]:
         pool = ThreadPoolExecutor(self.at_once, "latentd")
         waiting: deque[Future[T]] = deque()
         try:

@@ -16,7 +16,7 @@ from latentd_client.errors import DeadlineExceeded, LatentdError, Unreachable, e
 
 T = TypeVar("T")
 
-GRACE = 2.0
+GRACE = 1.0
 """Seconds that the service's own word on a deadline may come late, before we hang up."""
 CONNECT = 10.0  # seconds for a connection
 
@@ -81,7 +81,7 @@ def exchange(policy: Policy, send: Send, media: frozenset[str], timeout: float |
         if error is None:
             return response
         wait = _wait(policy, error, tried)
-        if wait is None or (left is not None and wait >= left):  # by then it is too late
+        if wait is None or (end is not None and policy.clock() + wait >= end):  # by then it is too late
             raise error
         yield Wait(wait)
         tried += 1
