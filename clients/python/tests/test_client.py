@@ -207,6 +207,29 @@ def test_a_zip_that_is_none(do):
         do("http://host", "compare", pixels(), client={"transport": transport})
 
 
+@pytest.mark.parametrize("body", [{"data": []}, {"models": [{"id": "gpt"}]}, [], {"models": 3}])
+def test_somebody_else_s_json(do, body):
+    transport, _ = answering(httpx.Response(200, json=body))
+    with pytest.raises(UnexpectedAnswer, match="not latentd's"):
+        do("http://host", "models", client={"transport": transport})
+
+
+def test_an_answer_that_cannot_be_unpacked(do):
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, headers=headers, stream=httpx.ByteStream(b"no gzip")))
+    with pytest.raises(Unreachable):
+        do("http://host", "models", client={"transport": transport})
+
+
+def test_times_are_read_whoever_adds_to_them(do):
+    headers = {
+        "Content-Type": "application/x-npy",
+        "Server-Timing": 'cdn;desc="HIT, far", edge; dur=1;desc=x, read;dur=2.5',
+    }
+    transport, _ = answering(httpx.Response(200, headers=headers, content=npy(latent())))
+    assert do("http://host", "encode", pixels(), client={"transport": transport}).timing == {"edge": 1.0, "read": 2.5}
+
+
 def test_columns_of_a_later_service_are_left_out(do):
     row = {"name": "a", "path": "a", "colour": "blue"}
     transport, _ = answering(httpx.Response(200, json={"models": [row]}))

@@ -9,8 +9,8 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import httpx
 
 from latentd_client import calls
-from latentd_client.client import arguments, headers
-from latentd_client.progress import Progress, counting
+from latentd_client.progress import counting
+from latentd_client.shell import Shell, arguments
 from latentd_client.steps import Policy, Send, Step, Steps, Wait, broken
 
 P = ParamSpec("P")
@@ -52,24 +52,10 @@ def _many(
     return method
 
 
-class AsyncClient:
-    """The service at `url`, as `Client`; a task that is cancelled hangs up, and the service drops its work."""
+class AsyncClient(Shell):
+    """The service, on an event loop; a task that is cancelled hangs up, and the service drops its work."""
 
-    def __init__(
-        self,
-        url: str,
-        api_key: str | None = None,
-        *,
-        timeout: float | None = None,
-        retries: int = 4,
-        at_once: int = 4,
-        progress: Progress = False,
-        policy: Policy | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        self.policy = policy or Policy(timeout, retries)
-        self.at_once, self.progress = at_once, progress
-        self._http = httpx.AsyncClient(base_url=url, headers=headers(api_key), timeout=None, transport=transport)
+    _http: httpx.AsyncClient
 
     encode = _awaited(calls.encode)
     decode = _awaited(calls.decode)
@@ -79,6 +65,9 @@ class AsyncClient:
     encode_many = _many(calls.encode)
     decode_many = _many(calls.decode)
 
+    def _connect(self, **how: Any) -> None:
+        self._http = httpx.AsyncClient(**how)
+
     async def run(self, steps: Steps[T]) -> T:
         """Does the steps of a call, and returns its result."""
         go: Callable[[], Step] = partial(next, steps)
@@ -87,7 +76,7 @@ class AsyncClient:
                 step = go()
                 try:
                     go = partial(steps.send, await self._do(step))
-                except httpx.TransportError as error:
+                except httpx.RequestError as error:
                     go = partial(steps.throw, broken(error))
         except StopIteration as done:
             result: T = done.value

@@ -3,9 +3,12 @@
 import io
 import json
 import zipfile
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote
+
+import httpx
 
 from latentd_client.bodies import (
     LATENTS,
@@ -29,6 +32,8 @@ Fit = Change | Literal["error"]
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
 Tiling = Literal["auto", "never", "always"]
 JSON = frozenset({"application/json"})
+
+T = TypeVar("T")
 
 
 def encode(
@@ -131,13 +136,13 @@ def decode(
 def models(policy: Policy, *, timeout: float | None = None) -> Steps[list[Model]]:
     """All model files, unreadable ones with their `error`. Raises LatentdError."""
     response = yield from exchange(policy, Send("GET", "/models"), JSON, timeout)
-    return [Model.of(row) for row in response.json()["models"]]
+    return _parsed(response, lambda found: [Model.of(row) for row in found["models"]])
 
 
 def model(policy: Policy, name: str, *, timeout: float | None = None) -> Steps[Model]:
     """One model, by its name or at least 8 digits of its sha256. Raises LatentdError."""
     response = yield from exchange(policy, Send("GET", f"/models/{quote(name)}"), JSON, timeout)
-    return Model.of(response.json())
+    return _parsed(response, Model.of)
 
 
 def compare(
@@ -165,6 +170,14 @@ def compare(
             return Comparison.of(json.loads(both.read("numbers.json")), both.read("sheet.png"))
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
         raise UnexpectedAnswer(f"not the zip of a comparison: {error}") from error
+
+
+def _parsed(response: httpx.Response, parse: Callable[[Any], T]) -> T:
+    """A JSON answer. Raises UnexpectedAnswer for one that is not what latentd sends."""
+    try:
+        return parse(response.json())
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnexpectedAnswer(f"JSON, but not latentd's: {response.text[:80]!r}", status=200) from error
 
 
 def _params(**given: Any) -> dict[str, str]:

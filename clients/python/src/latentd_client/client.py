@@ -10,7 +10,8 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import httpx
 
 from latentd_client import calls
-from latentd_client.progress import Progress, counting
+from latentd_client.progress import counting
+from latentd_client.shell import Shell, arguments
 from latentd_client.steps import Policy, Send, Step, Steps, Wait, broken
 
 P = ParamSpec("P")
@@ -47,29 +48,10 @@ def _many(
     return method
 
 
-class Client:
-    """The service at `url`.
+class Client(Shell):
+    """The service, for programs that wait. One client may be used from many threads."""
 
-    `timeout` is in seconds for a call, its repetitions included, where the call says none; `at_once` is how many
-    requests a batch has in flight; `progress` is True for a bar of a batch (needs tqdm) or a function of (done, all or
-    None). One client may be used from many threads.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        api_key: str | None = None,
-        *,
-        timeout: float | None = None,
-        retries: int = 4,
-        at_once: int = 4,
-        progress: Progress = False,
-        policy: Policy | None = None,
-        transport: httpx.BaseTransport | None = None,
-    ) -> None:
-        self.policy = policy or Policy(timeout, retries)
-        self.at_once, self.progress = at_once, progress
-        self._http = httpx.Client(base_url=url, headers=headers(api_key), timeout=None, transport=transport)
+    _http: httpx.Client
 
     encode = _blocking(calls.encode)
     decode = _blocking(calls.decode)
@@ -79,6 +61,9 @@ class Client:
     encode_many = _many(calls.encode)
     decode_many = _many(calls.decode)
 
+    def _connect(self, **how: Any) -> None:
+        self._http = httpx.Client(**how)
+
     def run(self, steps: Steps[T]) -> T:
         """Does the steps of a call, and returns its result."""
         go: Callable[[], Step] = partial(next, steps)
@@ -87,7 +72,7 @@ class Client:
                 step = go()
                 try:
                     go = partial(steps.send, self._do(step))
-                except httpx.TransportError as error:
+                except httpx.RequestError as error:
                     go = partial(steps.throw, broken(error))
         except StopIteration as done:
             result: T = done.value
@@ -125,13 +110,3 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def headers(api_key: str | None) -> dict[str, str]:
-    """What every request says."""
-    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-
-
-def arguments(send: Send) -> dict[str, Any]:
-    """A request as httpx takes it."""
-    return {"params": send.params, "headers": send.headers, "content": send.content, "timeout": send.timeout}

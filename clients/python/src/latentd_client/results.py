@@ -1,5 +1,6 @@
 """What comes back: latents, pictures, rows of models, comparisons."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -12,6 +13,8 @@ from latentd_client.bodies import Array, Pathname, array_of, write_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_STAGE = re.compile(r"([\w-]+) *;(?:[^,]*;)? *dur=(\d+(?:\.\d+)?)")  # a proxy may have added its own
 
 Convention = Literal["scaled", "raw"]
 Change = Literal["pad", "crop", "resize"]
@@ -169,9 +172,4 @@ def _known(kind: type[Any], row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _timing(header: str) -> dict[str, float]:
-    stages: dict[str, float] = {}
-    for part in header.split(","):
-        name, _, duration = part.strip().partition(";dur=")
-        if duration:
-            stages[name] = float(duration)
-    return stages
+    return {name: float(ms) for name, ms in _STAGE.findall(header)}

@@ -112,10 +112,10 @@ def limits(left: float | None) -> httpx.Timeout:
     return httpx.Timeout(left + GRACE, connect=min(CONNECT, left))
 
 
-def broken(error: httpx.TransportError) -> LatentdError:
+def broken(error: httpx.RequestError) -> LatentdError:
     """What a failure of the connection is to the caller."""
     reason = str(error) or type(error).__name__
     if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
         return DeadlineExceeded(f"no answer in time: {reason}")
-    never = isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError)
+    never = isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError | httpx.DecodingError)
     return Unreachable(reason, retryable=not never)
