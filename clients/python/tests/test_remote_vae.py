@@ -146,6 +146,17 @@ def test_numbers_per_channel_are_a_mean_and_a_deviation():
     assert 2 ** (len(config["block_out_channels"]) - 1) == 16
 
 
+def test_what_looks_wrong_is_in_the_log(remote, caplog):
+    config_of(Model("x", "x", family="sd1", family_source="config", latent_channels=4, spatial_factor=8))
+    remote("sd1").decode(noise(1, 4, 8, 8) * 5)
+    assert caplog.messages == []
+    remote("sd1").decode(noise(1, 4, 8, 8) * 0.18215)
+    config_of(Model("x", "x", family="sd1", family_source="default", latent_channels=4, spatial_factor=8))
+    unscaled, guessed = caplog.messages
+    assert unscaled.startswith("sd1-tiny: the latent has")
+    assert guessed == "x: nothing says of which family it is; the service takes it for sd1"
+
+
 def test_its_connections_go_with_it(url):
     vae = RemoteVAE(url, "sd1-tiny")
     http = vae._client._http

@@ -1,5 +1,6 @@
 """RemoteVAE: stands where a diffusers pipeline has its VAE; the network runs on the service."""
 
+import logging
 import weakref
 from typing import Any, Literal, TypeAlias
 
@@ -16,7 +17,9 @@ from latentd_client.bodies import Array
 from latentd_client.calls import Precision, Tiling
 from latentd_client.client import Client
 from latentd_client.errors import UnsupportedCheckpoint
-from latentd_client.results import Model
+from latentd_client.results import Decoded, Encoded, Model
+
+log = logging.getLogger("latentd_client")
 
 EncoderOutput: TypeAlias = AutoencoderKLOutput | AutoencoderTinyOutput
 
@@ -69,6 +72,7 @@ class RemoteVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has
             fit="error",
             **self._options,
         )
+        _tell(answer)
         found = _tensor(answer.array, x)
         if answer.posterior == "point":
             return AutoencoderTinyOutput(latents=found) if return_dict else (found,)
@@ -83,6 +87,7 @@ class RemoteVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has
         answer = self._client.decode(
             _array(z), model=self.config.model, convention="raw", dtype=_travels(z), **self._options
         )
+        _tell(answer)
         sample = _tensor(answer.array.transpose(0, 3, 1, 2), z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -111,6 +116,8 @@ def config_of(row: Model) -> dict[str, Any]:
     channels, factor = row.latent_channels, row.spatial_factor
     if row.error is not None or channels is None or factor is None:
         raise UnsupportedCheckpoint(f"{row.name} cannot be used: {row.error}")
+    if row.family_source == "default":  # a wrong scaling factor makes pale or garish pictures
+        log.warning("%s: nothing says of which family it is; the service takes it for %s", row.name, row.family)
     scale, shift = row.scaling_factor, row.shift_factor
     per_channel = isinstance(scale, list)
     config: dict[str, Any] = {
@@ -137,6 +144,11 @@ def _batch_norm(row: Model) -> nn.BatchNorm2d:
     norm.running_mean = torch.tensor(row.statistics.mean)
     norm.running_var = torch.tensor(row.statistics.variance)
     return norm.requires_grad_(False).eval()
+
+
+def _tell(answer: Encoded | Decoded) -> None:
+    if answer.warning:
+        log.warning("%s: %s", answer.model, answer.warning)
 
 
 def _travels(x: Tensor) -> Literal["float16", "float32"]:
