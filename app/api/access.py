@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.errors import BUG, CLIENT_GONE
+from app.api.errors import BUG, CLIENT_GONE, REMOTE
 from app.api.health import PROBES
 from app.metrics import Metrics
 from app.text import one_line
@@ -56,7 +56,7 @@ class Access:
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         path, state = scope["path"], scope["state"]
         model = state.get("model", "")
-        if op := OPS.get(path):
+        if op := OPS.get(path) or _remote(path):
             self.metrics.requests.labels(op, model, str(status)).inc()
             self.metrics.request_seconds.labels(op, model).observe(seconds)
         if status == 413:
@@ -81,3 +81,8 @@ class Access:
             words.append(f"{facts['code']}: {facts['reason']}")
         level = logging.DEBUG if path in PROBES else logging.WARNING if status >= BUG.status else logging.INFO
         log.log(level, "%s", " ".join(words), extra={"facts": facts})
+
+
+def _remote(path: str) -> str | None:
+    op = path.rpartition("/")[2]
+    return op if path.startswith(REMOTE) and op in ("encode", "decode") else None

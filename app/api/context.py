@@ -98,7 +98,8 @@ def each_once(request: Request) -> None:
         raise InvalidParameter(f"given more than once: {', '.join(twice)[:200]}")
 
 
-GUARD = [Depends(BEARER), Depends(require_key), Depends(each_once)]
+KEYED = [Depends(BEARER), Depends(require_key)]
+GUARD = [*KEYED, Depends(each_once)]
 ADMIN = [Depends(BEARER), Depends(require_admin), Depends(each_once)]
 
 

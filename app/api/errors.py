@@ -19,6 +19,8 @@ from app.text import one_line
 log = logging.getLogger("app.api")
 
 MEDIA = "application/problem+json"
+REMOTE = "/remote/"
+"""Below it errors look as Hugging Face's clients read them: `{"error": "..."}`."""
 CLIENT_GONE = 499  # nginx's number: in the log and the metrics only, nobody is there to read it
 
 
@@ -82,8 +84,10 @@ def kind_of(error: errors.ServiceError) -> Kind:
 
 
 def problem(request: Request, kind: Kind, detail: str, headers: dict[str, str] | None = None) -> Response:
-    """The answer to a request that failed; its line in the log says the same."""
+    """The answer to a request that failed, problem+json but below REMOTE; its line in the log says the same."""
     request.scope.setdefault("state", {})["problem"] = kind.code, detail
+    if str(request.scope["path"]).startswith(REMOTE):
+        return JSONResponse({"error": one_line(detail)}, kind.status, headers)
     body = Problem(
         type=f"urn:latentd:problem:{kind.code}",
         title="Client Closed Request" if kind.status == CLIENT_GONE else HTTPStatus(kind.status).phrase,

@@ -70,14 +70,14 @@ def read_latents(body: bytes, *, max_bytes: int) -> Latents:
     """
     match sniff(body, ARRAYS):
         case "npy":
-            return Latents(_finite(values(npy_spec(body), body)))
+            return Latents(finite(values(npy_spec(body), body)))
         case "npz":
             _batch(npz_headers(body))
-            return Latents(_finite(np.concatenate(read_npz(body, max_bytes))))
+            return Latents(finite(np.concatenate(read_npz(body, max_bytes))))
         case _:
             spec, metadata = safetensors_header(body)
             return Latents(
-                _finite(values(spec, body)),
+                finite(values(spec, body)),
                 metadata.get("family"),
                 _convention(metadata.get("convention")),
                 read_origin(metadata),
@@ -93,11 +93,12 @@ def _batch(parts: list[ArraySpec]) -> LatentShape:
     return LatentShape(batch * len(parts), channels, height, width, dtype)
 
 
-def _finite(array: Values) -> Values:
-    finite = np.isfinite(array)
-    if not finite.all():
-        first = tuple(int(index) for index in np.unravel_index(np.argmin(finite), array.shape))
-        bad = array.size - np.count_nonzero(finite)
+def finite(array: Values) -> Values:
+    """The array (N, C, h, w); raises InvalidLatent, with the place of the first, for values that are not finite."""
+    good = np.isfinite(array)
+    if not good.all():
+        first = tuple(int(index) for index in np.unravel_index(np.argmin(good), array.shape))
+        bad = array.size - np.count_nonzero(good)
         raise InvalidLatent(f"{bad} of {array.size} values are NaN or infinite, the first at (n, c, y, x) = {first}")
     return array
 
