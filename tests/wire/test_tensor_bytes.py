@@ -20,7 +20,8 @@ def layout(
 def read(array: np.ndarray, size: tuple[int, int] | None = None, *, patched: bool = False) -> np.ndarray:
     found = layout(array, size, patched=patched)
     latents = read_layout(found, array.tobytes())
-    assert found.shape == LatentShape(*latents.shape, "float32")
+    n, c, h, w = latents.shape
+    assert found.shape == LatentShape(n, c, h, w, "float32")
     return latents
 
 
