@@ -119,16 +119,28 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.engine = engine
         self.drain_seconds = drain_seconds
+        self._interrupts = 0  # once the end has begun
+        self._hurry = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM and SIGINT: no new work, what was accepted is finished, and the exit status is 0.
 
-        uvicorn's own would raise the signal anew at the end, and the process would seem killed.
+        A second SIGINT ends what was accepted with a 503 at once, a third one without a word. uvicorn's own would raise
+        the signal anew at the end, and the process would seem killed.
         """
         self.engine.draining = True
         if self.should_exit and sig == signal.SIGINT:
-            self.force_exit = True
+            self._interrupts += 1
+            self.force_exit = self._interrupts > 1
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._hurry.set)
         self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         """Ends the process once a device is lost: only a new one helps."""
@@ -136,9 +148,14 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends what was accepted: with its answer, or with a 503 after `drain_seconds`."""
-        draining = asyncio.ensure_future(self.engine.drain(self.drain_seconds))
+        ending = [asyncio.ensure_future(work) for work in (self.engine.drain(self.drain_seconds), self._hurried())]
         await super().shutdown(sockets)
-        draining.cancel()
+        for work in ending:
+            work.cancel()
+
+    async def _hurried(self) -> None:
+        await self._hurry.wait()
+        await self.engine.drain(0)
 
 
 def serve(settings: Settings, host: str, port: int) -> int:

@@ -226,6 +226,21 @@ def test_what_does_not_end_in_time_is_told_to_come_back(models):
         assert answer.headers["Retry-After"]
 
 
+def test_a_second_interrupt_answers_what_is_in_flight_with_a_503_and_no_traceback(models, caplog):
+    with listening(models, default_model="kl", drain_seconds=60) as (server, port), ThreadPoolExecutor(8) as pool:
+        url = f"http://127.0.0.1:{port}/encode"
+        assert httpx.post(url, content=picture(), timeout=60).status_code == 200  # started
+        with occupied(server.engine):
+            waiting = [pool.submit(httpx.post, url, content=picture(), timeout=60) for _ in range(8)]
+            asyncio.run(until(lambda: server.engine.open_requests == 8))
+            server.handle_exit(signal.SIGINT, None)
+            server.handle_exit(signal.SIGINT, None)
+            answers = [answer.result() for answer in waiting]
+    for answer in answers:
+        assert "shutting down" in refused(answer, 503, "unavailable")
+    assert not any(record.exc_info for record in caplog.records)
+
+
 def test_a_large_folder_is_read_while_the_service_serves(models, tmp_path, monkeypatch):
     shutil.copytree(models, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
     (tmp_path / "VAE" / "kl.safetensors").rename(tmp_path / "VAE" / "unread.safetensors")
@@ -257,13 +272,15 @@ def test_a_large_folder_is_read_while_the_service_serves(models, tmp_path, monke
         assert client.post("/encode?model=unread", content=picture()).status_code == 200
 
 
-def test_a_signal_turns_readiness_red_and_a_second_interrupt_forces(models):
+def test_a_signal_turns_readiness_red_and_a_third_interrupt_forces(models):
     app = create_app(Settings(models=models, device="cpu"))
     engine = app.state.context.engine
     server = Server(uvicorn.Config(app), engine, 30)
     server.handle_exit(signal.SIGTERM, None)
     assert (engine.draining, server.should_exit, server.force_exit) == (True, True, False)
     server.handle_exit(signal.SIGTERM, None)
+    assert not server.force_exit
+    server.handle_exit(signal.SIGINT, None)
     assert not server.force_exit
     server.handle_exit(signal.SIGINT, None)
     assert server.force_exit

@@ -49,6 +49,7 @@ async def startup(shared: Shared) -> JSONResponse:
 )
 async def metrics(shared: Shared) -> Response:
     """Prometheus text."""
+    shared.engine.forget_gone()
     return Response(generate_latest(shared.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 

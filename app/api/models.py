@@ -104,3 +104,11 @@ async def unpin(name: Name, _: Nothing, shared: Shared) -> Model:
     checkpoint = await shared.engine.resolve(name)
     shared.engine.pin(checkpoint, pinned=False)
     return await _row(checkpoint.name, shared)
+
+
+@admin.post("/{name:path}/retest", operation_id="retest_model", responses=problems(404, 503))
+async def retest(name: Name, _: Nothing, shared: Shared) -> Model:
+    """Lets the model begin in fp16 again, whatever overflowed there before."""
+    checkpoint = await shared.engine.resolve(name)
+    shared.engine.forget_overflow(checkpoint)
+    return await _row(checkpoint.name, shared)

@@ -80,6 +80,7 @@ class Engine:
         self.metrics = metrics
         self.draining = False
         self.self_tested = False
+        self._named: set[str] = set()  # models that the metrics may know
         self.open_requests = 0  # admitted requests that have not ended
         self._idle = asyncio.Event()
         self._idle.set()
@@ -156,6 +157,13 @@ class Engine:
     def fp16(self, checkpoint: Checkpoint) -> Fp16:
         """What is known of the checkpoint in half precision, runs of this process included."""
         return self._verdicts.of(checkpoint)
+
+    def forget_gone(self) -> None:
+        """Drops the metrics of models that the folder no longer has: names come and go, and labels would only come."""
+        names = {entry.name for entry in self.store.entries()}
+        for name in self._named - names:
+            self.metrics.forget(name)
+        self._named = names
 
     def forget_overflow(self, checkpoint: Checkpoint) -> None:
         """Lets a checkpoint begin in fp16 again, whatever this process saw of it there."""

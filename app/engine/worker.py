@@ -26,7 +26,7 @@ from app.engine.planning import TORCH_DTYPES
 from app.engine.rate import Rate
 from app.engine.runner import Runner, Staged, on
 from app.engine.verdicts import Verdicts
-from app.errors import OutOfMemory, Unavailable
+from app.errors import OutOfMemory, Overloaded, Unavailable
 from app.metrics import DeviceMetrics, Gauge, Metrics
 from app.store.checkpoint import Checkpoint, load_autoencoder
 from app.terms import Dtype, Precision
@@ -37,6 +37,9 @@ log = logging.getLogger("app.engine")
 
 STALL_SECONDS = 120.0
 """A batch may show no progress for so long, or for ten times its expected time, before liveness turns red."""
+
+MOST_ASKED = 8
+"""Questions for a plan that wait at once: each costs the processor about as much as the plan of a new shape does."""
 
 STOP_SECONDS = 10.0
 """A device thread that does not come back for so long after everybody has gone hangs in its driver."""
@@ -81,6 +84,8 @@ class Worker:
         self._load_module = load
         self._stage_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-stage")
         self._load_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-load")
+        self._plan_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-plan")  # of questions, one at a time
+        self._asked = 0
         self.planner = Planner(self.device.type, memory, self.cache, forecaster, verdicts, precision)
         self._runner = Runner(
             name,
@@ -124,7 +129,7 @@ class Worker:
             if not self._running.done():
                 self._runner.lost = "its thread hangs"
         self._runner.thread.shutdown(wait=False, cancel_futures=True)
-        for thread in (self._stage_thread, self._load_thread):
+        for thread in (self._stage_thread, self._load_thread, self._plan_thread):
             thread.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -144,9 +149,15 @@ class Worker:
         return self.lost is None and not stalled
 
     async def answer(self, task: Task, shape: tuple[int, ...]) -> PlanAnswer:
-        """What would be planned now for one item of `shape`."""
+        """What would be planned now for one item of `shape`. Raises Overloaded where many ask."""
+        if self._asked >= MOST_ASKED:
+            raise Overloaded(f"{self._asked} plans are being worked out already", retry_after=1.0)
         free, available = self.cache.free, self.planner.prospect(task)
-        return await asyncio.to_thread(self.planner.answer, self.name, task, shape, free, available)
+        self._asked += 1
+        try:
+            return await on(self._plan_thread, self.planner.answer, self.name, task, shape, free, available)
+        finally:
+            self._asked -= 1
 
     def gauges(self) -> Iterator[Gauge]:
         """The device's state as Prometheus gauges: (name, help, labels, value)."""
