@@ -11,13 +11,14 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 
 from app.engine.batcher import Admission, QueueLimits
+from app.engine.devices import device_names, torch_device
 from app.engine.forecast import Forecaster
 from app.engine.jobs import Prepare, Result, Shape, Task, Work, check_shape, picture_pixels
 from app.engine.memory import memory_of
 from app.engine.planner import PlanAnswer
 from app.engine.planning import dtypes
 from app.engine.verdicts import Verdicts
-from app.engine.worker import Load, Worker, device_names, torch_device
+from app.engine.worker import Load, Worker
 from app.errors import Unavailable
 from app.metrics import Metrics
 from app.store.checkpoint import Checkpoint, CheckpointChanged, load_autoencoder
