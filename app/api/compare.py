@@ -30,6 +30,7 @@ from app.errors import (
     UnsupportedCheckpoint,
 )
 from app.store.checkpoint import Checkpoint
+from app.text import reason
 from app.wire.difference import difference
 from app.wire.fit import fit, fitted_size
 from app.wire.images import image_size, read_image, write_image
@@ -221,7 +222,7 @@ def _measured(row: Compared, plan: str, original: np.ndarray, padded: np.ndarray
 
 
 def _failure(row: Compared, error: ServiceError) -> Row:
-    text = " ".join(str(error).split())
+    text = reason(error)
     return row.model_copy(update={"error": text}), Cell(None, (row.model, *textwrap.wrap(text, WRAP)[:3]))
 
 
