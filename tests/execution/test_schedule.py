@@ -2,6 +2,7 @@
 
 from itertools import combinations
 
+from torch import nn
 from torch.nn import functional as F
 
 from app.execution.footprint import peak_elements, working_set
