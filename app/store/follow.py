@@ -103,8 +103,13 @@ class Follower:
     async def find(self, model: str | None, default: str | None) -> Checkpoint:
         """As `ModelStore.resolve`; what is not there is looked for, and waited for where a file is just coming.
 
-        Raises Unavailable instead of UnknownModel while the folder is being read for the first time.
+        Raises Unavailable instead of UnknownModel while the folder is being read for the first time, and where nothing
+        is named then: what is to be read may be the one that is meant.
         """
+        if model is None and default is None:
+            await self._until(lambda: self.scanned, PATIENCE_SECONDS)
+            if not self.scanned:
+                raise Unavailable("the models folder is still being read: name a model, or come back")
         if not self.watching:
             await self.look()
         with suppress(UnknownModel):

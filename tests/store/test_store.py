@@ -91,6 +91,28 @@ def test_by_name_by_hash_and_alone(store):
             store.resolve(model)
 
 
+def test_a_demonstration_steps_back_where_others_are(store):
+    demo = write(store.folder / "VAE/demo.safetensors", state_of(), {"family": "latentd-small"})
+    store.scan()
+    assert store.resolve(None).name == "demo"
+    (store.folder / "VAE/broken.pt").write_text("no")
+    store.scan()
+    assert store.resolve(None).name == "demo"  # what cannot be used is no other
+    put(store, "VAE/mine.safetensors")
+    store.scan()
+    assert store.resolve(None).name == "mine"
+    assert store.resolve("demo").path == demo
+    assert store.resolve(None, "demo").path == demo
+    put(store, "VAE/other.safetensors", seed=1)
+    store.scan()
+    with pytest.raises(InvalidParameter, match="there are several: demo, mine, other$"):
+        store.resolve(None)
+    for name in ("mine", "other"):
+        (store.folder / f"VAE/{name}.safetensors").unlink()
+    store.scan()
+    assert store.resolve(None).name == "demo"
+
+
 def test_several_models(store):
     put(store, "VAE/a.safetensors")
     put(store, "VAE/b.safetensors", seed=1)
