@@ -105,7 +105,7 @@ def test_a_demonstration_steps_back_where_others_are(store):
     assert store.resolve(None, "demo").path == demo
     put(store, "VAE/other.safetensors", seed=1)
     store.scan()
-    with pytest.raises(InvalidParameter, match="there are several: demo, mine, other$"):
+    with pytest.raises(InvalidParameter, match=r"there are several: demo, mine, other$"):
         store.resolve(None)
     for name in ("mine", "other"):
         (store.folder / f"VAE/{name}.safetensors").unlink()
