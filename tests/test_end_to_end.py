@@ -125,7 +125,9 @@ def test_the_curl_lines_of_the_readme_do_what_they_say(client, folder, tmp_path)
         (folder / "VAE" / "my-vae.safetensors").unlink()
     assert len(lines) == 4
     assert np.load(tmp_path / "latent.npy").shape == (1, 4, 64, 64)
-    assert [Image.open(tmp_path / f"decoded.{kind}").size for kind in ("png", "jpg")] == [(512, 512)] * 2
+    for kind in ("png", "jpg"):
+        with Image.open(tmp_path / f"decoded.{kind}") as decoded:
+            assert decoded.size == (512, 512)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not there")
