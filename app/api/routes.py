@@ -28,7 +28,7 @@ router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
 @router.post(
     "/encode",
     response_class=Response,
-    responses=answers("float16 latents, (N, C, h, w)", (NPY, SAFETENSORS, NPZ)),
+    responses=answers("float16 latents, (N, C, h, w)", (NPY, SAFETENSORS, NPZ), WARNING),
     openapi_extra=takes("A picture, or a form of several.", (PNG, JPEG, WEBP), form=True),
 )
 async def encode(request: Request, query: Annotated[EncodeQuery, Query()], shared: Shared) -> Response:

@@ -127,6 +127,7 @@ def _work(task: Task, shapes: Sequence[tuple[int, ...]], read: Read, clock: Cloc
             given = await read()
         results = await admission.run(given.arrays)
         clock.add(results)
-        return Done(task, results, given.warning)
+        doubts = [line for line in (task.checkpoint.doubt, given.warning) if line]
+        return Done(task, results, "; ".join(doubts) or None)
 
     return Work([(task, shapes)], do)

@@ -31,15 +31,17 @@ def identify_source(
     default_family: str | None,
     digest: Callable[[Source], Digest],
     twin: Callable[[str], Known | None] = lambda tensors: None,
+    said: Declared | None = None,
 ) -> Checkpoint:
     """Finds out what a source is, from headers and shapes; `digest` is asked last, as it reads every byte.
 
-    `twin` is asked for the known file that has the same tensors, where these bytes are not known themselves.
+    `twin` is asked for the known file that has the same tensors, where these bytes are not known themselves. `said` is
+    believed before all that the files declare.
     Raises UnsupportedCheckpoint with the reason.
     """
     stamps = tuple(_stamp(path) for path in source.watched)
     weights = _weights(source)
-    declared = _declarations(source, weights.metadata)
+    declared = (*((said,) if said else ()), *_declarations(source, weights.metadata))
     config = _config(weights, declared)
     hashed = digest(source)
     row = lookup(hashed.sha256, hashed.halves) or twin(hashed.tensors)

@@ -1,17 +1,18 @@
-"""The models folder: names -> checkpoints, kept up to date with what lies there."""
+"""The models folders: names -> checkpoints, kept up to date with what lies there."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 
 from app.errors import Unavailable, UnsupportedCheckpoint
 from app.store.checkpoint import Checkpoint
+from app.store.declared import Declared
 from app.store.digests import Digest, DigestCache, digest_of
 from app.store.folder import Source, names_of, source_of, sources
 from app.store.identity import identify_source
-from app.store.known import lookup
+from app.store.known import Known, lookup
 from app.store.names import Entry, Unreadable, resolve
 from app.store.rest import DOUBT_SECONDS, OLD_AT_FIRST, OLD_SECONDS, QUIET_SECONDS, Rest
 from app.store.tree import Stamp, Tree, stamp, walk
@@ -42,16 +43,16 @@ class _Finding:
 
 
 class ModelStore:
-    """What the models folder holds, and what was found out of it; safe to use from several threads.
+    """What the models folders hold, under names that are unique over all; safe to use from several threads.
 
     `scan`, or `look` and then `identify` for what it left unread, touch the disk. What is listed is one snapshot,
     replaced whole.
     """
 
-    def __init__(self, folder: Path, default_family: str | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folders: Sequence[Path], default_family: str | None = None) -> None:
+        self.folders = tuple(folders)
         self._default_family = default_family
-        self._digests = DigestCache(folder)
+        self._digests = {folder: DigestCache(folder) for folder in folders}
         self._lock = threading.Lock()  # of all below; never held while a file is read
         self._rest = Rest()
         self._present: frozenset[Path] = frozenset()  # sources of the last look
@@ -71,8 +72,8 @@ class ModelStore:
 
         While a file is being written, what was listed for it before stays, and a new one is not listed.
         """
-        tree = walk(self.folder)
-        found = sources(tree.stamps, self.folder)
+        tree = walk(self.folders)
+        found = sources(tree.stamps, self.folders)
         with self._lock:
             old = OLD_SECONDS if self._rest.looks else OLD_AT_FIRST
             self._rest.note(tree.stamps)
@@ -116,7 +117,7 @@ class ModelStore:
 
         entry: Entry
         try:
-            entry = identify_source(source, source.stem, self._default_family, take, self._digests.twin)
+            entry = identify_source(source, source.stem, self._default_family, take, self._twin)
         except UnsupportedCheckpoint as error:
             reason = " ".join(str(error).split())  # keys and values of the file are in it, halves of surrogates too
             reason = reason.encode(errors="backslashreplace").decode()
@@ -125,7 +126,7 @@ class ModelStore:
             return False
         known = bool(digest) and lookup(digest[0].sha256, digest[0].halves) is not None
         finding = _Finding(source, before, entry, known)
-        self._digests.save()
+        self._digests_beside(source).save()
         with self._lock:
             if source.path not in self._present:
                 return False
@@ -204,28 +205,39 @@ class ModelStore:
 
     def _digest(self, source: Source) -> Digest:
         stamps = tuple(_stamp(path) for path in source.files)
-        digest = self._digests.get(stamps)
+        digests = self._digests_beside(source)
+        digest = digests.get(stamps)
         if digest is None:
             digest = digest_of(source.files, self._check)
             if stamps == tuple(_stamp(path) for path in source.files):
-                self._digests.put(stamps, digest)
+                digests.put(stamps, digest)
         return digest
+
+    def _digests_beside(self, source: Source) -> DigestCache:
+        """Those of the folder that the source lies in."""
+        return next(digests for folder, digests in self._digests.items() if source.path.is_relative_to(folder))
+
+    def _twin(self, tensors: str) -> Known | None:
+        """The known file of any of the folders that has these tensors."""
+        return next((known for digests in self._digests.values() if (known := digests.twin(tensors))), None)
 
     def _check(self) -> None:
         if self._closing.is_set():
             raise Unavailable("the service is shutting down")
 
 
-def open_checkpoint(path: Path, default_family: str | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, default_family: str | None = None, family: str | None = None) -> Checkpoint:
     """The checkpoint at a path: a file, with its other half if it is one of a pair, or a diffusers folder.
 
-    Raises UnsupportedCheckpoint, also when there is nothing at the path.
+    `family` is somebody's word, over all that the files say. Raises UnsupportedCheckpoint, also when nothing is at
+    the path.
     """
     try:
         source = source_of(path)
     except OSError as error:
         raise UnsupportedCheckpoint(f"{path} cannot be read: {error.strerror or error}") from error
-    return identify_source(source, source.stem, default_family, lambda source: digest_of(source.files))
+    said = None if family is None else Declared("operator", "--family", family)
+    return identify_source(source, source.stem, default_family, lambda source: digest_of(source.files), said=said)
 
 
 def _stamp(path: Path) -> Stamp:

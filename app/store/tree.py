@@ -1,4 +1,4 @@
-"""The files of a models folder, and how they are: names and stamps alone, nothing is opened.
+"""The files of the models folders, and how they are: names and stamps alone, nothing is opened.
 
 The layout is the WebUI's and ComfyUI's.
 """
@@ -38,11 +38,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Tree:
-    """One walk over a models folder."""
+    """One walk over the models folders."""
 
     stamps: tuple[Stamp, ...] = ()  # all files that could matter, in order of their paths
     places: frozenset[Place] = frozenset()  # where everything that comes or goes matters
-    entries: frozenset[Path] = frozenset()  # what matters elsewhere: targets of links, the folder itself
+    entries: frozenset[Path] = frozenset()  # what matters elsewhere: targets of links, the folders themselves
 
 
 def stamp(path: Path) -> Stamp:
@@ -51,26 +51,27 @@ def stamp(path: Path) -> Stamp:
     return Stamp(path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_mode)
 
 
-def walk(folder: Path) -> Tree:
-    """Looks at every file under the model folders that could matter; opens none.
+def walk(folders: Iterable[Path]) -> Tree:
+    """Looks at every file under these models folders that could matter; opens none.
 
-    Links are followed; a directory that was seen already is not entered again. Hidden names are skipped, and so are
-    partial downloads, whose last suffix is none of ours.
+    Links are followed; a directory that was seen already, under another folder too, is not entered again. Hidden names
+    are skipped, and so are partial downloads, whose last suffix is none of ours.
     """
     stamps: list[Stamp] = []
-    places = {place for place in [_place(folder)] if place}
-    entries = {_landmark(folder)}
+    folders = list(folders)
+    places = {place for place in map(_place, folders) if place}
+    entries = set(map(_landmark, folders))
     seen: set[tuple[int, int]] = set()
-    for root in _roots(folder):
-        for top, folders, names in os.walk(root, followlinks=True):
+    for root in [root for folder in folders for root in _roots(folder)]:
+        for top, inside, names in os.walk(root, followlinks=True):
             place = _place(Path(top))
             if place is None or (place.device, place.inode) in seen:
-                folders.clear()
+                inside.clear()
                 continue
             seen.add((place.device, place.inode))
             places.add(place)
             deepest = len(Path(top).parts) - len(root.parts) >= DEEPEST
-            folders[:] = [] if deepest else sorted(name for name in folders if not name.startswith("."))
+            inside[:] = [] if deepest else sorted(name for name in inside if not name.startswith("."))
             for item, target in _stamps(Path(top), names):
                 stamps.append(item)
                 entries.update(target)

@@ -25,6 +25,8 @@ def diffusers_config(checkpoint: Checkpoint) -> dict[str, object]:
     family = checkpoint.family
     if family.name in FAMILIES:
         content["_family"] = family.name
+    if checkpoint.family_source == "default":
+        content["_family_source"] = "default"  # a guess: its constants are read back as one
     form = family.latent_format
     if not form.statistics:
         content["scaling_factor"] = form.scaling_factor

@@ -20,7 +20,7 @@ def put(folder: Path, *names: str, text: str = "") -> None:
 
 def names(folder: Path) -> dict[str, tuple[str, ...]]:
     """{model's name: its weights, relative to the folder}."""
-    found = sources(walk(folder).stamps, folder)
+    found = sources(walk([folder]).stamps, [folder])
     return {
         name: tuple(file.relative_to(folder).as_posix() for file in source.files)
         for source, name in names_of(found).items()
@@ -46,7 +46,7 @@ def test_without_such_folders_the_folder_itself(tmp_path):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    assert walk(tmp_path / "nothing").stamps == ()
+    assert walk([tmp_path / "nothing"]).stamps == ()
 
 
 def test_hidden_files_partial_downloads_and_others_are_ignored(tmp_path):
@@ -77,7 +77,7 @@ def test_colliding_names(tmp_path):
 def test_names_are_unique_whatever_collides(tmp_path):
     put(tmp_path, "VAE/s/a.pt", "VAE/s/a.ckpt", "checkpoints/s/a.pt", "checkpoints/s/a.ckpt")
     put(tmp_path, "VAE/s/b_encoder.pt", "VAE/s/b_decoder.pt", "VAE/s/b.pt")
-    found = sources(walk(tmp_path).stamps, tmp_path)
+    found = sources(walk([tmp_path]).stamps, [tmp_path])
     assert len(set(names_of(found).values())) == len(found) == 6
 
 
@@ -136,7 +136,7 @@ def test_sidecars(tmp_path):
     put(tmp_path, "a.safetensors", "a.json", "t_encoder.pt", "t_decoder.pt", "t.json", "b.pt", "m.json")
     put(tmp_path, "m/config.json", text=KL)
     put(tmp_path, "m/diffusion_pytorch_model.bin")
-    sidecars = {source.stem: source.sidecar for source in sources(walk(tmp_path).stamps, tmp_path)}
+    sidecars = {source.stem: source.sidecar for source in sources(walk([tmp_path]).stamps, [tmp_path])}
     assert sidecars == {"a": tmp_path / "a.json", "t": tmp_path / "t.json", "b": None, "m": tmp_path / "m.json"}
 
 
@@ -170,7 +170,7 @@ def test_source_of_a_file_its_pair_and_folders(tmp_path):
 
 def test_a_name_that_is_not_utf_8_is_shown_with_escapes(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.safetensors")).write_bytes(b"")
-    (name,) = names_of(sources(walk(tmp_path).stamps, tmp_path)).values()
+    (name,) = names_of(sources(walk([tmp_path]).stamps, [tmp_path])).values()
     assert name == "caf\\xe9"
     assert name.encode() == b"caf\\xe9"
 
@@ -194,7 +194,7 @@ def test_a_whole_webui_tree(tmp_path):
     assert names(tmp_path).keys() == {
         *("Stable-diffusion/foo", "foo.vae", "bar", "bar.vae", "baz", "baz.vae", "VAE/foo", "model"),
     }
-    owners = {source.stem: source.owner for source in sources(walk(tmp_path).stamps, tmp_path) if source.owner}
+    owners = {source.stem: source.owner for source in sources(walk([tmp_path]).stamps, [tmp_path]) if source.owner}
     place = tmp_path / "Stable-diffusion"
     assert owners == {"foo.vae": place / "foo.safetensors", "baz.vae": place / "baz.ckpt"}
 
@@ -204,19 +204,19 @@ def test_a_walk_says_which_directories_matter(tmp_path):
     folder = tmp_path / "models"
     (folder / "VAE" / "tree").symlink_to(tmp_path / "far" / "tree")
     (folder / "VAE" / "e.pt").symlink_to(tmp_path / "far" / "e.pt")
-    tree = walk(folder)
+    tree = walk([folder])
     places = {place.path.relative_to(tmp_path).as_posix() for place in tree.places}
     assert places == {"models", "models/VAE", "models/VAE/deep", "far/tree"}
     assert {entry.relative_to(tmp_path).as_posix() for entry in tree.entries} == {"models", "far/e.pt"}
-    assert walk(tmp_path / "a" / "b").entries == {tmp_path / "a"}
+    assert walk([tmp_path / "a" / "b"]).entries == {tmp_path / "a"}
 
 
 def test_a_directory_made_anew_is_another_place(tmp_path):
     put(tmp_path, "VAE/a.pt")
-    before = walk(tmp_path).places
+    before = walk([tmp_path]).places
     (tmp_path / "VAE").rename(tmp_path / "old")
     (tmp_path / "VAE").mkdir()
-    assert walk(tmp_path).places != before
+    assert walk([tmp_path]).places != before
 
 
 def test_what_opens_only_with_another_s_help_is_no_model(tmp_path):
@@ -236,7 +236,7 @@ def test_one_root_that_may_not_be_asked_for_hides_no_other(tmp_path):
     assert names(tmp_path).keys() == {"a"}
     (tmp_path / "VAE" / "far").symlink_to("x" * 300)
     folder = tmp_path / "VAE" / "far" / "models"
-    assert walk(folder).entries == {tmp_path / "VAE" / "far"}
+    assert walk([folder]).entries == {tmp_path / "VAE" / "far"}
 
 
 def test_folders_in_folders_without_end(tmp_path):

@@ -52,7 +52,7 @@ def reads(monkeypatch):
 
 @asynccontextmanager
 async def following(folder: Path):
-    follower = Follower(ModelStore(folder, "sd1"))
+    follower = Follower(ModelStore([folder], "sd1"))
     follower.start()
     try:
         yield follower

@@ -20,7 +20,7 @@ async def watched(folder: Path):
     stop, told = asyncio.Event(), asyncio.Semaphore(0)
 
     async def listen() -> None:
-        async for _ in changes(walk(folder), stop):
+        async for _ in changes(walk([folder]), stop):
             told.release()
 
     task = asyncio.create_task(listen())
@@ -103,7 +103,7 @@ async def test_a_folder_that_goes(folder):
 
 
 async def test_a_place_that_is_not_there_is_an_error(folder):
-    tree = walk(folder)
+    tree = walk([folder])
     (folder / "VAE" / "deep" / "a.pt").unlink()
     (folder / "VAE" / "deep").rmdir()
     with pytest.raises(OSError, match=r"No such|not found"):
@@ -134,7 +134,7 @@ async def test_names_that_are_not_utf_8(folder):
     async with watched(folder) as word:
         (folder / "VAE" / "b.pt").touch()
         assert await word()
-    events = changes(walk(folder), asyncio.Event())
+    events = changes(walk([folder]), asyncio.Event())
     task = asyncio.ensure_future(anext(events))
     await asyncio.sleep(0.3)
     (folder / "VAE" / os.fsdecode(b"caf\xe9.pt")).touch()
