@@ -76,11 +76,11 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _files(args: argparse.Namespace) -> int:
-    from app.tools.folders import Errand, send_files
+    from app.tools.folders import Errand, Existing, send_files
 
     url, key = _address(args, args.models)
     query = {name: value for name in QUERY if (value := getattr(args, name, None)) is not None}
-    existing = "skip" if args.resume else "replace" if args.force else "refuse"
+    existing: Existing = "skip" if args.resume else "replace" if args.force else "refuse"
     errand = Errand(args.command, query, existing, url, key, _settings(models=args.models, device=args.device))
     return send_files(errand, args.inputs, args.output)
 

@@ -44,7 +44,9 @@ async def _row(name: str, shared: Context) -> Model:
 @router.get("")
 async def list_models(_: Nothing, shared: Shared) -> Models:
     """Every model file of the folder, unreadable ones with their error."""
-    return Models(models=[model_row(entry, shared) for entry in await shared.engine.entries()])
+    rows = [model_row(entry, shared) for entry in await shared.engine.entries()]
+    meant = shared.engine.meant()
+    return Models(models=rows, default=meant.name if meant else None)
 
 
 @router.get("/{name:path}/plan")

@@ -70,7 +70,11 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     "/decode",
     response_class=Response,
     responses=answers("A picture; several as zip or npy, uint8 (N, H, W, 3)", (PNG, JPEG, WEBP, ZIP, NPY), WARNING),
-    openapi_extra=takes("Latents, (C, h, w) or (N, C, h, w).", (NPY, NPZ, SAFETENSORS), headers=[LATENTS_FAMILY]),
+    openapi_extra=takes(
+        "Latents, (C, h, w) or (N, C, h, w); a .npz may hold several shapes.",
+        (NPY, NPZ, SAFETENSORS),
+        headers=[LATENTS_FAMILY],
+    ),
 )
 async def decode(request: Request, query: Annotated[DecodeQuery, Query()], shared: Shared) -> Response:
     """Latents to pictures. Body: .npy, .npz or safetensors, (C, h, w) or (N, C, h, w)."""
@@ -80,58 +84,64 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
     with clock.stage("read"):
         header = await asyncio.to_thread(latent_shape, body)
     latents = convention_of(query, header)
-    media = _picture_type(request, query, header.batch)
+    shared.limits.check_items(header.batch)  # nothing of a claimed length is made before
 
     def prepare(checkpoint: Checkpoint) -> Work[Done]:
         family = checkpoint.family
         check_family(request, header, checkpoint.name, family, latents)
         output: Output = "uint16" if query.bits == "16" else "uint8"
         task = Task("decode", checkpoint, latents, query.precision, query.tiling, query.deterministic, output)
-        shared.limits.check([picture_size(header, task)] * header.batch)
-        check_sides(*_crop(query, header, task), media)
+        shared.limits.check([picture_size(shape, task) for shape in header.shapes])
+        sizes = _cropped(query, header, task)
+        media = _picture_type(request, query, sizes)  # refused now or never
+        for size in set(sizes):
+            check_sides(*size, media)
 
         def read() -> Given:
-            items = list(read_latents(body, max_bytes=shared.limits.body_bytes * 4).array)
+            items = read_latents(body, max_bytes=shared.limits.body_bytes * 4).items
             return Given(items, warning(items, family, latents))
 
         return decoding(task, header, lambda: asyncio.to_thread(read), clock)
 
     done = await finished(request, checkpoint, query.model, prepare, deadline, shared)
-    size = _crop(query, header, done.task)
-    arrays = [result.array[: size[1], : size[0]] for result in done.results]
+    sizes = _cropped(query, header, done.task)
+    media = _picture_type(request, query, sizes)
+    arrays = [result.array[:height, :width] for result, (width, height) in zip(done.results, sizes, strict=True)]
     with clock.stage("write"):
         content = await asyncio.to_thread(pictures_body, media, arrays, query.quality)
-    return answer(content, media, done, clock, [size])
+    return answer(content, media, done, clock, sizes)
 
 
 def _latents_type(request: Request, shapes: Sequence[tuple[int, ...]]) -> str:
     return negotiate(_accept(request), (NPY, SAFETENSORS, NPZ) if len(set(shapes)) == 1 else (NPZ,))
 
 
-def _crop(query: DecodeQuery, header: LatentShape, task: Task) -> Size:
-    """The size that a picture is cut to."""
-    width, height = picture_size(header, task)
-    size = query.width_height
-    if size is None:
-        return width, height
-    if size[0] > width or size[1] > height:
-        raise InvalidParameter(f"size={query.size} is larger than the picture, {width}x{height}")
-    return size
+def _cropped(query: DecodeQuery, header: LatentShape, task: Task) -> list[Size]:
+    """The sizes that the pictures are cut to."""
+    sizes = [picture_size(shape, task) for shape in header.shapes]
+    wanted = query.width_height
+    if wanted is None:
+        return sizes
+    for width, height in sizes:
+        if wanted[0] > width or wanted[1] > height:
+            raise InvalidParameter(f"size={query.size} is larger than the picture, {width}x{height}")
+    return [wanted] * len(sizes)
 
 
 def _accept(request: Request) -> str:
     return ", ".join(request.headers.getlist("accept"))
 
 
-def _picture_type(request: Request, query: DecodeQuery, n: int) -> str:
-    accept = _accept(request)
+def _picture_type(request: Request, query: DecodeQuery, sizes: Sequence[Size]) -> str:
+    accept, n = _accept(request), len(sizes)
     if n == 1:
         media = negotiate(accept, (PNG, JPEG, WEBP, NPY, ZIP))
     else:
+        offers = (ZIP, NPY) if len(set(sizes)) == 1 else (ZIP,)  # pictures of different sizes are no array
         try:
-            media = negotiate(accept, (ZIP, NPY))
+            media = negotiate(accept, offers)
         except NotAcceptable:
-            raise NotAcceptable(f"{n} pictures do not fit in {accept[:200]}: ask for {ZIP} or {NPY}") from None
+            raise NotAcceptable(f"{n} pictures do not fit in {accept[:200]}: ask for {' or '.join(offers)}") from None
     if query.bits == "16" and media not in (PNG, ZIP):
         raise InvalidParameter(f"bits=16 is for PNG; {media} has 8 bits a channel")
     if query.quality is not None and media not in (JPEG, WEBP):

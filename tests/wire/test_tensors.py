@@ -42,11 +42,11 @@ def test_files_of_the_library(dtype, shape):
     array = noise(*shape, dtype=dtype)
     body = safetensors.numpy.save({"anything": array}, METADATA)
     latents = read(body)
-    np.testing.assert_array_equal(latents.array, array.reshape(-1, *shape[-3:]))
-    assert latents.array.flags.writeable
+    np.testing.assert_array_equal(latents.items, array.reshape(-1, *shape[-3:]))
+    assert latents.items[0].flags.writeable
     assert (latents.model, latents.sha256, latents.family) == ("a", "0f" * 32, "sd1")
     assert (latents.convention, latents.image_size) == ("scaled", (640, 427))
-    assert astuple(latent_shape(body)) == (*latents.array.shape, array.dtype.name, "sd1", "scaled")
+    assert astuple(latent_shape(body)) == ((array.reshape(-1, *shape[-3:]).shape,), array.dtype.name, "sd1", "scaled")
 
 
 def test_our_files_in_the_library():
@@ -55,7 +55,7 @@ def test_our_files_in_the_library():
     np.testing.assert_array_equal(safetensors.numpy.load(body)["latents"], array)
     assert int.from_bytes(body[:8], "little") % 8 == 0
     latents = read(body)
-    np.testing.assert_array_equal(latents.array, array)
+    np.testing.assert_array_equal(latents.items, array)
     assert latents.image_size == (640, 427)
 
 
@@ -68,17 +68,17 @@ def test_bfloat16_becomes_float32():
     exact = np.array([1.0, -2.5, 0.0, 3.140625], np.float32)
     data = (exact.view(np.uint32) >> 16).astype("<u2").tobytes()
     body = file({"x": tensor(0, 8, "BF16", (4, 1, 1))}, data)
-    latents = read(body).array
+    latents = np.stack(read(body).items)
     assert latents.dtype == np.float32
     np.testing.assert_array_equal(latents.ravel(), exact)
-    assert latent_shape(body) == LatentShape(1, 4, 1, 1, "float32")
+    assert latent_shape(body) == LatentShape(((1, 4, 1, 1),), "float32")
 
 
 @pytest.mark.parametrize("name", ["latents", "latent_tensor", "latent"])
 def test_the_named_one_of_several(name):
     array = noise(1, 4, 2, 2)
     body = safetensors.numpy.save({"a": noise(3), name: array, "z": np.zeros(5, np.int64)})
-    np.testing.assert_array_equal(read(body).array, array)
+    np.testing.assert_array_equal(read(body).items, array)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_named_one_of_several(name):
 def test_latents_of_comfyui(marker, convention):
     array = noise(1, 4, 2, 2)
     body = safetensors.numpy.save({"latent_tensor": array, **marker}, {"prompt": "{}"})
-    np.testing.assert_array_equal(read(body).array, array)
+    np.testing.assert_array_equal(read(body).items, array)
     assert read(body).convention == latent_shape(body).convention == convention
 
 
