@@ -100,7 +100,7 @@ def send_files(errand: Errand, inputs: list[str], output: str) -> int:
     httpx.HTTPError where nothing can be done at all.
     """
     found = find(inputs, output, ENCODE if errand.op == "encode" else DECODE)
-    there = [item for item in found.items if item.target is not None and _exists(item.target)]
+    there = [item for item in found.items if item.target is not None and _exists(item.target, errand.op)]
     if there and errand.existing == "refuse":
         names = named([str(item.target) for item in there])
         raise InvalidInput(f"{names} exist{'s' * (len(there) == 1)}: --resume skips what exists, --force replaces it")
@@ -116,8 +116,8 @@ def send_files(errand: Errand, inputs: list[str], output: str) -> int:
     return 1 if tally.failed else 0
 
 
-def _exists(target: Path) -> bool:
-    return target.exists() or _part(target, 0).exists()
+def _exists(target: Path, op: str) -> bool:
+    return target.exists() or (op == "decode" and _part(target, 0).exists())
 
 
 def _part(target: Path, index: int) -> Path:

@@ -111,7 +111,7 @@ def _items(arrays: list[Values]) -> list[Values]:
     for array in arrays:
         finite = np.isfinite(array)
         if not finite.all():
-            bad += array.size - np.count_nonzero(finite)
+            bad += array.size - int(np.count_nonzero(finite))
             n, *at = (int(each) for each in np.unravel_index(np.argmin(finite), array.shape))
             first = first or (index + n, *at)
         index += len(array)
