@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from app.settings import Settings
 from app.tools import folders
@@ -42,7 +43,11 @@ def service(monkeypatch):
             return self.latent(request)
 
         def latent(self, request: httpx.Request, **headers: str) -> httpx.Response:
-            told: dict[str, str] = {"content-type": request.headers["accept"], "x-model-sha256": self.row["sha256"], **headers}
+            told: dict[str, str] = {
+                "content-type": request.headers["accept"],
+                "x-model-sha256": self.row["sha256"],
+                **headers,
+            }
             return httpx.Response(200, content=LATENT, headers=told)
 
     stub, real = Stub(), httpx.AsyncClient
@@ -87,6 +92,32 @@ def test_the_queue_and_the_memory_bound_what_is_in_flight(service, tmp_path, mon
     monkeypatch.setattr(folders, "BYTES", 3 * len(picture()))
     assert send_files(errand(), [folder], str(tmp_path / "b")) == 0
     assert service.most == 3
+
+
+@pytest.mark.parametrize(
+    ("url", "device", "most"), [(None, "cpu", 1 << 18), (None, "auto", 1 << 18), ("http://x", "cpu", 8 << 20)]
+)
+def test_a_cpu_of_our_own_is_not_given_large_batches(url, device, most):
+    if device == "auto" and torch.cuda.is_available():
+        pytest.skip("auto is a GPU here")
+    asked = Errand("encode", {}, "refuse", url, None, Settings(device=device))
+    assert folders._pixels_at_once(asked) == most
+
+
+async def test_some_pieces_go_however_large():
+    room = Room(10, least=2)
+    flying = most = 0
+
+    async def take(amount: int) -> None:
+        nonlocal flying, most
+        async with room.of(amount):
+            flying += 1
+            most = max(most, flying)
+            await asyncio.sleep(0)
+            flying -= 1
+
+    await asyncio.wait_for(asyncio.gather(*(take(100) for _ in range(6))), 5)
+    assert most == 2
 
 
 async def test_what_is_larger_than_all_the_room_goes_alone():
