@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable_created_metrics
 
-from app import __version__
+from app import __version__, startup
 from app.allocator import Heap
 from app.api import compare, docs, errors, health, models, openapi, routes
 from app.api.access import Access
@@ -27,7 +27,7 @@ from app.engine.batcher import QueueLimits
 from app.engine.engine import Engine, EngineOptions
 from app.engine.gauges import gauges
 from app.metrics import Metrics, StateCollector
-from app.settings import InvalidSetting, Settings
+from app.settings import InvalidSetting, Settings, check_folders
 from app.store.store import ModelStore
 from app.text import one_line
 from app.vae.families import FAMILIES
@@ -65,6 +65,7 @@ def build_engine(settings: Settings, registry: CollectorRegistry) -> Engine:
 
 def _check(settings: Settings) -> None:
     """What a setting alone does not show to be wrong."""
+    check_folders(settings)
     if settings.default_family not in FAMILIES:
         raise InvalidSetting(f"default_family: {settings.default_family!r} is none of {', '.join(FAMILIES)}")
     cards = torch.cuda.device_count()
@@ -81,6 +82,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with engine:
+            startup.report(settings, engine, os.environ)
             yield
             await engine.drain(settings.drain_seconds)
 

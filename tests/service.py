@@ -39,7 +39,9 @@ class Service:
 
 
 @asynccontextmanager
-async def serving(models: Path, *, headers: dict[str, str] | None = None, **settings: Any) -> AsyncIterator[Service]:
+async def serving(
+    models: Path | str, *, headers: dict[str, str] | None = None, **settings: Any
+) -> AsyncIterator[Service]:
     """A started service; a bug in it is an answer, not an exception of the test."""
     app = create_app(Settings(**{"models": models, "device": "cpu", **settings}))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)

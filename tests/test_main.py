@@ -319,7 +319,7 @@ async def test_every_setting_reaches_its_reader(tmp_path):
     )
     engine = build_engine(settings, CollectorRegistry())
     options, limits = engine.options, engine.options.limits
-    assert (engine.store.folder, options.default_model, options.precision) == (tmp_path, "a", "bf16")
+    assert (engine.store.folders, options.default_model, options.precision) == ((tmp_path,), "a", "bf16")
     assert (limits.items, limits.pixels, limits.batch_pixels) == (3, 4, 5)
     assert (options.cache_bytes, options.memory_limit_bytes) == (1, 2 << 20)
     assert [worker.name for worker in engine.workers] == ["cpu:0", "cpu:1"]

@@ -32,10 +32,14 @@ class Limits:
                 raise TooLarge(
                     f"{width}x{height} are {width * height} pixels; at most {self.picture_pixels} are accepted"
                 )
-        if len(sizes) > self.items:
-            raise TooLarge(f"{len(sizes)} pictures in one request; at most {self.items} are accepted")
+        self.check_items(len(sizes))
         if (total := sum(width * height for width, height in sizes)) > self.pixels:
             raise TooLarge(f"{total} pixels in one request; at most {self.pixels} are accepted")
+
+    def check_items(self, count: int) -> None:
+        """Raises TooLarge for more pictures than a request may bring."""
+        if count > self.items:
+            raise TooLarge(f"{count} pictures in one request; at most {self.items} are accepted")
 
 
 @dataclass(frozen=True)

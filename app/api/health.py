@@ -30,9 +30,18 @@ async def live(shared: Shared) -> JSONResponse:
 @router.get("/readyz", include_in_schema=False)
 @router.get("/v2/health/ready", include_in_schema=False)
 async def ready(shared: Shared) -> JSONResponse:
-    """Red before the first scan of the folder, while draining, and without a working device."""
+    """Red before the first scan of the folder, while draining, and without a working device.
+
+    A default model that is not there is told and no more: its file may come.
+    """
     engine = shared.engine
-    return _answer(engine.ready, scanned=engine.scanned, device=engine.lost is None, draining=engine.draining)
+    return _answer(
+        engine.ready,
+        scanned=engine.scanned,
+        device=engine.lost is None,
+        draining=engine.draining,
+        default_model=engine.default_found,
+    )
 
 
 @router.get("/healthz/startup", response_model=Health, responses=FAILING)

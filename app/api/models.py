@@ -45,7 +45,9 @@ async def _row(name: str, shared: Context) -> Model:
 @router.get("", responses=problems(503))
 async def list_models(_: Nothing, shared: Shared) -> Models:
     """Every model file of the folder, unreadable ones with their error."""
-    return Models(models=[model_row(entry, shared) for entry in await shared.engine.entries()])
+    rows = [model_row(entry, shared) for entry in await shared.engine.entries()]
+    meant = shared.engine.meant()
+    return Models(models=rows, default=meant.name if meant else None)
 
 
 @router.get("/{name:path}/plan", operation_id="plan_model", responses=problems(404, 503))

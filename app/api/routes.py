@@ -88,7 +88,11 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     response_class=Response,
     responses=answers("A picture; several as zip or npy, uint8 (N, H, W, 3)", (PNG, JPEG, WEBP, ZIP, NPY), DECODED)
     | problems(409, *WORK),
-    openapi_extra=takes("Latents, (C, h, w) or (N, C, h, w).", (NPY, NPZ, SAFETENSORS), headers=[LATENTS_FAMILY]),
+    openapi_extra=takes(
+        "Latents, (C, h, w) or (N, C, h, w); a .npz may hold several shapes.",
+        (NPY, NPZ, SAFETENSORS),
+        headers=[LATENTS_FAMILY],
+    ),
 )
 async def decode(request: Request, query: Annotated[DecodeQuery, Query()], shared: Shared) -> Response:
     """Latents to pictures. Body: .npy, .npz or safetensors, (C, h, w) or (N, C, h, w)."""
@@ -98,20 +102,21 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
     with clock.stage("read"):
         header = await asyncio.to_thread(latent_shape, body)
     latents = convention_of(query, header)
+    shared.limits.check_items(header.batch)  # nothing of a claimed length is made before
 
     def prepare(checkpoint: Checkpoint) -> Work[Done]:
         family = checkpoint.family
         check_family(request, header, checkpoint.name, family, latents)
         output: Output = "uint16" if query.bits == "16" else "uint8"
         task = Task("decode", checkpoint, latents, query.precision, query.tiling, query.deterministic, output)
-        shared.limits.check([picture_size(header, task)] * header.batch)
+        shared.limits.check([picture_size(shape, task) for shape in header.shapes])
         back = _way_back(query, header, task)
         media = _picture_type(request, query, back.result.sizes)  # refused now or never
         for size in set(back.result.sizes):
             check_sides(*size, media)
 
         def read() -> Given:
-            items = list(read_latents(body, max_bytes=shared.limits.body_bytes * 4).array)
+            items = read_latents(body, max_bytes=shared.limits.body_bytes * 4).items
             found = [text for text in (warning(items, family, latents), back.warning) if text]
             return Given(items, "; ".join(found) or None)
 
@@ -135,7 +140,7 @@ def _latents_type(request: Request, shapes: Sequence[tuple[int, ...]]) -> str:
 
 
 def _way_back(query: DecodeQuery, header: LatentShape, task: Task) -> WayBack:
-    decoded = [picture_size(header, task)] * header.batch
+    decoded = [picture_size(shape, task) for shape in header.shapes]
     return way_back(query, header, decoded, task.checkpoint.family.size_multiple)
 
 

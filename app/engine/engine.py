@@ -19,7 +19,7 @@ from app.engine.planner import PlanAnswer
 from app.engine.planning import dtypes
 from app.engine.verdicts import Verdicts
 from app.engine.worker import Load, Worker
-from app.errors import Unavailable
+from app.errors import ServiceError, Unavailable
 from app.metrics import Metrics
 from app.store.checkpoint import Checkpoint, CheckpointChanged, load_autoencoder
 from app.store.follow import FIRST_SECONDS, Follower
@@ -136,6 +136,13 @@ class Engine:
     async def resolve(self, model: str | None) -> Checkpoint:
         """The checkpoint of a name, a hash prefix or None (the default, or the only one)."""
         return await self.folder.find(model, self.options.default_model)
+
+    def meant(self, model: str | None = None) -> Checkpoint | None:
+        """What `resolve` finds among the models that have been read, without a look at the folder; None: nothing."""
+        try:
+            return self.store.resolve(model, self.options.default_model)
+        except ServiceError:
+            return None
 
     async def entries(self) -> list[Entry]:
         """All models of the folder as it is now, unreadable ones included."""
@@ -310,6 +317,11 @@ class Engine:
     def scanned(self) -> bool:
         """Whether every file that lay in the folder at the start has been read."""
         return self.folder.scanned
+
+    @property
+    def default_found(self) -> bool:
+        """Whether the default model, where one is configured, is there and usable."""
+        return self.options.default_model is None or self.meant() is not None
 
     @property
     def ready(self) -> bool:

@@ -1,6 +1,7 @@
 import io
 import json
 import zipfile
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ PNG, JPEG, WEBP, ZIP = "image/png", "image/jpeg", "image/webp", "application/zip
 
 
 def safetensors(body: bytes) -> np.ndarray:
-    return read_latents(body, max_bytes=1 << 20).array
+    return np.stack(read_latents(body, max_bytes=1 << 20).items)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,40 @@ async def test_npz_and_safetensors_are_sniffed(service):
         pictures = array_of(await service.post("/decode", content=body, headers=headers))
         assert pictures.shape == (2, SIDE, SIDE, 3)
         assert pictures.dtype == np.uint8
+
+
+async def test_what_encode_writes_of_different_sizes_decode_reads(service):
+    parts = [("image", ("a.png", picture(32, 32))), ("image", ("b.png", picture(64, 32, 1)))]
+    encoded = await service.post("/encode", files=parts)
+    assert encoded.headers["content-type"] == NPZ
+    answer = await service.post("/decode", content=encoded.content, headers={"Accept": "*/*"})
+    assert (answer.status_code, answer.headers["content-type"]) == (200, ZIP)
+    assert answer.headers["X-Image-Size"] == "32x32, 64x32"
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        sizes = [Image.open(io.BytesIO(archive.read(name))).size for name in archive.namelist()]
+    assert sizes == [(32, 32), (64, 32)]
+    for accept in (PNG, NPY):  # pictures of two sizes are no array either
+        told = refused(
+            await service.post("/decode", content=encoded.content, headers={"Accept": accept}), 406, "not_acceptable"
+        )
+        assert ZIP in told
+    small = await service.post("/decode?size=32x30", content=encoded.content)
+    assert small.headers["X-Image-Size"] == "32x30"
+    assert "32x32" in refused(
+        await service.post("/decode?size=64x32", content=encoded.content), 422, "invalid_parameter"
+    )
+
+
+async def test_one_latent_that_does_not_fit_refuses_all(service):
+    file = io.BytesIO()
+    np.savez(file, a=latent(), b=latent(1, 16, 4, 4))
+    assert "16" in refused(await service.post("/decode", content=file.getvalue()), 422, "invalid_latent")
+
+
+async def test_a_guessed_family_is_told_on_use(service):
+    for path, body in (("/encode", picture()), ("/decode", npy(latent()))):
+        assert "the family sd1 is a guess" in unquote((await service.post(path, content=body)).headers["X-Warning"])
+        assert "X-Warning" not in (await service.post(f"{path}?model=tiny", content=body)).headers
 
 
 async def test_bfloat16_in_safetensors(service):

@@ -52,7 +52,7 @@ def reads(monkeypatch):
 
 @asynccontextmanager
 async def following(folder: Path):
-    follower = Follower(ModelStore(folder, "sd1"))
+    follower = Follower(ModelStore([folder], "sd1"))
     follower.start()
     try:
         yield follower
@@ -268,6 +268,9 @@ async def test_small_files_are_there_while_large_ones_are_read(folder, big, gate
             await follower.find("nothing", None)
         with pytest.raises(Unavailable, match="still being read"):
             await asked
+        with pytest.raises(Unavailable, match="name a model"):  # the large one may be what is meant
+            await follower.find(None, None)
+        assert (await follower.find(None, "a")).name == "a"
         gate.set()
         assert await follower.first_scan(5)
         assert (await follower.find("big", None)).baked
