@@ -40,7 +40,6 @@ class Follower:
 
     def __init__(self, store: ModelStore) -> None:
         self.store = store
-        self._folders = ", ".join(map(str, store.folders))
         self.scanned = False  # all that lay in the folder at the start has been read
         self.watching = False
         self._tree: Tree | None = None  # None before the first look
@@ -144,7 +143,7 @@ class Follower:
             looking = asyncio.create_task(self.look())
             await asyncio.wait([looking])
             if (error := looking.exception()) is not None:
-                log.error("a bug met in looking at %s", self._folders, exc_info=error)
+                log.error("a bug met in looking at %s", _names(self.store), exc_info=error)
             await _set_within(self._poked, SETTLING_SECONDS if self._settling else IDLE_SECONDS)
 
     async def _look(self) -> None:
@@ -172,7 +171,7 @@ class Follower:
                 if isinstance(error, FileNotFoundError):  # a directory has gone since the look
                     self._poked.set()
                 elif not self._warned:
-                    log.warning("%s cannot be watched, every request looks at it: %s", self._folders, error)
+                    log.warning("%s cannot be watched, every request looks at it: %s", _names(self.store), error)
                     self._warned = True
                 await _set_within(self._rewatch, RETRY_SECONDS)
 
@@ -213,6 +212,10 @@ class Follower:
             async with asyncio.timeout(seconds):
                 while not true() and not self._stopping:
                     await self._news.wait()
+
+
+def _names(store: ModelStore) -> str:
+    return ", ".join(map(str, store.folders))
 
 
 def _large(size: int) -> bool:

@@ -48,9 +48,19 @@ async def rows(service):
     return {row["name"]: row for row in (await service.get("/models")).json()["models"]}
 
 
+async def test_the_list_says_what_a_request_without_a_model_means(models, tmp_path):
+    shutil.copytree(models / "VAE", tmp_path / "VAE")
+    async with serving(tmp_path) as service:
+        assert (await service.get("/models")).json()["default"] is None
+        (tmp_path / "VAE" / "kl.safetensors").unlink()
+        assert (await service.get("/models")).json()["default"] == "tiny"
+    async with serving(models, default_model="kl") as service:
+        assert (await service.get("/models")).json()["default"] == "kl"
+
+
 async def test_a_row_has_these_fields_exactly(service, models):
     answer = await service.get("/models")
-    assert set(answer.json()) == {"models"}
+    assert set(answer.json()) == {"models", "default"}
     found = await rows(service)
     assert list(found) == ["kl", "tiny"]
     assert all(set(row) == FIELDS for row in found.values())
