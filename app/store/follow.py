@@ -42,7 +42,6 @@ class Follower:
 
     def __init__(self, store: ModelStore) -> None:
         self.store = store
-        self._folders = ", ".join(map(str, store.folders))
         self.scanned = False  # all that lay in the folder at the start has been read
         self._looked = False
         self._cost = 0.0  # seconds of the last look
@@ -140,7 +139,7 @@ class Follower:
             looking = asyncio.create_task(self.look())
             await asyncio.wait([looking])
             if (error := looking.exception()) is not None:
-                log.error("a bug met in looking at %s", self._folders, exc_info=error)
+                log.error("a bug met in looking at %s", _names(self.store), exc_info=error)
             pause = SETTLING_SECONDS if self._settling else IDLE_SECONDS
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._poked.wait(), pause * max(1.0, self._cost / CHEAP_SECONDS))
@@ -198,6 +197,10 @@ class Follower:
             async with asyncio.timeout(seconds):
                 while not true() and not self._stopping:
                     await self._news.wait()
+
+
+def _names(store: ModelStore) -> str:
+    return ", ".join(map(str, store.folders))
 
 
 def _large(size: int) -> bool:

@@ -64,7 +64,7 @@ class Errand:
 class Tally:
     """What came of the files."""
 
-    done: int = 0
+    done: list[Item] = field(default_factory=list)  # written; by several threads
     failed: int = 0
     skipped: int = 0  # as they exist
     warnings: set[str] = field(default_factory=set)  # that were said
@@ -72,7 +72,7 @@ class Tally:
     def summary(self, passed_over: str) -> str:
         """One line."""
         more = f"; not read: {passed_over}" if passed_over else ""
-        return f"{self.done} done, {self.failed} failed, {self.skipped} skipped{more}"
+        return f"{len(self.done)} done, {self.failed} failed, {self.skipped} skipped{more}"
 
 
 class Stop(ServiceError):
@@ -150,7 +150,6 @@ async def _all(errand: Errand, found: Found, there: list[Item], tally: Tally) ->
             async def one(item: Item) -> None:
                 try:
                     await run.convert(item, progress.say)
-                    tally.done += 1
                 except (ServiceError, OSError, httpx.HTTPError) as error:
                     if isinstance(error, Stop) or systemic(error):
                         raise Stop(f"{item.name}: {reason(error)}") from error
@@ -233,7 +232,7 @@ class _Run:
             self._tally.warnings.add(warning)
             say(f"warning: {warning}")
         original = answer.headers.get("x-image-size") if self._errand.op == "encode" else None
-        await asyncio.to_thread(self._write, item.target, content, media, original)
+        await asyncio.to_thread(self._write, item, content, media, original)
 
     def _measure(self, body: bytes) -> tuple[int, int]:
         """(pictures, pixels) of a file by its header; what cannot be read is the service's to refuse."""
@@ -272,7 +271,8 @@ class _Run:
             headers["X-Latents-Family"] = made.maker.family
         return query, headers
 
-    def _write(self, target: Path | None, content: bytes, media: str, original: str | None) -> None:
+    def _write(self, item: Item, content: bytes, media: str, original: str | None) -> None:
+        target = item.target
         if target is None:
             sys.stdout.buffer.write(content)
             return
@@ -289,6 +289,7 @@ class _Run:
             replace_file(path, part)
             if self._manifest is not None and self._folder is not None:
                 self._manifest.note(path.relative_to(self._folder).as_posix(), self._maker, original)
+        self._tally.done.append(item)  # here, as it is true for a thread that an interrupt leaves behind
 
 
 def _pixels_at_once(errand: Errand) -> int:

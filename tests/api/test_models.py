@@ -58,9 +58,19 @@ def test_numbers_per_channel_are_a_list():
     assert json.loads(row.model_dump_json())["scaling_factor"] == [0.5, 2.0]
 
 
+async def test_the_list_says_what_a_request_without_a_model_means(models, tmp_path):
+    shutil.copytree(models / "VAE", tmp_path / "VAE")
+    async with serving(tmp_path) as service:
+        assert (await service.get("/models")).json()["default"] is None
+        (tmp_path / "VAE" / "kl.safetensors").unlink()
+        assert (await service.get("/models")).json()["default"] == "tiny"
+    async with serving(models, default_model="kl") as service:
+        assert (await service.get("/models")).json()["default"] == "kl"
+
+
 async def test_a_row_has_these_fields_exactly(service, models):
     answer = await service.get("/models")
-    assert set(answer.json()) == {"models"}
+    assert set(answer.json()) == {"models", "default"}
     found = await rows(service)
     assert list(found) == ["kl", "tiny"]
     assert all(set(row) == FIELDS for row in found.values())
