@@ -33,6 +33,8 @@ class Settings(BaseSettings):
     queue_pixels: int = Field(_QUEUE.pixels, gt=0)
     batch_pixels: int = Field(_QUEUE.batch_pixels, gt=0)
     max_body_bytes: int = Field(256 << 20, gt=0)
+    buffer_bytes: int | None = Field(None, gt=0)
+    max_connections: int = Field(1000, gt=0)
     max_pixels: int = Field(8192 * 8192, gt=0)
     drain_seconds: float = Field(30.0, ge=0, le=86_400)
     api_keys: SecretStr | None = None  # comma separated

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.errors import CLIENT_GONE
+from app.api.errors import CLIENT_GONE, LONGEST
 from app.metrics import Metrics
 
 log = logging.getLogger("app.access")
@@ -61,7 +61,7 @@ class Access:
             self.metrics.cancelled.labels("request").inc()
         facts = {
             "method": scope["method"],
-            "path": quote(path),  # decoded, it may hold line breaks
+            "path": quote(path[:LONGEST]),  # decoded, it may hold line breaks
             "status": status,
             "ms": round(seconds * 1000, 1),
             "model": model,

@@ -8,6 +8,14 @@ from app.api.context import BEARER, Shared, require_metrics_key
 
 router = APIRouter(tags=["health"])
 
+PROBES = frozenset(
+    {
+        *("/healthz/live", "/healthz/ready", "/healthz/startup", "/health", "/livez", "/readyz"),
+        *("/v2/health/live", "/v2/health/ready"),
+    }
+)
+"""Answered however crowded it is. Nothing that they depend on may wait for a thread."""
+
 
 def _answer(good: bool, **facts: object) -> JSONResponse:
     return JSONResponse({"status": "ok" if good else "failing", **facts}, 200 if good else 503)

@@ -35,7 +35,7 @@ ANSWER_HEADERS = {
     "Server-Timing": "Milliseconds of read, queue, load, compute and write.",
 }
 
-WARNING = {"X-Warning": "What looks wrong with the latents, in one line; absent when nothing does."}
+WARNING = {"X-Warning": "What looks wrong, in one line; absent when nothing does."}
 
 TIMEOUT = {
     "name": "X-Request-Timeout-Ms",

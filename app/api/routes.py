@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -10,7 +11,8 @@ from fastapi import APIRouter, Query, Request, Response
 
 from app.api.answer import JPEG, NPY, NPZ, PNG, SAFETENSORS, WEBP, ZIP, answer, latents_body, negotiate, pictures_body
 from app.api.body import deadline_of, read_body, read_pictures
-from app.api.context import GUARD, Shared
+from app.api.context import GUARD, Limits, Shared
+from app.api.form import Part, naming
 from app.api.mismatch import check_family, convention_of, warning
 from app.api.openapi import LATENTS_FAMILY, PROBLEM, WARNING, answers, takes
 from app.api.schemas import DecodeQuery, EncodeQuery
@@ -19,8 +21,11 @@ from app.engine.jobs import Output, Task, Work
 from app.errors import InvalidParameter, NotAcceptable
 from app.store.checkpoint import Checkpoint
 from app.wire.arrays import LatentShape, latent_shape, read_latents
-from app.wire.fit import fit, fitted_size
-from app.wire.images import check_sides, image_size, read_image
+from app.wire.fit import Fit, fit, fitted_size
+from app.wire.headers import PictureHeader, read_header
+from app.wire.images import check_sides, read_image
+
+NAMED = 4  # animated pictures that a warning tells of
 
 router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
 
@@ -28,33 +33,37 @@ router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
 @router.post(
     "/encode",
     response_class=Response,
-    responses=answers("float16 latents, (N, C, h, w)", (NPY, SAFETENSORS, NPZ)),
+    responses=answers("float16 latents, (N, C, h, w)", (NPY, SAFETENSORS, NPZ), WARNING),
     openapi_extra=takes("A picture, or a form of several.", (PNG, JPEG, WEBP), form=True),
 )
 async def encode(request: Request, query: Annotated[EncodeQuery, Query()], shared: Shared) -> Response:
     """Pictures to latents. Body: the bytes of a PNG, JPEG or WebP, or a form with parts named `image`."""
     clock, deadline = Clock("encode", shared.metrics), deadline_of(request)
     checkpoint = await resolved(request, query.model, shared)
-    bodies = await read_pictures(request, shared.limits.body_bytes)
+    shared.engine.check_open(checkpoint)
+    files = await read_pictures(request, shared)
     with clock.stage("read"):
-        sizes = [image_size(body) for body in bodies]  # their headers alone
-    shared.limits.check(sizes)
+        headers = await asyncio.to_thread(_headers, files, shared.limits)
+    sizes = [header.shown for header in headers]
     seed = None
     if query.posterior == "sample":
         seed = query.seed if query.seed is not None else secrets.randbits(63)
 
     def prepare(checkpoint: Checkpoint) -> Work[Done]:
         multiple = checkpoint.family.size_multiple
-        fitted = [fitted_size(*size, multiple, query.fit) for size in sizes]
+        fitted = [_fitted(file, size, multiple, query.fit) for file, size in zip(files, sizes, strict=True)]
         _latents_type(request, fitted)  # refused now or never
         task = Task("encode", checkpoint, query.latents, query.precision, query.tiling, query.deterministic, seed=seed)
 
-        def read(body: bytes) -> np.ndarray:
-            image = read_image(body, background=query.rgb, max_pixels=shared.limits.picture_pixels)
+        def read(file: Part, header: PictureHeader) -> np.ndarray:
+            most = shared.limits.picture_pixels
+            with naming(file):
+                image = read_image(file.content, header, background=query.rgb, max_pixels=most)
             return fit(image, multiple, query.fit)
 
         async def read_all() -> Given:
-            return Given(await asyncio.gather(*(asyncio.to_thread(read, body) for body in bodies)))
+            work = [(header.work, partial(read, file, header)) for file, header in zip(files, headers, strict=True)]
+            return Given(await shared.codecs.run_all(work), _animated(files, headers))
 
         return encoding(task, fitted, read_all, clock)
 
@@ -62,7 +71,8 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     arrays = [result.array for result in done.results]
     media = _latents_type(request, [array.shape for array in arrays])
     with clock.stage("write"):
-        content = await asyncio.to_thread(latents_body, media, arrays, done.task, sizes)
+        write = partial(latents_body, media, arrays, done.task, sizes)
+        content = await shared.codecs.run(_writing(arrays), write)
     return answer(content, media, done, clock, sizes)
 
 
@@ -76,7 +86,8 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
     """Latents to pictures. Body: .npy, .npz or safetensors, (C, h, w) or (N, C, h, w)."""
     clock, deadline = Clock("decode", shared.metrics), deadline_of(request)
     checkpoint = await resolved(request, query.model, shared)
-    body = await read_body(request, shared.limits.body_bytes)
+    shared.engine.check_open(checkpoint)
+    body = await read_body(request, shared)
     with clock.stage("read"):
         header = await asyncio.to_thread(latent_shape, body)
     latents = convention_of(query, header)
@@ -87,21 +98,51 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
         check_family(request, header, checkpoint.name, family, latents)
         output: Output = "uint16" if query.bits == "16" else "uint8"
         task = Task("decode", checkpoint, latents, query.precision, query.tiling, query.deterministic, output)
-        shared.limits.check([picture_size(header, task)] * header.batch)
+        shared.limits.check([picture_size(header, task)], times=header.batch)
         check_sides(*_crop(query, header, task), media)
 
         def read() -> Given:
             items = list(read_latents(body, max_bytes=shared.limits.body_bytes * 4).array)
             return Given(items, warning(items, family, latents))
 
-        return decoding(task, header, lambda: asyncio.to_thread(read), clock)
+        return decoding(task, header, lambda: shared.codecs.run(len(body) + header.work, read), clock)
 
     done = await finished(request, checkpoint, query.model, prepare, deadline, shared)
     size = _crop(query, header, done.task)
     arrays = [result.array[: size[1], : size[0]] for result in done.results]
     with clock.stage("write"):
-        content = await asyncio.to_thread(pictures_body, media, arrays, query.quality)
+        content = await shared.codecs.run(_writing(arrays), partial(pictures_body, media, arrays, query.quality))
     return answer(content, media, done, clock, [size])
+
+
+def _headers(files: Sequence[Part], limits: Limits) -> list[PictureHeader]:
+    headers = []
+    for file in files:
+        with naming(file):
+            headers.append(read_header(file.content))
+            limits.check([headers[-1].shown])
+    limits.check([header.shown for header in headers])
+    return headers
+
+
+def _fitted(file: Part, size: Size, multiple: int, mode: Fit) -> Size:
+    with naming(file):
+        return fitted_size(*size, multiple, mode)
+
+
+def _animated(files: Sequence[Part], headers: Sequence[PictureHeader]) -> str | None:
+    """What is to be said of pictures that move."""
+    said = [
+        f"{file.label or 'the picture'} has {header.frames} frames: the first is encoded"
+        for file, header in zip(files, headers, strict=True)
+        if header.frames > 1
+    ]
+    return "; ".join(said[:NAMED]) + ("; .." if len(said) > NAMED else "") or None
+
+
+def _writing(arrays: Sequence[np.ndarray]) -> int:
+    """Bytes of memory that writing these into a file takes: a batch of them, rows made ready, the file, its copy."""
+    return 4 * sum(array.nbytes for array in arrays)
 
 
 def _latents_type(request: Request, shapes: Sequence[tuple[int, ...]]) -> str:

@@ -11,6 +11,7 @@ from app.terms import Convention
 from app.wire.declared import Declared, Values, check_size, values
 from app.wire.npy import npy_header
 from app.wire.npz import npz_headers, read_npz
+from app.wire.scan import Body
 from app.wire.sniff import ARRAYS, sniff
 from app.wire.tensors import safetensors_header
 
@@ -29,6 +30,11 @@ class LatentShape:
     convention: Convention | None = None
     """These two as a safetensors file says; None where it does not, and for .npy and .npz."""
 
+    @property
+    def work(self) -> int:
+        """Bytes of memory that reading and judging the latents take at most: a few float64 copies of one item."""
+        return self.batch * self.channels * self.height * self.width * 32
+
 
 @dataclass(frozen=True, eq=False)
 class Latents:
@@ -46,7 +52,7 @@ class Latents:
     """(width, height) in pixels of the picture that was encoded."""
 
 
-def latent_shape(body: bytes) -> LatentShape:
+def latent_shape(body: Body) -> LatentShape:
     """The shape of the latents in a body, from its headers alone.
 
     Raises as `read_latents` does, except TooLarge and for values that are not finite.
@@ -62,7 +68,7 @@ def latent_shape(body: bytes) -> LatentShape:
             return replace(_batch([declared]), family=metadata.get("family"), convention=convention)
 
 
-def read_latents(body: bytes, *, max_bytes: int) -> Latents:
+def read_latents(body: Body, *, max_bytes: int) -> Latents:
     """The latents of a .npy, .npz or safetensors body: (C, h, w) or (N, C, h, w), float16, float32, or bfloat16.
 
     The arrays of a .npz must share a shape and are joined in name order. Raises UnsupportedMedia for other formats,
@@ -87,7 +93,7 @@ def read_latents(body: bytes, *, max_bytes: int) -> Latents:
             )
 
 
-def _npy(body: bytes) -> Declared:
+def _npy(body: Body) -> Declared:
     declared = npy_header(body)
     check_size(declared, len(body))
     return declared

@@ -8,6 +8,7 @@ import numpy as np
 
 from app.errors import InvalidLatent, MalformedBody
 from app.wire.declared import Declared, Values, check_size, declare
+from app.wire.scan import Body
 
 MAX_HEADER = 1 << 20
 """Bytes; ComfyUI puts a whole workflow in there."""
@@ -26,7 +27,7 @@ class _Tensor:
     end: int
 
 
-def safetensors_header(body: bytes) -> tuple[Declared, dict[str, str]]:
+def safetensors_header(body: Body) -> tuple[Declared, dict[str, str]]:
     """What a safetensors file declares of its only tensor, or of the one that is named as latents are; its metadata.
 
     Raises MalformedBody where the header, its offsets and the body's length disagree, and InvalidLatent where no
@@ -55,11 +56,11 @@ def write_safetensors(array: Values, metadata: dict[str, str]) -> bytes:
     return b"".join((len(header).to_bytes(8, "little"), header, data.data))
 
 
-def _json(body: bytes, end: int) -> dict[str, Any]:
+def _json(body: Body, end: int) -> dict[str, Any]:
     if end > min(len(body), 8 + MAX_HEADER):
         raise MalformedBody(f"the safetensors header is truncated, or longer than {MAX_HEADER} bytes")
     try:
-        header = json.loads(body[8:end])
+        header = json.loads(bytes(body[8:end]))
     except (ValueError, RecursionError) as error:
         raise MalformedBody("the safetensors header is not JSON") from error
     if not isinstance(header, dict):

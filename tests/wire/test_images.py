@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from app.errors import InvalidParameter, MalformedBody, NotAcceptable, TooLarge
-from app.wire.images import image_size, read_image, write_image
+from app.wire.headers import read_header
+from app.wire.images import read_image, write_image
 from app.wire.png import write_png
 
 PURPLE = (200, 0, 100)
@@ -32,7 +33,11 @@ def saved(pixels, kind="PNG", **options):
 
 
 def read(body, max_pixels=1 << 20):
-    return read_image(body, background=PURPLE, max_pixels=max_pixels)
+    return read_image(body, read_header(body), background=PURPLE, max_pixels=max_pixels)
+
+
+def image_size(body):
+    return read_header(body).shown
 
 
 def chunk(name, data=b""):
