@@ -2,6 +2,8 @@
 
 import asyncio
 import resource
+import socket
+import struct
 from contextlib import suppress
 from typing import Any
 
@@ -54,14 +56,15 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self.since = self.loop.time()
         self._listen(HEAD_SECONDS)
-        if len(self.connections) <= self.most:
-            return
-        others = [each for each in self.connections if isinstance(each, Connection) and each is not self and each.idle]
-        if others:
-            min(others, key=lambda each: each.since).transport.abort()
-        elif len(self.connections) > self.most + SPARE:
+        others = [each for each in self.connections if isinstance(each, Connection) and not each.transport.is_closing()]
+        over = len(others) - self.most
+        idle = [each for each in others if each is not self and each.idle]
+        if over > 0 and idle:
+            min(idle, key=lambda each: each.since).transport.abort()
+            over -= 1
+        if over > SPARE:
             transport.abort()
-        else:
+        elif over > 0:
             self.app_state = {**self.app_state, "crowded": True}
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -111,4 +114,9 @@ class Connection(H11Protocol):
     def _write(self) -> None:
         if self._writing is not None:
             self._writing.cancel()
-        self._writing = self.loop.call_later(TAKE_SECONDS, self.transport.abort)
+        self._writing = self.loop.call_later(TAKE_SECONDS, self._drop)
+
+    def _drop(self) -> None:
+        """Ends the connection with all that is on its way, what the system holds of it included."""
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()

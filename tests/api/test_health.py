@@ -3,6 +3,7 @@ import asyncio
 import httpx
 import pytest
 
+from app.api.health import PROBES
 from app.main import create_app
 from app.settings import Settings
 from tests.service import occupied, picture, refused, serving
@@ -84,3 +85,19 @@ async def test_the_metrics_say_what_was_done(models):
             "vae_build_info{",
         ):
             assert name in answer.text
+
+
+async def test_health_and_its_guards_need_no_thread(models, monkeypatch):
+    """FastAPI runs whatever is no coroutine in a pool of 40 threads, which slow requests can fill."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a thread is needed")
+
+    monkeypatch.setattr("fastapi.dependencies.utils.run_in_threadpool", refuse)
+    monkeypatch.setattr("fastapi.routing.run_in_threadpool", refuse)
+    async with serving(models, default_model="kl", api_keys="a", admin_key="b", metrics_public=False) as service:
+        assert {*LIVE, *READY, "/healthz/startup"} == PROBES
+        for path in (*PROBES, "/metrics", "/models"):
+            assert (await service.get(path, headers={"Authorization": "Bearer a"})).status_code == 200
+        answer = await service.post("/models/kl/pin", headers={"Authorization": "Bearer b"})
+        assert answer.status_code == 200
