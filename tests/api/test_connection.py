@@ -64,15 +64,16 @@ def test_a_byte_now_and_then_is_no_head(server, monkeypatch):
         assert status(made, GET) == 200
         made.settimeout(0.02)
         at = time.perf_counter()
-        with pytest.raises((ConnectionError, BrokenPipeError)):
-            while time.perf_counter() - at < 20:
+        gone = False
+        while not gone and time.perf_counter() - at < 20:
+            try:
                 made.sendall(b"G")
-                try:
-                    if not made.recv(4096):
-                        break
-                except TimeoutError:
-                    continue
-            raise ConnectionResetError
+                gone = ended(made)
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                gone = True
+        assert gone
         assert time.perf_counter() - at < 10
 
 
@@ -96,9 +97,8 @@ def test_a_client_that_takes_nothing_is_dropped_and_its_answer_with_it(server, m
         made.sendall(GET.replace(b"/healthz/live", b"/metrics"))
         asyncio.run(until(lambda: room.used >= 30_000_000))
         asyncio.run(until(lambda: room.used == 0))
-        with pytest.raises(ConnectionResetError):
-            while made.recv(1 << 20):
-                pass
+        while not ended(made):
+            pass
 
 
 def test_a_slow_client_that_takes_something_gets_all_of_it(server, monkeypatch):

@@ -249,3 +249,45 @@ async def test_a_tiny_model_encodes_too(service):
     answer = await service.post("/encode?model=tiny", content=picture())
     assert array_of(answer).shape == (1, 4, SIDE // 8, SIDE // 8)
     assert answer.headers["X-Model"] == "tiny"
+
+
+def animated(kind: str, frames: int = 3) -> bytes:
+    file = io.BytesIO()
+    others = [Image.fromarray(pixels(seed=seed)) for seed in range(1, frames)]
+    Image.fromarray(pixels()).save(file, kind, save_all=True, append_images=others, lossless=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WebP"])
+async def test_the_first_frame_of_an_animation_is_encoded_with_a_warning(service, kind):
+    answer = await service.post("/encode", content=animated(kind))
+    assert answer.headers["X-Warning"] == "the picture has 3 frames: the first is encoded"
+    still = await service.post("/encode", content=picture())
+    assert "X-Warning" not in still.headers
+    np.testing.assert_allclose(array_of(answer), array_of(still), atol=2e-3)
+    formed = await service.post("/encode", files=form(picture(), animated(kind), *[animated(kind)] * 5))
+    said = formed.headers["X-Warning"]
+    assert said.startswith("part 1 (1.png) has 3 frames: the first is encoded; part 2 (2.png) has")
+    assert said.endswith("; ..")
+
+
+@pytest.mark.parametrize(
+    ("bad", "status", "code", "query"),
+    [
+        (b"no picture", 415, "unsupported_media", ""),
+        (picture()[:-30], 400, "malformed_body", ""),
+        (picture(SIDE + 1, SIDE), 422, "invalid_image", "?fit=error"),
+        (picture(3, 3), 422, "invalid_image", "?fit=crop"),
+    ],
+)
+async def test_an_error_names_the_part_that_it_is_about(service, bad, status, code, query):
+    answer = await service.post(f"/encode{query}", files=form(picture(), picture(), bad))
+    assert refused(answer, status, code).startswith("part 2 (2.png): ")
+    alone = await service.post(f"/encode{query}", content=bad)
+    assert "part" not in refused(alone, status, code)
+
+
+async def test_a_part_that_is_too_large_is_named(models):
+    async with serving(models, default_model="kl", max_pixels=SIDE * SIDE) as service:
+        answer = await service.post("/encode", files=form(picture(), picture(SIDE, SIDE + 1)))
+        assert refused(answer, 413, "too_large").startswith("part 1 (1.png): ")
