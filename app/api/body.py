@@ -4,6 +4,7 @@ import asyncio
 import re
 import time
 from collections.abc import Coroutine
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -20,6 +21,9 @@ BODY_SECONDS = 60.0
 
 SILENT_SECONDS = 15.0
 """Its next bytes must come so soon: until it is whole, it keeps others out of the room that it was promised."""
+
+CHUNK = 1 << 16
+"""Bytes of the least buffer."""
 
 DAY_MS = 86_400_000
 
@@ -78,7 +82,9 @@ async def _received(request: Request, limit: int, held: Held) -> Body:
         raise TooLarge(f"the body has {header[:40]} bytes; at most {limit} are accepted")
     counted = int(header)  # 0: it comes in chunks, counted as they come
     held.take(counted)
-    buffer = bytearray()
+    # Pages of the system's own: there when they are written to, never copied as it grows, gone with the request.
+    buffer = mmap(-1, max(counted, CHUNK), MAP_PRIVATE | MAP_ANONYMOUS)
+    size = 0
     clock = asyncio.get_running_loop()
     end = clock.time() + BODY_SECONDS
     try:
@@ -89,18 +95,22 @@ async def _received(request: Request, limit: int, held: Held) -> Body:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
                     raise ClientGone("the client closed the connection before its body ended")
-                buffer += message.get("body", b"")
-                if len(buffer) > limit:
+                chunk = message.get("body", b"")
+                start, size = size, size + len(chunk)
+                if size > limit:
                     raise TooLarge(f"the body has more than {limit} bytes")
-                if len(buffer) > counted:
-                    held.take(len(buffer) - counted)
-                    counted = len(buffer)
+                if size > counted:
+                    held.take(size - counted)
+                    counted = size
+                if size > len(buffer):
+                    buffer.resize(max(size, 2 * len(buffer)))
+                buffer[start:size] = chunk
                 more = message.get("more_body", False)
     except TimeoutError:
         raise SlowBody(
             f"the body did not arrive within {BODY_SECONDS:g} s, or stopped for {SILENT_SECONDS:g} s"
         ) from None
-    return memoryview(buffer)
+    return memoryview(buffer)[:size]
 
 
 async def _disconnected(request: Request) -> None:

@@ -1,11 +1,16 @@
+import asyncio
 import io
 import json
+import os
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.service import SIDE, array_of, latent, npy, picture, pixels, refused, serving
+from app.wire.headers import read_header
+from app.wire.images import read_image
+from tests.service import SIDE, array_of, latent, npy, picture, pixels, refused, serving, until
 
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
 
@@ -291,3 +296,47 @@ async def test_a_part_that_is_too_large_is_named(models):
     async with serving(models, default_model="kl", max_pixels=SIDE * SIDE) as service:
         answer = await service.post("/encode", files=form(picture(), picture(SIDE, SIDE + 1)))
         assert refused(answer, 413, "too_large").startswith("part 1 (1.png): ")
+
+
+@pytest.fixture
+def reading(monkeypatch):
+    """Holds every decoder until its gate opens; how many there are at once."""
+    gate, at_once = threading.Event(), []
+
+    def hold(*arguments, **options):
+        at_once.append(1)
+        assert gate.wait(60)
+        return read_image(*arguments, **options)
+
+    monkeypatch.setattr("app.api.routes.read_image", hold)
+    yield gate, at_once
+    gate.set()
+
+
+async def test_small_work_waits_for_no_decoder(service, reading):
+    gate, at_once = reading
+    waiting = [asyncio.ensure_future(service.post("/encode", content=picture())) for _ in range(60)]
+    await until(lambda: len(at_once) >= (os.cpu_count() or 1))
+    refused(await service.post("/encode", content=b"no picture"), 415, "unsupported_media")
+    assert (await service.get("/models/kl/plan")).status_code == 200
+    assert (await service.get("/models")).status_code == 200
+    for request in waiting[30:]:
+        request.cancel()
+    gate.set()
+    assert {(await request).status_code for request in waiting[:30]} == {200}
+    assert len(at_once) == 30  # what nobody waits for any more has not begun
+
+
+async def test_pictures_are_decoded_as_many_at_once_as_there_is_memory(models, reading):
+    gate, at_once = reading
+    work = read_header(picture()).work
+    async with serving(models, default_model="kl", buffer_bytes=work + 20_000) as service:
+        room = service.app.state.context.room
+        waiting = [asyncio.ensure_future(service.post("/encode", content=picture())) for _ in range(3)]
+        await until(lambda: len(at_once) == 1 and room.used >= work)
+        assert room.used < room.total
+        assert (await service.get("/models/kl/plan")).status_code == 200
+        assert len(at_once) == 1
+        gate.set()
+        assert {(await request).status_code for request in waiting} == {200}
+        await until(lambda: room.used == 0)

@@ -139,7 +139,9 @@ def test_cmyk_without_adobes_marker_is_what_other_readers_make_of_it(adobe, inve
     at = body.index(b"\xff\xee")
     if not adobe:
         body = body[:at] + body[at + 2 + int.from_bytes(body[at + 2 : at + 4]) :]
-    other = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    decoded = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR)
+    assert decoded is not None
+    other = decoded[..., ::-1]
     assert np.abs(read(body).astype(int) - other).max() <= 3
     assert (np.abs(read(body).astype(int) - (200, 30, 60)).max() <= 3) == inverted
 
