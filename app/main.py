@@ -179,6 +179,7 @@ def server_of(app: FastAPI, settings: Settings, host: str, port: int) -> Server:
         host=host,
         port=port,
         http=partial(Connection, connections_for(settings.max_connections)),  # type: ignore[arg-type]  # called, and never looked into
+        ws="none",  # whichever library is installed: it would take connections over
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=round(settings.drain_seconds) + CLOSING_SECONDS,

@@ -9,7 +9,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.errors import problem
 from app.api.health import PROBES
 from app.api.room import Held, Room
-from app.errors import MalformedBody, ServiceError, Unavailable
+from app.errors import InvalidParameter, MalformedBody, ServiceError, Unavailable
+
+MAX_PARAMETERS = 64
+MAX_QUERY = 32_768
+"""Bytes: room for every character of the longest list of models as escapes of UTF-8."""
 
 PIECE = 1 << 16
 """Bytes of an answer that are handed over at once; the next wait until the client has taken most of these."""
@@ -28,7 +32,9 @@ class Bounds:
             await self.app(scope, receive, send)
             return
         if error := _refusal(scope):
-            await problem(Request(scope), error, {"Connection": "close"})(scope, receive, send)
+            await problem(Request(scope), error, {"Connection": "close"})(
+                scope, receive, send
+            )  # whatever else it sends
             return
         head = scope["method"] == "HEAD"
         held = scope["state"]["held"] = Held(self.room)
@@ -55,6 +61,14 @@ def _refusal(scope: Scope) -> ServiceError | None:
     if b"transfer-encoding" in names and b"content-length" in names:
         # Whoever stands before this service may believe the other one, and see another request behind this one.
         return MalformedBody("a request has Transfer-Encoding or Content-Length, not both")
-    if scope["state"].get("crowded") and scope["path"] not in PROBES:
+    if scope["path"] in PROBES:
+        return None
+    if scope["state"].get("crowded"):
         return Unavailable("too many connections are open")
+    query = scope["query_string"]
+    if len(query) > MAX_QUERY or query.count(b"&") >= MAX_PARAMETERS:  # before anybody parses it
+        return InvalidParameter(
+            f"the query has {query.count(b'&') + 1} parameters in {len(query)} bytes; "
+            f"at most {MAX_PARAMETERS} in {MAX_QUERY} are read"
+        )
     return None

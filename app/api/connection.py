@@ -56,6 +56,8 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self.since = self.loop.time()
         self._listen(HEAD_SECONDS)
+        if len(self.connections) <= self.most:
+            return
         others = [each for each in self.connections if isinstance(each, Connection) and not each.transport.is_closing()]
         over = len(others) - self.most
         idle = [each for each in others if each is not self and each.idle]

@@ -322,6 +322,7 @@ async def test_small_work_waits_for_no_decoder(service, reading):
     assert (await service.get("/models")).status_code == 200
     for request in waiting[30:]:
         request.cancel()
+    await asyncio.wait(waiting[30:])
     gate.set()
     assert {(await request).status_code for request in waiting[:30]} == {200}
     assert len(at_once) == 30  # what nobody waits for any more has not begun
