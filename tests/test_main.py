@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import json
 import logging
 import shutil
@@ -9,14 +10,17 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
+from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 from prometheus_client import CollectorRegistry
 
-from app.main import JsonFormatter, Server, TextFormatter, build_engine, create_app
+from app.api.connection import Connection
+from app.engine.memory import host_memory
+from app.main import JsonFormatter, Server, TextFormatter, build_engine, create_app, server_of
 from app.settings import InvalidSetting, Settings
 from app.store.digests import digest_of
 from tests.fakes import total
@@ -296,6 +300,29 @@ async def test_a_lost_device_ends_the_server(models):
     assert await server.on_tick(2) is True
 
 
+async def test_that_no_file_can_be_opened_is_logged_once_a_minute(models, caplog):
+    app = create_app(Settings(models=models, device="cpu"))
+    server = Server(uvicorn.Config(app), app.state.context.engine, 30)
+    loop = asyncio.get_running_loop()
+    for _ in range(2048):  # as asyncio says it for each of its attempts to accept
+        server.note(loop, {"message": "socket.accept()", "exception": OSError(errno.EMFILE, "Too many open files")})
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert caplog.records[0].exc_info is None
+    server.note(loop, {"message": "something else", "exception": OSError(errno.EIO, "an error")})
+    assert len(caplog.records) == 2
+
+
+def test_more_connections_than_files_are_no_storm(models):
+    """With room for 1 connection and `SPARE` more, of which the silent give way; health answers all along."""
+    with listening(models, max_connections=1) as (_, port), ExitStack() as silent:
+        url = f"http://127.0.0.1:{port}/healthz/live"
+        for _ in range(100):
+            silent.enter_context(closing(socket.create_connection(("127.0.0.1", port), timeout=60)))
+        at = time.perf_counter()
+        assert httpx.get(url, timeout=60).status_code == 200
+        assert time.perf_counter() - at < 10
+
+
 @pytest.mark.parametrize(
     ("settings", "name"), [({"default_family": "sd9"}, "default_family"), ({"device": "cuda:999"}, "device")]
 )
@@ -327,6 +354,14 @@ async def test_every_setting_reaches_its_reader(tmp_path):
     assert app.state.context.limits.body_bytes == 6
     assert app.state.context.limits.picture_pixels == 7
     assert app.state.context.limits.pixels == 7  # one picture may always come
+    assert app.state.context.room.total == min(2 << 30, host_memory() // 6)
+    app = create_app(Settings(models=tmp_path, device="cpu", buffer_bytes=8, max_connections=9))
+    assert app.state.context.room.total == 8
+    server = server_of(app, Settings(max_connections=9, drain_seconds=3), "127.0.0.2", 1)
+    assert (server.config.host, server.config.port, server.drain_seconds) == ("127.0.0.2", 1, 3)
+    http: Any = server.config.http
+    made = http(config=server.config, server_state=server.server_state, app_state={})
+    assert (type(made), made.most) == (Connection, 9)
 
 
 async def test_the_default_family_stands_in_where_nothing_says(models):

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -24,7 +25,8 @@ from app.api.answer import (
     pictures_body,
 )
 from app.api.body import deadline_of, read_body, read_pictures
-from app.api.context import GUARD, Shared
+from app.api.context import GUARD, Limits, Shared
+from app.api.form import Part, naming
 from app.api.mismatch import check_family, convention_of, warning
 from app.api.openapi import DECODED, ENCODED, LATENTS_FAMILY, PROBLEM, WORK, answers, problems, takes
 from app.api.restoring import WayBack, way_back
@@ -34,9 +36,12 @@ from app.engine.jobs import Output, Task, Work
 from app.errors import InvalidParameter, NotAcceptable
 from app.store.checkpoint import Checkpoint
 from app.wire.arrays import LatentShape, latent_shape, read_latents
-from app.wire.fit import fit, fitted_size
-from app.wire.images import check_sides, image_size, read_image
+from app.wire.fit import Fit, fit, fitted_size
+from app.wire.headers import PictureHeader, read_header
+from app.wire.images import check_sides, read_image
 from app.wire.origin import origin_of, restore
+
+NAMED = 4  # animated pictures that a warning tells of
 
 router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
 
@@ -51,26 +56,30 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     """Pictures to latents. Body: the bytes of a PNG, JPEG or WebP, or a form with parts named `image`."""
     clock, deadline = Clock("encode", shared.metrics), deadline_of(request)
     checkpoint = await resolved(request, query.model, shared)
-    bodies = await read_pictures(request, shared.limits.body_bytes)
+    shared.engine.check_open(checkpoint)
+    files = await read_pictures(request, shared)
     with clock.stage("read"):
-        sizes = [image_size(body) for body in bodies]  # their headers alone
-    shared.limits.check(sizes)
+        headers = await asyncio.to_thread(_headers, files, shared.limits)
+    sizes = [header.shown for header in headers]
     seed = None
     if query.posterior == "sample":
         seed = query.seed if query.seed is not None else secrets.randbits(63)
 
     def prepare(checkpoint: Checkpoint) -> Work[Done]:
         multiple = checkpoint.family.size_multiple
-        fitted = [fitted_size(*size, multiple, query.fit) for size in sizes]
+        fitted = [_fitted(file, size, multiple, query.fit) for file, size in zip(files, sizes, strict=True)]
         _latents_type(request, fitted)  # refused now or never
         task = Task("encode", checkpoint, query.latents, query.precision, query.tiling, query.deterministic, seed=seed)
 
-        def read(body: bytes) -> np.ndarray:
-            image = read_image(body, background=query.rgb, max_pixels=shared.limits.picture_pixels)
+        def read(file: Part, header: PictureHeader) -> np.ndarray:
+            most = shared.limits.picture_pixels
+            with naming(file):
+                image = read_image(file.content, header, background=query.rgb, max_pixels=most)
             return fit(image, multiple, query.fit)
 
         async def read_all() -> Given:
-            return Given(await asyncio.gather(*(asyncio.to_thread(read, body) for body in bodies)))
+            work = [(header.work, partial(read, file, header)) for file, header in zip(files, headers, strict=True)]
+            return Given(await shared.codecs.run_all(work), _animated(files, headers))
 
         return encoding(task, fitted, read_all, clock)
 
@@ -79,7 +88,8 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     media = _latents_type(request, [array.shape for array in arrays])
     with clock.stage("write"):
         origin = origin_of(sizes, done.task.checkpoint.family.size_multiple, query.fit)
-        content = await asyncio.to_thread(latents_body, media, arrays, done.task, origin)
+        write = partial(latents_body, media, arrays, done.task, origin)
+        content = await shared.codecs.run(_writing(arrays), write)
     return answer(content, content_type(accepted(request), media), done, clock, origin)
 
 
@@ -98,7 +108,8 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
     """Latents to pictures. Body: .npy, .npz or safetensors, (C, h, w) or (N, C, h, w)."""
     clock, deadline = Clock("decode", shared.metrics), deadline_of(request)
     checkpoint = await resolved(request, query.model, shared)
-    body = await read_body(request, shared.limits.body_bytes)
+    shared.engine.check_open(checkpoint)
+    body = await read_body(request, shared)
     with clock.stage("read"):
         header = await asyncio.to_thread(latent_shape, body)
     latents = convention_of(query, header)
@@ -120,7 +131,7 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
             found = [text for text in (warning(items, family, latents), back.warning) if text]
             return Given(items, "; ".join(found) or None)
 
-        return decoding(task, header, lambda: asyncio.to_thread(read), clock)
+        return decoding(task, header, lambda: shared.codecs.run(len(body) + header.work, read), clock)
 
     done = await finished(request, checkpoint, query.model, prepare, deadline, shared)
     back = _way_back(query, header, done.task)
@@ -131,8 +142,38 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
         return pictures_body(media, [restore(each.array, size, back.change) for each, size in pairs], query.quality)
 
     with clock.stage("write"):
-        content = await asyncio.to_thread(write)
+        content = await shared.codecs.run(_writing([each.array for each in done.results]), write)
     return answer(content, content_type(accepted(request), media), done, clock, back.result)
+
+
+def _headers(files: Sequence[Part], limits: Limits) -> list[PictureHeader]:
+    headers = []
+    for file in files:
+        with naming(file):
+            headers.append(read_header(file.content))
+            limits.check([headers[-1].shown])
+    limits.check([header.shown for header in headers])
+    return headers
+
+
+def _fitted(file: Part, size: Size, multiple: int, mode: Fit) -> Size:
+    with naming(file):
+        return fitted_size(*size, multiple, mode)
+
+
+def _animated(files: Sequence[Part], headers: Sequence[PictureHeader]) -> str | None:
+    """What is to be said of pictures that move."""
+    said = [
+        f"{file.label or 'the picture'} has {header.frames} frames: the first is encoded"
+        for file, header in zip(files, headers, strict=True)
+        if header.frames > 1
+    ]
+    return "; ".join(said[:NAMED]) + ("; .." if len(said) > NAMED else "") or None
+
+
+def _writing(arrays: Sequence[np.ndarray]) -> int:
+    """Bytes of memory that writing these into a file takes: a batch of them, rows made ready, the file, its copy."""
+    return 4 * sum(array.nbytes for array in arrays)
 
 
 def _latents_type(request: Request, shapes: Sequence[tuple[int, ...]]) -> str:

@@ -252,6 +252,16 @@ class Engine:
         admissions = [await room.enter_async_context(part) for part in parts]
         return lambda: work.do(*admissions)
 
+    def check_open(self, checkpoint: Checkpoint) -> None:
+        """Refuses now what `admit` would refuse whatever its shapes: asked before a body is read."""
+        self._check_draining()
+        self._worker_for(checkpoint).batcher.check_room()
+
+    def _check_draining(self) -> None:
+        if self.draining:
+            self.metrics.rejected.labels("draining").inc()
+            raise Unavailable("the service is shutting down")
+
     @asynccontextmanager
     async def admit(
         self, task: Task, shapes: Sequence[Shape], deadline: float | None, origin: str = ""
@@ -261,13 +271,11 @@ class Engine:
         Raises Unavailable while draining, Overloaded when the queue is full or the deadline cannot be met, and
         InvalidLatent or InvalidImage when the shapes do not fit the model.
         """
-        if self.draining:
-            self.metrics.rejected.labels("draining").inc()
-            raise Unavailable("the service is shutting down")
+        self._check_draining()
         for shape in shapes:
             check_shape(task, shape)
         pixels = sum(picture_pixels(task, shape) for shape in shapes)
-        worker = self._worker_for(task)
+        worker = self._worker_for(task.checkpoint)
         sha256, op = task.checkpoint.sha256, task.op
         seconds = worker.rate.seconds(sha256, op, pixels) if worker.rate.knows(sha256, op) else 0.0
         ticket = worker.batcher.admit(len(shapes), pixels, deadline, seconds)
@@ -285,17 +293,17 @@ class Engine:
     async def plan(self, task: Task, shape: tuple[int, ...]) -> PlanAnswer:
         """What the device that would get such a job would do with it now."""
         check_shape(task, shape)
-        worker = self._worker_for(task)
+        worker = self._worker_for(task.checkpoint)
         return await worker.answer(task, shape)
 
-    def _worker_for(self, task: Task) -> Worker:
+    def _worker_for(self, checkpoint: Checkpoint) -> Worker:
         """The device that would come to the job first; one that must load the model comes later."""
         working = [worker for worker in self.workers if worker.lost is None]
         if not working:
             raise Unavailable("every device is lost")
 
         def begin(worker: Worker) -> tuple[float, bool, int]:
-            resident = worker.cache.holds(task.checkpoint)
+            resident = worker.cache.holds(checkpoint)
             load = 0.0 if resident else LOAD_SECONDS
             return (worker.batcher.wait_seconds() + load, not resident, worker.batcher.items)
 

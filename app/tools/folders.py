@@ -23,7 +23,7 @@ from app.tools.paths import DECODE, ENCODE, Found, Item, find, listed, named
 from app.tools.progress import Progress
 from app.tools.service import connect, content_of, model_of, post, replace_file, systemic
 from app.wire.arrays import latent_shape
-from app.wire.images import image_size
+from app.wire.headers import read_header
 
 ZIP = "application/zip"
 
@@ -238,7 +238,7 @@ class _Run:
         """(pictures, pixels) of a file by its header; what cannot be read is the service's to refuse."""
         try:
             if self._errand.op == "encode":
-                width, height = image_size(body)
+                width, height = read_header(body).shown
                 return 1, width * height
             shape = latent_shape(body)
             return shape.batch, sum(n * height * width for n, _, height, width in shape.parts) * self._side**2

@@ -1,5 +1,6 @@
 """Latents out of a body: .npy, .npz or safetensors, of one shape or of several, always finite numbers."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -10,6 +11,7 @@ from app.terms import Convention
 from app.wire.npy import npy_header
 from app.wire.npz import npz_headers, read_npz
 from app.wire.origin import Origin, read_origin
+from app.wire.scan import Body
 from app.wire.sniff import ARRAYS, sniff
 from app.wire.spec import ArraySpec, Values, check_size, values
 from app.wire.tensors import safetensors_header
@@ -38,6 +40,11 @@ class LatentShape:
         """(C, h, w) of each latent. As many as the body claims: check `batch` first."""
         return [part[1:] for part in self.parts for _ in range(part[0])]
 
+    @property
+    def work(self) -> int:
+        """Bytes of memory that reading and judging the latents take at most: a few float64 copies of one item."""
+        return 32 * sum(math.prod(part) for part in self.parts)
+
 
 @dataclass(frozen=True, eq=False)
 class Latents:
@@ -52,7 +59,7 @@ class Latents:
     origin: Origin | None = None
 
 
-def latent_shape(body: bytes) -> LatentShape:
+def latent_shape(body: Body) -> LatentShape:
     """The shape of the latents in a body, from its headers alone.
 
     Raises as `read_latents` does, except TooLarge and for values that are not finite.
@@ -69,7 +76,7 @@ def latent_shape(body: bytes) -> LatentShape:
             return replace(_shape([spec]), family=metadata.get("family"), convention=convention, origin=origin)
 
 
-def read_latents(body: bytes, *, max_bytes: int) -> Latents:
+def read_latents(body: Body, *, max_bytes: int) -> Latents:
     """The latents of a .npy, .npz or safetensors body: (C, h, w) or (N, C, h, w), float16, float32, or bfloat16.
 
     The arrays of a .npz follow each other in name order, and may differ in shape. Raises UnsupportedMedia for other
@@ -91,7 +98,7 @@ def read_latents(body: bytes, *, max_bytes: int) -> Latents:
             )
 
 
-def _npy(body: bytes) -> ArraySpec:
+def _npy(body: Body) -> ArraySpec:
     spec = npy_header(body)
     check_size(spec, len(body))
     return spec

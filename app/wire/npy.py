@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.errors import MalformedBody
+from app.wire.scan import Body
 from app.wire.spec import ArraySpec, array_spec
 
 MAX_HEADER = 4096
@@ -18,14 +19,14 @@ _ORDER = re.compile(rb"""['"]fortran_order['"]\s*:\s*(True|False)""")
 _SHAPE = re.compile(rb"""['"]shape['"]\s*:\s*\(([0-9,\s]*)\)""")
 
 
-def npy_header(body: bytes) -> ArraySpec:
+def npy_header(body: Body) -> ArraySpec:
     """What a .npy file, or the first `MAX_HEADER` bytes of one, declares.
 
     Raises MalformedBody where the header is not one, and InvalidLatent for a dtype or shape that latents don't have.
     """
     width = {1: 2, 2: 4, 3: 4}.get(body[6] if len(body) > 6 else 0, 0)  # of the header's length, by version
     start = 8 + width + int.from_bytes(body[8 : 8 + width], "little")
-    if not body.startswith(b"\x93NUMPY") or not width or start > min(len(body), MAX_HEADER):
+    if body[:6] != b"\x93NUMPY" or not width or start > min(len(body), MAX_HEADER):
         raise MalformedBody(f"the .npy header is truncated, of an unknown version, or longer than {MAX_HEADER} bytes")
     header = body[8 + width : start]
     descr, order, shape = _DESCR.search(header), _ORDER.search(header), _SHAPE.search(header)

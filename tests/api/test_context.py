@@ -3,6 +3,8 @@ from base64 import b64encode
 import pytest
 from fastapi.routing import APIRoute
 
+from app.api.context import Limits
+from app.errors import TooLarge
 from tests.service import array_of, picture, refused, serving
 
 HEALTH = {
@@ -106,3 +108,15 @@ async def test_metrics_are_public_unless_they_are_not(models):
 
 def test_no_route_is_fastapis_own(service):
     assert all(hasattr(route, "original_router") for route in service.app.routes)
+
+
+def test_claims_are_checked_as_numbers():
+    limits = Limits(body_bytes=1, picture_pixels=100, items=4, pixels=150)
+    limits.check([(10, 10)], times=1)
+    for size, times, match in [
+        ((10, 11), 1, "10x11"),
+        ((1, 1), 10**15, f"{10**15} pictures"),
+        ((10, 10), 2, "200 pixels"),
+    ]:
+        with pytest.raises(TooLarge, match=match):
+            limits.check([size], times)

@@ -1,5 +1,7 @@
 import io
 import json
+import struct
+import tracemalloc
 import zipfile
 from urllib.parse import unquote
 
@@ -353,3 +355,25 @@ async def test_a_side_over_the_formats_limit_is_refused_before_there_is_room_for
 async def test_what_size_crops_away_does_not_count_against_the_formats_limit(service):
     answer = await service.post("/decode?size=16383x8", content=npy(latent(4, 1, 2048)), headers={"Accept": WEBP})
     assert picture_of(answer).size == (16383, 8)
+
+
+@pytest.mark.parametrize("claimed", [300, 2_000_000, 400_000_000])
+async def test_a_batch_that_is_only_claimed_is_refused_as_a_number(service, claimed):
+    """As a list of so many shapes the largest took 15 s and 3.3 GB."""
+    array = io.BytesIO()
+    header = {"descr": "<f2", "fortran_order": False, "shape": (claimed, 1, 1, 1)}
+    np.lib.format.write_array_header_1_0(array, header)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.npy", array.getvalue())
+    body = bytearray(file.getvalue())
+    size = len(array.getvalue()) + 2 * claimed
+    for at in (22, body.index(b"PK\x01\x02") + 24):
+        struct.pack_into("<I", body, at, size)
+    tracemalloc.start()
+    try:
+        answer = await service.post("/decode", content=bytes(body))
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    assert f"{claimed} pictures" in refused(answer, 413, "too_large")

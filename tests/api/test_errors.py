@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 import app.api.body  # noqa: F401  every module that defines an error
 from app import errors
-from app.api.errors import STATUS, kind_of
+from app.api.errors import LONGEST, STATUS, kind_of
 from tests.service import latent, npy, picture, refused, serving
 from tests.store.weights import state_of
 
@@ -65,9 +65,12 @@ async def test_routes_that_are_not_there_are_problems_too(service, method, path,
         assert answer.headers["Allow"]
 
 
-async def test_head_is_not_get(service):
-    answer = await service.request("HEAD", "/healthz/live")
-    assert (answer.status_code, answer.headers["Allow"]) == (405, "GET")
+@pytest.mark.parametrize("path", ["/models/" + "%0a" * 5000, "/models?" + "é" * 3000 + "=1", "/" + "x" * 9000])
+async def test_an_error_quotes_no_more_than_can_be_read(service, path):
+    answer = await service.get(path)
+    assert answer.status_code in (404, 422)
+    assert all(len(str(value)) <= LONGEST for value in answer.json().values())
+    assert len(answer.content) < 4 * LONGEST
 
 
 async def test_a_problem_says_all_that_rfc_9457_asks(service):
@@ -90,7 +93,7 @@ async def test_a_bug_is_told_without_its_traceback_and_logged_with_it(service, m
     def broken(_):
         raise RuntimeError("secret of the house")
 
-    monkeypatch.setattr("app.api.routes.image_size", broken)
+    monkeypatch.setattr("app.api.routes.read_header", broken)
     with caplog.at_level(logging.ERROR, "app.api"):
         answer = await service.post("/encode", content=picture(), headers={"X-Request-Id": "bug-1"})
     refused(answer, 500, "internal_error")
