@@ -11,15 +11,13 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.errors import BUG, CLIENT_GONE, REMOTE
+from app.api.errors import BUG, CLIENT_GONE, LONGEST, REMOTE
 from app.api.health import PROBES
 from app.metrics import Metrics
 from app.text import one_line
 
 log = logging.getLogger("app.access")
 OPS = {"/encode": "encode", "/decode": "decode", "/compare": "compare"}
-LONGEST = 500
-"""Characters of a reason in the log."""
 SAFE_ID = re.compile(rb"[A-Za-z0-9._:+/=-]{1,128}")
 
 
@@ -65,7 +63,7 @@ class Access:
             self.metrics.cancelled.labels("request").inc()
         facts = {
             "method": scope["method"],
-            "path": quote(path),  # decoded, it may hold line breaks
+            "path": quote(path[:LONGEST]),  # decoded, it may hold line breaks
             "status": status,
             "ms": round(seconds * 1000, 1),
             "model": model,

@@ -20,14 +20,15 @@ from app.api.context import KEYED, Context, Shared
 from app.api.errors import REMOTE
 from app.api.mismatch import warning
 from app.api.remote_query import RemoteDecodeQuery, RemoteEncodeQuery, RemoteQuery
-from app.api.work import Clock, Done, Given, decoding, encoding, finished, picture_size, resolved
+from app.api.work import Clock, Done, Given, decoding, encoding, finished, picture_size, resolved, writing
 from app.engine.jobs import Output, Task, Work
 from app.errors import InvalidParameter, MalformedBody
 from app.store.checkpoint import Checkpoint
 from app.wire.fit import Fit, fit, fitted_size
 from app.wire.images import check_sides
 from app.wire.origin import Origin, origin_of
-from app.wire.pixels import picture_sizes, pictures_of, read_pixels, sizes_of
+from app.wire.pixels import PixelsHeader, array_header, pixels_header, read_pixels
+from app.wire.scan import Body, count
 from app.wire.spec import PIXELS
 from app.wire.tensor_bytes import Layout, bytes_spec, latent_layout, read_layout
 
@@ -53,6 +54,7 @@ async def remote_decode(
     """A tensor of latents to a picture, or to a tensor of pictures."""
     clock, deadline = Clock("decode", shared.metrics), deadline_of(request)
     checkpoint = await resolved(request, model, shared)
+    shared.engine.check_open(checkpoint)
     body, query = await _read(request, query, shared, clock)
     output, media = _output(request, query)
 
@@ -71,25 +73,26 @@ async def remote_decode(
 
     def prepare(checkpoint: Checkpoint) -> Work[Done]:
         task, layout = laid_out(checkpoint)
-        size, count = picture_size(layout.shape, task), layout.shape.batch
-        shared.limits.check([size] * count)
+        shape, count = layout.shape.parts[0][1:], layout.shape.batch
+        size = picture_size(shape, task)
+        shared.limits.check([size], count)
         if media in (JPEG, PNG):
             check_sides(*size, media)
             if count > 1:
                 raise InvalidParameter(f"{count} latents are no single picture: ask for output_type=pt")
 
         def read() -> Given:
-            items = list(query.unscaled(read_layout(layout, body)))
+            items = [query.unscaled(item) for item in read_layout(layout, body)]
             return Given(items, warning(items, checkpoint.family, query.convention))
 
-        return decoding(task, layout.shape, lambda: asyncio.to_thread(read), clock)
+        return decoding(task, layout.shape, lambda: shared.codecs.run(len(body) + layout.shape.work, read), clock)
 
     done = await finished(request, checkpoint, model, prepare, deadline, shared)
     arrays = [result.array for result in done.results]
     origin = Origin(tuple(array.shape[1::-1] for array in arrays))
     if media in (JPEG, PNG):
         with clock.stage("write"):
-            content = await asyncio.to_thread(pictures_body, media, arrays, None)
+            content = await shared.codecs.run(writing(arrays), lambda: pictures_body(media, arrays, None))
         return answer(content, media, done, clock, origin)
 
     def tensor() -> np.ndarray:
@@ -98,7 +101,7 @@ async def remote_decode(
             batch = (batch / 2 + 0.5).clip(0, 1).astype(np.float16)
         return batch if batch.dtype == np.uint8 else batch.transpose(0, 3, 1, 2)
 
-    return await _answer(tensor, media, done, clock, origin)
+    return await _answer(tensor, media, shared, done, clock, origin)
 
 
 @router.post("/{model:path}/encode")
@@ -108,30 +111,36 @@ async def remote_encode(
     """A picture file, or a tensor of pictures in [-1, 1], to a tensor of latents: the mode of the posterior."""
     clock, deadline = Clock("encode", shared.metrics), deadline_of(request)
     checkpoint = await resolved(request, model, shared)
+    shared.engine.check_open(checkpoint)
     body, query = await _read(request, query, shared, clock)
     with clock.stage("read"):
-        spec = bytes_spec(*query.tensor, len(body), PIXELS) if query.shape else None
-        sizes = sizes_of(spec) if spec else await asyncio.to_thread(picture_sizes, body)
-    shared.limits.check(sizes)
+        header = await asyncio.to_thread(_header, body, query)
+    shared.limits.check([header.size], header.count)
+    sizes = [header.size] * header.count
 
     def prepare(checkpoint: Checkpoint) -> Work[Done]:
         multiple = checkpoint.family.size_multiple
         task = Task("encode", checkpoint, "raw", numbers="float32")
 
         def read() -> Given:
-            limit = shared.limits.picture_pixels
-            found = pictures_of(spec, body) if spec else read_pixels(body, background=WHITE, max_pixels=limit)
+            found = read_pixels(body, header, background=WHITE, max_pixels=shared.limits.picture_pixels)
             return Given([fit(picture, multiple, FIT) for picture in found])
 
-        fitted = [fitted_size(*size, multiple, FIT) for size in sizes]
-        return encoding(task, fitted, lambda: asyncio.to_thread(read), clock)
+        fitted = [fitted_size(*header.size, multiple, FIT)] * header.count
+        return encoding(task, fitted, lambda: shared.codecs.run(header.work, read), clock)
 
     done = await finished(request, checkpoint, model, prepare, deadline, shared)
     origin = origin_of(sizes, done.task.checkpoint.family.size_multiple, FIT)
     media = BASE64 if BASE64 in accepted(request) else BINARY
-    return await _answer(
-        lambda: query.scaled(np.stack([result.array for result in done.results])), media, done, clock, origin
-    )
+
+    def tensor() -> np.ndarray:
+        return query.scaled(np.stack([result.array for result in done.results]))
+
+    return await _answer(tensor, media, shared, done, clock, origin)
+
+
+def _header(body: Body, query: RemoteEncodeQuery) -> PixelsHeader:
+    return array_header(bytes_spec(*query.tensor, len(body), PIXELS)) if query.shape else pixels_header(body)
 
 
 def _output(request: Request, query: RemoteDecodeQuery) -> tuple[Output, str]:
@@ -148,21 +157,21 @@ def _output(request: Request, query: RemoteDecodeQuery) -> tuple[Output, str]:
     return "uint8", PNG if png else JPEG
 
 
-async def _read(request: Request, query: Q, shared: Context, clock: Clock) -> tuple[bytes, Q]:
+async def _read(request: Request, query: Q, shared: Context, clock: Clock) -> tuple[Body, Q]:
     """The bytes of the tensor or the picture, and what is said of them."""
-    body = await read_body(request, shared.limits.body_bytes)
+    body = await read_body(request, shared)
     if not request.headers.get("content-type", "").lower().startswith((BASE64, JSON)):
         return body, query
     with clock.stage("read"):
-        return await asyncio.to_thread(_unwrapped, body, query)
+        return await shared.codecs.run(3 * len(body), lambda: _unwrapped(body, query))
 
 
-def _unwrapped(body: bytes, query: Q) -> tuple[bytes, Q]:
+def _unwrapped(body: Body, query: Q) -> tuple[bytes, Q]:
     """What older clients' JSON holds: `inputs` in base64, and perhaps `parameters`, which overrule the query."""
-    if sum(body.count(mark) for mark in (b"[", b"{", b",")) > MOST_PARTS:
+    if sum(count(mark, body) for mark in (b"[", b"{", b",")) > MOST_PARTS:
         raise MalformedBody(f"the JSON has more than {MOST_PARTS} parts")
     try:
-        content = json.loads(body)
+        content = json.loads(bytes(body))
         inputs = b64decode(content["inputs"], validate=True)
         parameters = dict(content.get("parameters") or {})
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
@@ -174,7 +183,9 @@ def _unwrapped(body: bytes, query: Q) -> tuple[bytes, Q]:
         raise InvalidParameter(told[:500]) from None
 
 
-async def _answer(tensor: Callable[[], np.ndarray], media: str, done: Done, clock: Clock, origin: Origin) -> Response:
+async def _answer(
+    tensor: Callable[[], np.ndarray], media: str, shared: Context, done: Done, clock: Clock, origin: Origin
+) -> Response:
     """A tensor as its bytes, or as JSON with these in base64; its shape and dtype are headers."""
 
     def write() -> tuple[bytes, dict[str, str]]:
@@ -187,7 +198,7 @@ async def _answer(tensor: Callable[[], np.ndarray], media: str, done: Done, cloc
         return data, {"shape": json.dumps(shape), "dtype": dtype}
 
     with clock.stage("write"):
-        content, headers = await asyncio.to_thread(write)
+        content, headers = await shared.codecs.run(writing([result.array for result in done.results]), write)
     response = answer(content, JSON if media == BASE64 else media, done, clock, origin)
     response.headers.update(headers)
     return response

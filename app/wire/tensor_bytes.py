@@ -6,7 +6,8 @@ Hugging Face's remote-VAE protocol sends them so. Packed latents are (N, patches
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.wire.arrays import LatentShape, finite
+from app.wire.arrays import LatentShape, finite_items
+from app.wire.scan import Body
 from app.wire.spec import LATENTS, ArraySpec, Purpose, Values, array_spec, check_size, values
 
 CODES = {"float16": "<f2", "float32": "<f4", "bfloat16": "bf16", "uint8": "|u1"}
@@ -29,12 +30,12 @@ class Layout:
     def shape(self) -> LatentShape:
         """As they are read."""
         if self.grid is None:
-            return LatentShape(*self.spec.shape, self.spec.dtype)
+            return LatentShape((self.spec.shape,), self.spec.dtype)
         (one, many, patches, channels), (rows, columns) = self.spec.shape, self.grid
         count = one * many * patches // (rows * columns)
         if self.patched:
-            return LatentShape(count, channels, rows, columns, self.spec.dtype)
-        return LatentShape(count, channels // PATCH**2, rows * PATCH, columns * PATCH, self.spec.dtype)
+            return LatentShape(((count, channels, rows, columns),), self.spec.dtype)
+        return LatentShape(((count, channels // PATCH**2, rows * PATCH, columns * PATCH),), self.spec.dtype)
 
 
 def bytes_spec(shape: Sequence[int], dtype: str, nbytes: int, purpose: Purpose) -> ArraySpec:
@@ -74,14 +75,14 @@ def latent_layout(
     return Layout(bytes_spec(shape, dtype, nbytes, LATENTS))
 
 
-def read_layout(layout: Layout, body: bytes) -> Values:
-    """The latents (N, C, h, w); raises InvalidLatent for values that are not finite."""
-    array = finite(values(layout.spec, body))
+def read_layout(layout: Layout, body: Body) -> list[Values]:
+    """The latents, (C, h, w) each; raises InvalidLatent for values that are not finite."""
+    array = values(layout.spec, body)
     if layout.grid is None:
-        return array
+        return finite_items([array])
     rows, columns = layout.grid
     patches = array.reshape(-1, rows, columns, array.shape[-1]).transpose(0, 3, 1, 2)
     if layout.patched:
-        return patches
+        return finite_items([patches])
     apart = patches.reshape(len(patches), -1, PATCH, PATCH, rows, columns).transpose(0, 1, 4, 2, 5, 3)
-    return apart.reshape(len(patches), -1, rows * PATCH, columns * PATCH)
+    return finite_items([apart.reshape(len(patches), -1, rows * PATCH, columns * PATCH)])

@@ -19,10 +19,9 @@ def layout(
 
 def read(array: np.ndarray, size: tuple[int, int] | None = None, *, patched: bool = False) -> np.ndarray:
     found = layout(array, size, patched=patched)
-    latents = read_layout(found, array.tobytes())
-    n, c, h, w = latents.shape
-    assert found.shape == LatentShape(n, c, h, w, "float32")
-    return latents
+    items = read_layout(found, memoryview(array.tobytes()))
+    assert found.shape == LatentShape(((len(items), *items[0].shape),), "float32")
+    return np.stack(items)
 
 
 def packed(latents: np.ndarray) -> np.ndarray:
@@ -40,7 +39,7 @@ def test_bytes_of_every_float(dtype):
         data = (array.view("<u4") >> 16).astype("<u2").tobytes()
     found = latent_layout((1, 1, 2, 2), dtype, len(data), size=None, channels=1, factor=8)
     assert found.shape.dtype == ("float16" if dtype == "float16" else "float32")
-    np.testing.assert_array_equal(read_layout(found, data), array)
+    np.testing.assert_array_equal(np.stack(read_layout(found, data)), array)
 
 
 def test_latents_with_and_without_their_batch():
