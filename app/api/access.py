@@ -12,7 +12,7 @@ from urllib.parse import quote
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import BUG, CLIENT_GONE, LONGEST, REMOTE
-from app.api.health import PROBES
+from app.api.health import OFTEN
 from app.metrics import Metrics
 from app.text import one_line
 
@@ -77,7 +77,7 @@ class Access:
         if found := state.get("problem"):
             facts |= {"code": found[0], "reason": one_line(found[1])[:LONGEST]}
             words.append(f"{facts['code']}: {facts['reason']}")
-        level = logging.DEBUG if path in PROBES else logging.WARNING if status >= BUG.status else logging.INFO
+        level = logging.DEBUG if path in OFTEN else logging.WARNING if status >= BUG.status else logging.INFO
         log.log(level, "%s", " ".join(words), extra={"facts": facts})
 
 

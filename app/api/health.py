@@ -2,7 +2,6 @@
 
 from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
-from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.api.context import BEARER, Shared, require_metrics_key
@@ -19,6 +18,9 @@ PROBES = frozenset(
     }
 )
 """Answered however crowded it is. Nothing that they depend on may wait for a thread."""
+
+OFTEN = PROBES | {"/metrics"}
+"""Paths that machines ask for every few seconds."""
 
 
 def _answer(good: bool, **facts: object) -> JSONResponse:
@@ -68,7 +70,3 @@ async def metrics(shared: Shared) -> Response:
     """Prometheus text."""
     shared.engine.forget_gone()
     return Response(generate_latest(shared.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-PROBES = frozenset(route.path for route in router.routes if isinstance(route, APIRoute))
-"""Paths that machines ask for every few seconds."""

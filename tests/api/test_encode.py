@@ -397,13 +397,13 @@ def animated(kind: str, frames: int = 3) -> bytes:
 @pytest.mark.parametrize("kind", ["PNG", "WebP"])
 async def test_the_first_frame_of_an_animation_is_encoded_with_a_warning(service, kind):
     answer = await service.post("/encode", content=animated(kind))
-    assert answer.headers["X-Warning"] == "the picture has 3 frames: the first is encoded"
+    assert answer.headers["X-Warning"].endswith("the picture has 3 frames: the first is encoded")
     still = await service.post("/encode", content=picture())
     assert "X-Warning" not in still.headers
     np.testing.assert_allclose(array_of(answer), array_of(still), atol=2e-3)
     formed = await service.post("/encode", files=form(picture(), animated(kind), *[animated(kind)] * 5))
     said = formed.headers["X-Warning"]
-    assert said.startswith("part 1 (1.png) has 3 frames: the first is encoded; part 2 (2.png) has")
+    assert "part 1 (1.png) has 3 frames: the first is encoded; part 2 (2.png) has" in said
     assert said.endswith("; ..")
 
 
