@@ -399,7 +399,7 @@ async def test_the_first_frame_of_an_animation_is_encoded_with_a_warning(service
     answer = await service.post("/encode", content=animated(kind))
     assert answer.headers["X-Warning"].endswith("the picture has 3 frames: the first is encoded")
     still = await service.post("/encode", content=picture())
-    assert "X-Warning" not in still.headers
+    assert "frames" not in still.headers.get("X-Warning", "")
     np.testing.assert_allclose(array_of(answer), array_of(still), atol=2e-3)
     formed = await service.post("/encode", files=form(picture(), animated(kind), *[animated(kind)] * 5))
     said = formed.headers["X-Warning"]
