@@ -98,7 +98,9 @@ async def remote_decode(
     def tensor() -> np.ndarray:
         batch = np.stack(arrays)
         if query.output_type == "pil":  # what a client with a processor of its own asks for: (N, 3, H, W) in [0, 1]
-            batch = (batch / 2 + 0.5).clip(0, 1).astype(np.float16)
+            batch /= 2
+            batch += 0.5
+            batch = batch.clip(0, 1, out=batch).astype(np.float16)
         return batch if batch.dtype == np.uint8 else batch.transpose(0, 3, 1, 2)
 
     return await _answer(tensor, media, shared, done, clock, origin)
