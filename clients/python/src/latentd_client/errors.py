@@ -11,6 +11,7 @@ LatentdError
 |- Overloaded, SlowBody
 |- Unavailable                starting, ending, or the device is lost
 |  |- ModelChanged            its file, while it was read
+|  |- TooManyBytes            of all requests that are being read
 |- DeadlineExceeded           the service's word, or the clock here
 |- OutOfMemory, NonFiniteOutput, InternalError
 """
@@ -160,6 +161,12 @@ class ModelChanged(Unavailable):
     """The model's file was replaced while it was read."""
 
     code = "model_changed"
+
+
+class TooManyBytes(Unavailable):
+    """The service is reading as many bytes as it has room for."""
+
+    code = "too_many_bytes"
 
 
 class DeadlineExceeded(LatentdError):
