@@ -1,6 +1,7 @@
 """The answer to /encode and /decode: which type the Accept header wants, its bytes, headers that say what happened."""
 
 import re
+from typing import Literal
 from urllib.parse import quote
 
 import numpy as np
@@ -24,7 +25,7 @@ PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 
 
 def latents_body(media: str, arrays: list[np.ndarray], task: Task, origin: Origin) -> bytes:
-    """float16 latents as a file of the type `media`."""
+    """Latents as a file of the type `media`."""
     if media == NPZ:
         return write_npz([array[None] for array in arrays])
     batch = np.stack(arrays)
@@ -36,7 +37,14 @@ def latents_body(media: str, arrays: list[np.ndarray], task: Task, origin: Origi
         "family": task.checkpoint.family.name,
         "convention": task.latents,
     }
+    if task.moments:
+        metadata["posterior"] = posterior_of(task, batch[0])
     return write_safetensors(batch, metadata | texts(origin))
+
+
+def posterior_of(task: Task, moments: np.ndarray) -> Literal["gaussian", "point"]:
+    """What moments (C, h, w) are of: twice a latent's channels are a mean and a log-variance."""
+    return "gaussian" if len(moments) == 2 * task.checkpoint.family.channels("raw") else "point"
 
 
 def pictures_body(media: str, arrays: list[np.ndarray], quality: int | None) -> bytes:
@@ -59,6 +67,8 @@ def answer(body: bytes, kind: str, done: Done, clock: Clock, origin: Origin) -> 
         "X-Latents": done.task.latents,
         "Server-Timing": clock.finish(),
     }
+    if done.task.moments:
+        headers["X-Posterior"] = posterior_of(done.task, done.results[0].array)
     headers |= {f"X-{name.replace('_', '-').title()}": text for name, text in texts(origin).items()}
     if told.reason:
         headers["X-Plan-Reason"] = told.reason

@@ -30,6 +30,7 @@ ANSWER_HEADERS = {
 } | REQUEST_ID_HEADER
 
 ENCODED = ANSWER_HEADERS | {
+    "X-Posterior": "Of posterior=moments: gaussian, mean and log-variance; or point, the latents. Else absent.",
     "X-Image-Size": "WxH of the original picture; of several of different sizes, each, separated by commas.",
     "X-Image-Fit": "pad, crop or resize: what was done to make it fit; absent where nothing had to be.",
     "X-Image-Offset": "x,y of the first pixel that fit=crop kept; where several differ, each, separated by semicolons.",

@@ -30,13 +30,14 @@ from app.api.openapi import DECODED, ENCODED, LATENTS_FAMILY, PROBLEM, WORK, ans
 from app.api.restoring import WayBack, way_back
 from app.api.schemas import DecodeQuery, EncodeQuery
 from app.api.work import Clock, Done, Given, Size, decoding, encoding, finished, picture_size, resolved
-from app.engine.jobs import Output, Task, Work
+from app.engine.jobs import Task, Work
 from app.errors import InvalidParameter, NotAcceptable
 from app.store.checkpoint import Checkpoint
 from app.wire.arrays import LatentShape, latent_shape, read_latents
 from app.wire.fit import fit, fitted_size
-from app.wire.images import check_sides, image_size, read_image
+from app.wire.images import check_sides
 from app.wire.origin import origin_of, restore
+from app.wire.pixels import picture_sizes, read_pixels
 
 router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
 
@@ -44,16 +45,25 @@ router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
 @router.post(
     "/encode",
     response_class=Response,
-    responses=answers("float16 latents, (N, C, h, w)", (NPY, SAFETENSORS, NPZ), ENCODED) | problems(*WORK),
-    openapi_extra=takes("A picture, or a form of several.", (PNG, JPEG, WEBP), form=True),
+    responses=answers("Latents, (N, C, h, w)", (NPY, SAFETENSORS, NPZ), ENCODED) | problems(*WORK),
+    openapi_extra=takes(
+        "A picture, a form of several, or an array of them: uint8 (H, W, 3) or (N, H, W, 3), or floats in [-1, 1], "
+        "(3, H, W) or (N, 3, H, W).",
+        (PNG, JPEG, WEBP, NPY, SAFETENSORS),
+        form=True,
+    ),
 )
 async def encode(request: Request, query: Annotated[EncodeQuery, Query()], shared: Shared) -> Response:
-    """Pictures to latents. Body: the bytes of a PNG, JPEG or WebP, or a form with parts named `image`."""
+    """Pictures to latents. Body: a PNG, JPEG or WebP, an .npy or safetensors, or a form with parts named `image`."""
     clock, deadline = Clock("encode", shared.metrics), deadline_of(request)
+    moments = query.posterior == "moments"
+    if moments and "latents" in query.model_fields_set and query.latents == "scaled":
+        raise InvalidParameter("posterior=moments are raw; latents=scaled are a mode or a sample")
     checkpoint = await resolved(request, query.model, shared)
     bodies = await read_pictures(request, shared.limits.body_bytes)
     with clock.stage("read"):
-        sizes = [image_size(body) for body in bodies]  # their headers alone
+        parts = await asyncio.to_thread(lambda: [picture_sizes(body) for body in bodies])  # their headers alone
+    sizes = [size for part in parts for size in part]
     shared.limits.check(sizes)
     seed = None
     if query.posterior == "sample":
@@ -63,14 +73,25 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
         multiple = checkpoint.family.size_multiple
         fitted = [fitted_size(*size, multiple, query.fit) for size in sizes]
         _latents_type(request, fitted)  # refused now or never
-        task = Task("encode", checkpoint, query.latents, query.precision, query.tiling, query.deterministic, seed=seed)
+        task = Task(
+            "encode",
+            checkpoint,
+            "raw" if moments else query.latents,
+            query.precision,
+            query.tiling,
+            query.deterministic,
+            seed=seed,
+            moments=moments,
+            numbers=query.dtype,
+        )
 
-        def read(body: bytes) -> np.ndarray:
-            image = read_image(body, background=query.rgb, max_pixels=shared.limits.picture_pixels)
-            return fit(image, multiple, query.fit)
+        def read(body: bytes) -> list[np.ndarray]:
+            pictures = read_pixels(body, background=query.rgb, max_pixels=shared.limits.picture_pixels)
+            return [fit(picture, multiple, query.fit) for picture in pictures]
 
         async def read_all() -> Given:
-            return Given(await asyncio.gather(*(asyncio.to_thread(read, body) for body in bodies)))
+            parts = await asyncio.gather(*(asyncio.to_thread(read, body) for body in bodies))
+            return Given([picture for part in parts for picture in part])
 
         return encoding(task, fitted, read_all, clock)
 
@@ -86,7 +107,7 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
 @router.post(
     "/decode",
     response_class=Response,
-    responses=answers("A picture; several as zip or npy, uint8 (N, H, W, 3)", (PNG, JPEG, WEBP, ZIP, NPY), DECODED)
+    responses=answers("A picture; several as zip or npy, (N, H, W, 3)", (PNG, JPEG, WEBP, ZIP, NPY), DECODED)
     | problems(409, *WORK),
     openapi_extra=takes("Latents, (C, h, w) or (N, C, h, w).", (NPY, NPZ, SAFETENSORS), headers=[LATENTS_FAMILY]),
 )
@@ -102,8 +123,7 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
     def prepare(checkpoint: Checkpoint) -> Work[Done]:
         family = checkpoint.family
         check_family(request, header, checkpoint.name, family, latents)
-        output: Output = "uint16" if query.bits == "16" else "uint8"
-        task = Task("decode", checkpoint, latents, query.precision, query.tiling, query.deterministic, output)
+        task = Task("decode", checkpoint, latents, query.precision, query.tiling, query.deterministic, query.output)
         shared.limits.check([picture_size(header, task)] * header.batch)
         back = _way_back(query, header, task)
         media = _picture_type(request, query, back.result.sizes)  # refused now or never
@@ -141,7 +161,11 @@ def _way_back(query: DecodeQuery, header: LatentShape, task: Task) -> WayBack:
 
 def _picture_type(request: Request, query: DecodeQuery, sizes: Sequence[Size]) -> str:
     accept, n = accepted(request), len(sizes)
-    if n == 1:
+    if query.dtype != "uint8":
+        if len(set(sizes)) > 1:
+            raise InvalidParameter(f"dtype={query.dtype} is for {NPY}, which holds pictures of one size")
+        media = negotiate(accept, (NPY,))
+    elif n == 1:
         media = negotiate(accept, (PNG, JPEG, WEBP, NPY, ZIP))
     else:
         offers = (ZIP, NPY) if len(set(sizes)) == 1 else (ZIP,)  # pictures of different sizes are no array

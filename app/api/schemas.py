@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from app.engine.jobs import Numbers, Output
 from app.terms import Convention, Precision, Tiling
 from app.wire.fit import Fit
 from app.wire.origin import Change, Pair, read_offsets, read_sizes
@@ -77,9 +78,13 @@ class PictureQuery(NoQuery):
 class EncodeQuery(CommonQuery, PictureQuery):
     """Parameters of /encode."""
 
-    posterior: Literal["mode", "sample"] = Field(
-        "mode", description="mode: the middle of the distribution that the encoder gives. sample: a draw from it."
+    posterior: Literal["mode", "sample", "moments"] = Field(
+        "mode",
+        description="mode: the middle of the distribution that the encoder gives. sample: a draw from it. moments: "
+        "its mean and its log-variance, raw, as the channels of one array; the latents themselves where a network has "
+        "no variance.",
     )
+    dtype: Numbers = Field("float16", description="Of the latents.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
         None, description="Of posterior=sample: the same seed gives the same draw. Absent: another one each time."
     )
@@ -106,6 +111,16 @@ class DecodeQuery(CommonQuery):
         None, description="Of JPEG and WebP; 90 where nothing is said."
     )
     bits: Literal["8", "16"] = Field("8", description="A channel, in PNG.")
+    dtype: Literal["uint8", "float16", "float32"] = Field(
+        "uint8",
+        description="Of an .npy. In floats the pictures are the network's own output: black at -1, white at 1, "
+        "unclamped.",
+    )
+
+    @property
+    def output(self) -> Output:
+        """`dtype` and `bits` as the engine has them."""
+        return "uint16" if self.bits == "16" else self.dtype
 
     @property
     def sizes(self) -> tuple[Pair, ...] | None:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from app.engine.jobs import Output, Task
+from app.engine.jobs import Numbers, Output, Task
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan
-from app.errors import Unavailable
+from app.errors import InvalidImage, Unavailable
 from app.execution.banded import STRIPS, AnyExecution, Banded, execute, gather
 from app.execution.primitive import AttentionBlock, Whole
 from app.vae.autoencoder import Autoencoder
@@ -23,9 +23,12 @@ from app.vae.autoencoder import Autoencoder
 OUTPUTS: dict[Output, tuple[int, torch.dtype]] = {
     "uint8": (255, torch.uint8),
     "uint16": (65535, torch.int32),
+    "float16": (0, torch.float16),
     "float32": (0, torch.float32),
 }
 """Levels of a picture, 0 for none, and the dtype that they have on their way: torch computes nothing in uint16."""
+
+NUMBERS: dict[Numbers, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
 
 AHEAD = 4
 """Layers or bands that the host may be ahead of a CUDA device: enough that the device never waits for it."""
@@ -137,8 +140,8 @@ def _broken(device: torch.device) -> bool:
 def run(module: Autoencoder, inputs: list[Tensor], tasks: list[Task], plan: ExecutionPlan, check: Check) -> Outcome:
     """One forward of items that share a batch key.
 
-    Inputs are uint8 (H, W, 3) to encode, floating (C, h, w) to decode, on the module's device. Outputs are float16
-    (C, h, w) latents, or (H, W, 3) pictures as `Task.output` says, on the host.
+    Inputs are uint8 (H, W, 3), or floating in [-1, 1], to encode, floating (C, h, w) to decode, on the module's device.
+    Outputs are `Result.array`, on the host. Raises InvalidImage for pixels that are not finite.
     """
     task = tasks[0]
     batch = torch.stack(inputs)
@@ -153,23 +156,42 @@ def run(module: Autoencoder, inputs: list[Tensor], tasks: list[Task], plan: Exec
 def _encode(
     module: Autoencoder, batch: Tensor, tasks: list[Task], plan: ExecutionPlan, execution: AnyExecution, check: Check
 ) -> Outcome:
-    low, high = tasks[0].checkpoint.family.pixel_range
-    # Into the network's range in float32 before the cast: half formats have no room for it afterwards.
-    pixels = batch.permute(0, 3, 1, 2).float().mul_((high - low) / 255).add_(low).to(TORCH_DTYPES[plan.dtype])
+    pixels = _pixels(batch, tasks[0].checkpoint.family.pixel_range).to(TORCH_DTYPES[plan.dtype])
+    # Bytes fit every precision.
+    fits = pixels.isfinite().flatten(1).all(dim=1).tolist() if batch.is_floating_point() else [True] * len(tasks)
     moments = gather(execution, module.encode, pixels, check=check).float()
     arrays, finite = [], []
     for index, task in enumerate(tasks):
-        posterior = module.posterior(moments[index : index + 1])
-        if task.seed is None:
-            z = posterior.mode()
-        else:
-            z = posterior.sample(torch.Generator().manual_seed(task.seed))
-        if task.latents == "scaled":
-            z = task.checkpoint.family.latent_format.scale(z, module.bn)
-        half = z[0].half().contiguous()
-        finite.append(bool(half.isfinite().all()))
-        arrays.append(half.cpu().numpy())
-    return Outcome(arrays, [True] * len(arrays), finite)  # pixels fit every precision
+        found = _found(module, moments[index : index + 1], task)[0].to(NUMBERS[task.numbers]).contiguous()
+        finite.append(bool(found.isfinite().all()))
+        arrays.append(found.cpu().numpy())
+    return Outcome(arrays, fits, finite)
+
+
+def _pixels(batch: Tensor, pixel_range: tuple[float, float]) -> Tensor:
+    """Pictures (B, H, W, 3) as (B, 3, H, W) in the network's range.
+
+    In float32, before the cast: half formats have no room for it afterwards.
+    """
+    low, high = pixel_range
+    pixels = batch.permute(0, 3, 1, 2)
+    if not batch.is_floating_point():
+        return pixels.float().mul_((high - low) / 255).add_(low)
+    if not pixels.isfinite().all():
+        raise InvalidImage("the picture has pixels that are NaN or infinite")
+    return pixels.float().mul_((high - low) / 2).add_((high + low) / 2)
+
+
+def _found(module: Autoencoder, moments: Tensor, task: Task) -> Tensor:
+    """What a task wants of one item's moments."""
+    if task.moments:
+        return moments
+    posterior = module.posterior(moments)
+    if task.seed is None:
+        z = posterior.mode()
+    else:
+        z = posterior.sample(torch.Generator().manual_seed(task.seed))
+    return task.checkpoint.family.latent_format.scale(z, module.bn) if task.latents == "scaled" else z
 
 
 def _decode(
@@ -192,7 +214,8 @@ def _decode(
         if levels:
             picture = band.float().sub_(low).mul_(levels / (high - low)).clamp_(0, levels).round_().to(host.dtype)
         else:
-            picture = band.float().sub_(low).mul_(2 / (high - low)).sub_(1)
+            picture = band.float().sub_(low).mul_(2 / (high - low)).sub_(1).to(host.dtype)
+            finite &= picture.isfinite().flatten(1).all(dim=1)  # half precision may not hold it
         host[:, row : row + band.shape[2]].copy_(picture.permute(0, 2, 3, 1), non_blocking=True)
     flags: list[bool] = finite.tolist()  # waits for the copies too: same stream
     return Outcome(list(host.numpy().astype(task.output, copy=False)), fits, flags)

@@ -85,14 +85,15 @@ class Shape:
     channels: int
     height: int
     width: int
+    itemsize: int = 1  # bytes of each number of the picture, whichever side it is on
 
 
-def network_shape(checkpoint: Checkpoint, op: Op, height: int, width: int) -> Shape:
+def network_shape(checkpoint: Checkpoint, op: Op, height: int, width: int, itemsize: int = 1) -> Shape:
     """The shape of a picture of height x width pixels as the network takes it."""
     if op == "encode":
-        return Shape(checkpoint.config, op, 3, height, width)
-    side = checkpoint.family.spatial_factor
-    return Shape(checkpoint.config, op, checkpoint.family.latent_channels, height // side, width // side)
+        return Shape(checkpoint.config, op, 3, height, width, itemsize)
+    side, channels = checkpoint.family.spatial_factor, checkpoint.family.latent_channels
+    return Shape(checkpoint.config, op, channels, height // side, width // side, itemsize)
 
 
 class Forecaster:
@@ -151,12 +152,12 @@ def count(shape: Shape, plan: ExecutionPlan, device: torch.device) -> int:
 def _ends(shape: Shape, plan: ExecutionPlan, device: torch.device) -> int:
     """Bytes of the arrays at both ends of the network, which are there from the beginning to the end.
 
-    To encode: the pictures as bytes, one by one and as a batch, and the batch in the network's dtype. To decode: the
-    same of the latents, in float32 too, and the pictures, which are the host's and count where that is the device.
+    To encode: the pictures as they came, one by one and as a batch, and the batch in the network's dtype. To decode:
+    the same of the latents, in float32 too, and the pictures, which are the host's and count where that is the device.
     """
     numbers = plan.batch * shape.height * shape.width * shape.channels
     itemsize = TORCH_DTYPES[plan.dtype].itemsize
     if shape.op == "encode":
-        return numbers * (2 + itemsize)
-    pictures = plan.batch * shape.height * shape.width * shape.config.spatial_factor**2 * 3
+        return numbers * (2 * shape.itemsize + itemsize)
+    pictures = plan.batch * shape.height * shape.width * shape.config.spatial_factor**2 * 3 * shape.itemsize
     return numbers * (3 * torch.float32.itemsize + itemsize) + (pictures if device.type == "cpu" else 0)

@@ -14,8 +14,10 @@ from app.terms import Convention, Op, Precision, Tiling
 if TYPE_CHECKING:  # at run time it would load torch, which the command line does only when it must
     from app.store.checkpoint import Checkpoint
 
-Output = Literal["uint8", "uint16", "float32"]
+Output = Literal["uint8", "uint16", "float16", "float32"]
 """Of a decoded picture: rounded to 8 or 16 bits, or as the network gives it, black at -1, white at 1, unclamped."""
+Numbers = Literal["float16", "float32"]
+"""Of what comes out of an encoder."""
 
 T = TypeVar("T")
 Shape = tuple[int, ...]
@@ -33,13 +35,15 @@ class Task:
     deterministic: bool = False
     output: Output = "uint8"  # of a decoded picture
     seed: int | None = None  # encode: draw from the posterior; None takes its mode
+    moments: bool = False  # encode: neither, but the posterior itself: raw, mean and log-variance where it has one
+    numbers: Numbers = "float16"  # encode: of the result
 
 
 @dataclass(frozen=True)
 class Result:
     """One finished item and what happened to it."""
 
-    array: np.ndarray  # encode: float16 (C, h, w); decode: `Task.output`, (H, W, 3)
+    array: np.ndarray  # encode: `Task.numbers`, (C, h, w), of moments (2C, h, w); decode: `Task.output`, (H, W, 3)
     plan: str  # "fp16/whole"
     reason: str | None  # why the plan was not the first choice
     seconds: dict[str, float]  # queue, load, compute
@@ -65,7 +69,7 @@ class Job:
     """One item on its way: its array, its future and its clock."""
 
     task: Task
-    array: np.ndarray  # encode: uint8 (H, W, 3); decode: float16 or float32 (C, h, w)
+    array: np.ndarray  # encode: uint8 (H, W, 3), or float32 in [-1, 1]; decode: float16 or float32 (C, h, w)
     deadline: float | None  # on time.monotonic()
     future: "asyncio.Future[Result]"
     queued: float = field(default_factory=time.monotonic)
@@ -89,7 +93,7 @@ class Job:
         checkpoint = task.checkpoint
         # The same bytes may lie in the folder twice, declared as two families or with other norm groups.
         model = (checkpoint.sha256, checkpoint.family, checkpoint.config)
-        return (task.op, model, self.array.shape, wishes, alone)
+        return (task.op, model, self.array.shape, self.array.dtype.kind, wishes, alone)
 
     @property
     def gone(self) -> bool:

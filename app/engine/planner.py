@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from app.engine.cache import ModelCache
+from app.engine.compute import OUTPUTS
 from app.engine.forecast import Forecaster, Shape, network_shape
 from app.engine.jobs import Task, picture_pixels
 from app.engine.memory import DeviceMemory
@@ -82,14 +83,16 @@ class Planner:
         dtype: Dtype,
         available: int,
         failed: ExecutionPlan | None = None,
+        itemsize: int = 1,
     ) -> tuple[ExecutionPlan, int]:
         """The first plan that fits after the one that `failed`, and its forecast peak in bytes.
 
-        Blocking: a new shape takes some 50 ms to count. Raises OutOfMemory, with the smallest plan's bytes, when
-        nothing fits, InvalidParameter where the network has no bands and they were asked for.
+        `itemsize` is of the arrays. Blocking: a new shape takes some 50 ms to count. Raises OutOfMemory, with the
+        smallest plan's bytes, when nothing fits, InvalidParameter where the network has no bands and they were asked
+        for.
         """
         pixels = picture_pixels(task, shape)
-        network = shape_of(task, shape)
+        network = shape_of(task, shape, itemsize)
         executions = task.checkpoint.architecture.executions
         plans = candidates(dtype, task.tiling, items, pixels, self.device, executions)
         plan = choose(
@@ -130,8 +133,9 @@ class Planner:
         return PlanAnswer(name, chosen, peaks[chosen] if chosen else None, free, available, peaks)
 
 
-def shape_of(task: Task, shape: tuple[int, ...]) -> Shape:
-    """The network-side shape of one item's array."""
-    side = 1 if task.op == "encode" else task.checkpoint.family.side(task.latents)
-    height, width = shape[:2] if task.op == "encode" else shape[-2:]
-    return network_shape(task.checkpoint, task.op, height * side, width * side)
+def shape_of(task: Task, shape: tuple[int, ...], itemsize: int = 1) -> Shape:
+    """The network-side shape of one item's array, whose numbers have so many bytes."""
+    if task.op == "encode":
+        return network_shape(task.checkpoint, task.op, shape[0], shape[1], itemsize)
+    side, (_, dtype) = task.checkpoint.family.side(task.latents), OUTPUTS[task.output]
+    return network_shape(task.checkpoint, task.op, shape[-2] * side, shape[-1] * side, dtype.itemsize)

@@ -178,9 +178,10 @@ class Runner:
 
     async def _plan(self, group: list[Job], dtype: Dtype, failed: ExecutionPlan | None) -> ExecutionPlan:
         """The plan for a group; idle models make way for it. Raises OutOfMemory."""
-        task, shape = group[0].task, group[0].array.shape
+        task, array = group[0].task, group[0].array
         available = self._planner.available(task)
-        plan, peak = await on(self.thread, self._planner.choose, task, shape, len(group), dtype, available, failed)
+        known = (task, array.shape, len(group), dtype, available, failed, array.itemsize)
+        plan, peak = await on(self.thread, self._planner.choose, *known)
         self._cache.make_room(peak)
         self.reserved = peak
         if failed is not None and plan.execution != failed.execution:
@@ -212,7 +213,8 @@ class Runner:
         ):  # else the weights on their way are in the figures
             self._memory.note(level, resident)
             if peak is not None and not isinstance(outcome, Failure):
-                self._planner.forecaster.measured(shape_of(task, group[0].array.shape), plan, peak)
+                array = group[0].array
+                self._planner.forecaster.measured(shape_of(task, array.shape, array.itemsize), plan, peak)
         return outcome
 
     def _attempt(

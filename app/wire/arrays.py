@@ -7,11 +7,11 @@ import numpy as np
 
 from app.errors import InvalidLatent
 from app.terms import Convention
-from app.wire.npy import npy_header
+from app.wire.npy import npy_spec
 from app.wire.npz import npz_headers, read_npz
 from app.wire.origin import Origin, read_origin
 from app.wire.sniff import ARRAYS, sniff
-from app.wire.spec import ArraySpec, Values, check_size, values
+from app.wire.spec import ArraySpec, Values, values
 from app.wire.tensors import safetensors_header
 
 
@@ -51,7 +51,7 @@ def latent_shape(body: bytes) -> LatentShape:
     """
     match sniff(body, ARRAYS):
         case "npy":
-            return _batch([_npy(body)])
+            return _batch([npy_spec(body)])
         case "npz":
             return _batch(npz_headers(body))
         case _:
@@ -70,7 +70,7 @@ def read_latents(body: bytes, *, max_bytes: int) -> Latents:
     """
     match sniff(body, ARRAYS):
         case "npy":
-            return Latents(_finite(values(_npy(body), body)))
+            return Latents(_finite(values(npy_spec(body), body)))
         case "npz":
             _batch(npz_headers(body))
             return Latents(_finite(np.concatenate(read_npz(body, max_bytes))))
@@ -82,12 +82,6 @@ def read_latents(body: bytes, *, max_bytes: int) -> Latents:
                 _convention(metadata.get("convention")),
                 read_origin(metadata),
             )
-
-
-def _npy(body: bytes) -> ArraySpec:
-    spec = npy_header(body)
-    check_size(spec, len(body))
-    return spec
 
 
 def _batch(parts: list[ArraySpec]) -> LatentShape:

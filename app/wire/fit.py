@@ -1,6 +1,6 @@
 """Fits a picture to a network that only takes sizes which are multiples of its spatial factor."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ def fitted_size(width: int, height: int, multiple: int, mode: Fit) -> tuple[int,
     return _nearest(width, multiple), _nearest(height, multiple)
 
 
-def fit(image: npt.NDArray[np.uint8], multiple: int, mode: Fit) -> npt.NDArray[np.uint8]:
+def fit(image: npt.NDArray[Any], multiple: int, mode: Fit) -> npt.NDArray[Any]:
     """A picture (H, W, 3) with both sides made multiples of `multiple` pixels; as it is where they already are.
 
     `pad` repeats the last row below and the last column to the right, `crop` keeps the centre, `resize` goes to the
@@ -40,9 +40,26 @@ def fit(image: npt.NDArray[np.uint8], multiple: int, mode: Fit) -> npt.NDArray[n
     if mode == "pad":
         return np.pad(image, ((0, to_height - height), (0, to_width - width), (0, 0)), mode="edge")
     if mode == "resize":
-        return np.array(Image.fromarray(image).resize((to_width, to_height), Image.Resampling.LANCZOS))
+        return resized(image, (to_width, to_height))
     top, left = (height - to_height) // 2, (width - to_width) // 2
     return image[top : top + to_height, left : left + to_width]
+
+
+def resized(picture: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
+    """A picture (H, W, 3), uint8, uint16, float16 or float32, in (width, height) `size`, by Lanczos.
+
+    Floats may come out a little beyond the range that they were in, as Lanczos has it.
+    """
+    if picture.dtype == np.uint8:
+        return np.array(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+    channels = [  # Pillow has neither 16 bits nor floats in RGB
+        np.array(Image.fromarray(picture[..., channel].astype(np.float32)).resize(size, Image.Resampling.LANCZOS))
+        for channel in range(picture.shape[2])
+    ]
+    stacked = np.stack(channels, axis=-1)
+    if picture.dtype.kind == "u":
+        stacked = stacked.round().clip(0, np.iinfo(picture.dtype).max)
+    return stacked.astype(picture.dtype)
 
 
 def _nearest(side: int, multiple: int) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.errors import MalformedBody
-from app.wire.spec import ArraySpec, array_spec
+from app.wire.spec import LATENTS, ArraySpec, Purpose, array_spec, check_size
 
 MAX_HEADER = 4096
 """Bytes; the headers that numpy writes have 128."""
@@ -18,10 +18,10 @@ _ORDER = re.compile(rb"""['"]fortran_order['"]\s*:\s*(True|False)""")
 _SHAPE = re.compile(rb"""['"]shape['"]\s*:\s*\(([0-9,\s]*)\)""")
 
 
-def npy_header(body: bytes) -> ArraySpec:
+def npy_header(body: bytes, purpose: Purpose = LATENTS) -> ArraySpec:
     """What a .npy file, or the first `MAX_HEADER` bytes of one, declares.
 
-    Raises MalformedBody where the header is not one, and InvalidLatent for a dtype or shape that latents don't have.
+    Raises MalformedBody where the header is not one, and the purpose's error for a dtype or shape that it doesn't have.
     """
     width = {1: 2, 2: 4, 3: 4}.get(body[6] if len(body) > 6 else 0, 0)  # of the header's length, by version
     start = 8 + width + int.from_bytes(body[8 : 8 + width], "little")
@@ -32,7 +32,14 @@ def npy_header(body: bytes) -> ArraySpec:
     if not (descr and order and shape):
         raise MalformedBody("the .npy header has no plain descr, fortran_order and shape")
     sides = tuple(int(side) for side in re.findall(rb"[0-9]+", shape[1]))
-    return array_spec(sides, descr[1].decode("latin-1"), start, fortran=order[1] == b"True")
+    return array_spec(sides, descr[1].decode("latin-1"), start, fortran=order[1] == b"True", purpose=purpose)
+
+
+def npy_spec(body: bytes, purpose: Purpose = LATENTS) -> ArraySpec:
+    """What a whole .npy file declares; raises as `npy_header`, and MalformedBody where its data are not that long."""
+    spec = npy_header(body, purpose)
+    check_size(spec, len(body))
+    return spec
 
 
 def write_npy(array: npt.NDArray[Any]) -> bytes:

@@ -9,12 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
-import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from app.errors import InvalidImage, InvalidLatent
-from app.wire.fit import Fit, fitted_size
+from app.wire.fit import Fit, fitted_size, resized
 
 Change = Literal["pad", "crop", "resize"]
 """What fitting did to a picture."""
@@ -128,19 +126,10 @@ def restored(origin: Origin, decoded: Sequence[Pair]) -> Origin:
 
 
 def restore(picture: npt.NDArray[Any], size: Pair, change: Change | None) -> npt.NDArray[Any]:
-    """A decoded picture (H, W, 3), uint8 or uint16, as (width, height) `size` again: resized, or cut to it."""
+    """A decoded picture (H, W, 3) as (width, height) `size` again: resized, or cut to it."""
     if change != "resize":
         return picture[: size[1], : size[0]]
-    if picture.shape[1::-1] == size:
-        return picture
-    if picture.dtype == np.uint8:
-        return np.array(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
-    most = np.iinfo(picture.dtype).max
-    channels = [  # Pillow has no 16-bit RGB
-        np.array(Image.fromarray(picture[..., channel].astype(np.float32)).resize(size, Image.Resampling.LANCZOS))
-        for channel in range(picture.shape[2])
-    ]
-    return np.stack(channels, axis=-1).round().clip(0, most).astype(picture.dtype)
+    return picture if picture.shape[1::-1] == size else resized(picture, size)
 
 
 def _shortest(pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:

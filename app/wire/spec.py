@@ -1,18 +1,36 @@
 """What an array file declares of its data, checked before the data is touched, and the way from there to values."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from app.errors import InvalidLatent, MalformedBody
+from app.errors import InvalidImage, InvalidInput, InvalidLatent, MalformedBody
 
 Values = npt.NDArray[np.float16 | np.float32]
 
-_DTYPES = {"<f2": "float16", ">f2": "float16", "<f4": "float32", ">f4": "float32", "bf16": "float32"}
+_FLOATS = {"<f2": "float16", ">f2": "float16", "<f4": "float32", ">f4": "float32", "bf16": "float32"}
 _OTHERS = {"f8": "float64", "i1": "int8", "i2": "int16", "i4": "int32", "i8": "int64", "u1": "uint8", "O": "objects"}
 _LONGEST = 2**31
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What an array is read as: the dtypes that it may have, as they become, and the error of any other."""
+
+    dtypes: Mapping[str, str]
+    shapes: str
+    error: type[InvalidInput]
+
+
+LATENTS = Purpose(_FLOATS, "(C, h, w) or (N, C, h, w)", InvalidLatent)
+PIXELS = Purpose(
+    _FLOATS | {"|u1": "uint8"},
+    "(H, W, 3) or (N, H, W, 3) in uint8, (3, H, W) or (N, 3, H, W) in floats",
+    InvalidImage,
+)
 
 
 @dataclass(frozen=True)
@@ -20,31 +38,34 @@ class ArraySpec:
     """An array whose data begins at byte `start` of its file; `array_spec` makes one."""
 
     shape: tuple[int, int, int, int]
-    """(N, C, h, w)."""
+    """(N, C, h, w); of `PIXELS` in uint8 (N, H, W, 3)."""
     code: str
-    """`<f2`, `>f2`, `<f4`, `>f4` as in .npy, or `bf16`."""
+    """`<f2`, `>f2`, `<f4`, `>f4`, `|u1` as in .npy, or `bf16`."""
     start: int
     fortran: bool = False
 
     @property
     def dtype(self) -> str:
-        """float16 or float32, as it is read: bfloat16, which numpy lacks, becomes float32."""
-        return _DTYPES[self.code]
+        """uint8, float16 or float32, as it is read: bfloat16, which numpy lacks, becomes float32."""
+        return PIXELS.dtypes[self.code]
 
     @property
     def nbytes(self) -> int:
         """Bytes of data in the file."""
-        return math.prod(self.shape) * (4 if "4" in self.code else 2)
+        return math.prod(self.shape) * (2 if self.code == "bf16" else int(self.code[-1]))
 
 
-def array_spec(shape: tuple[int, ...], code: str, start: int, *, fortran: bool = False) -> ArraySpec:
-    """Checks a dtype and a shape (C, h, w) or (N, C, h, w); raises InvalidLatent."""
-    if code not in _DTYPES:
-        raise InvalidLatent(f"expected float16 or float32, got {_OTHERS.get(code.lstrip('<>|='), code)[:40]}")
+def array_spec(
+    shape: tuple[int, ...], code: str, start: int, *, fortran: bool = False, purpose: Purpose = LATENTS
+) -> ArraySpec:
+    """Checks a dtype and a shape of three or four sides; raises the purpose's error."""
+    if code not in purpose.dtypes:
+        expected = " or ".join(dict.fromkeys(purpose.dtypes.values()))
+        raise purpose.error(f"expected {expected}, got {_OTHERS.get(code.lstrip('<>|='), code)[:40]}")
     if len(shape) not in (3, 4) or max(shape) >= _LONGEST:
-        raise InvalidLatent(f"expected a shape of (C, h, w) or (N, C, h, w), got {str(shape)[:60]}")
+        raise purpose.error(f"expected a shape of {purpose.shapes}, got {str(shape)[:60]}")
     if min(shape) < 1:
-        raise InvalidLatent(f"expected no dimension of 0, got a shape of {shape}")
+        raise purpose.error(f"expected no dimension of 0, got a shape of {shape}")
     batch, channels, height, width = (1, *shape) if len(shape) == 3 else shape
     return ArraySpec((batch, channels, height, width), code, start, fortran)
 
@@ -56,7 +77,7 @@ def check_size(spec: ArraySpec, size: int) -> None:
 
 
 def values(spec: ArraySpec, body: bytes) -> Values:
-    """The data as (N, C, h, w): native byte order, contiguous, writable, a copy that does not hold the body."""
+    """The data in the spec's shape: native byte order, contiguous, writable, a copy that does not hold the body."""
     count = math.prod(spec.shape)
     if spec.code == "bf16":  # the upper half of a float32
         halves = np.frombuffer(body, "<u2", count, spec.start)

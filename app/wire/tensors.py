@@ -2,24 +2,24 @@
 
 import numpy as np
 
-from app.errors import InvalidLatent, MalformedBody
+from app.errors import MalformedBody
 from app.weights.header import PREFIX, Entry, Header, format_header, header_length, parse_header
-from app.wire.spec import ArraySpec, Values, array_spec, check_size
+from app.wire.spec import LATENTS, ArraySpec, Purpose, Values, array_spec, check_size
 
 MAX_HEADER = 1 << 20
 """Bytes; ComfyUI puts a whole workflow in there."""
 
 _NAMES = ("latents", "latent_tensor", "latent")
 _COMFYUI_RAW = "latent_format_version_0"  # an empty tensor of this name: ComfyUI's latents without a scaling factor
-_CODES = {"F16": "<f2", "F32": "<f4", "BF16": "bf16", "F64": "<f8"}
+_CODES = {"F16": "<f2", "F32": "<f4", "BF16": "bf16", "F64": "<f8", "U8": "|u1"}
 _DTYPES = {"float16": "F16", "float32": "F32"}
 
 
-def safetensors_header(body: bytes) -> tuple[ArraySpec, dict[str, str]]:
+def safetensors_header(body: bytes, purpose: Purpose = LATENTS) -> tuple[ArraySpec, dict[str, str]]:
     """What a safetensors file declares of its only tensor, or of the one that is named as latents are; its metadata.
 
-    Raises MalformedBody where the header, its offsets and the body's length disagree, and InvalidLatent where no
-    tensor is the latents, or where they have a dtype or shape that latents don't have.
+    Raises MalformedBody where the header, its offsets and the body's length disagree, and the purpose's error where no
+    tensor is meant, or where it has a dtype or shape that the purpose doesn't have.
     """
     start = PREFIX + header_length(body)
     if start > min(len(body), PREFIX + MAX_HEADER):
@@ -28,11 +28,11 @@ def safetensors_header(body: bytes) -> tuple[ArraySpec, dict[str, str]]:
         header = parse_header(body[PREFIX:start])
     except ValueError as error:
         raise MalformedBody(f"not a safetensors file: {error}") from error
-    latents = header.entries[_latents(list(header.entries))]
+    latents = header.entries[_meant(list(header.entries), purpose)]
     if header.data_bytes != len(body) - start:
         there = len(body) - start
         raise MalformedBody(f"the safetensors header declares {header.data_bytes} bytes of data, {there} are there")
-    spec = array_spec(latents.shape, _CODES.get(latents.dtype, latents.dtype), start + latents.begin)
+    spec = array_spec(latents.shape, _CODES.get(latents.dtype, latents.dtype), start + latents.begin, purpose=purpose)
     check_size(spec, start + latents.end)
     metadata = dict(header.metadata)
     return spec, {"convention": "raw"} | metadata if _COMFYUI_RAW in header.entries else metadata
@@ -45,10 +45,10 @@ def write_safetensors(array: Values, metadata: dict[str, str]) -> bytes:
     return b"".join((format_header(Header({_NAMES[0]: entry}, metadata)), data.data))
 
 
-def _latents(names: list[str]) -> str:
-    for name in names if len(names) == 1 else _NAMES:
+def _meant(names: list[str], purpose: Purpose) -> str:
+    named = _NAMES if purpose is LATENTS else ()
+    for name in names if len(names) == 1 else named:
         if name in names:
             return name
-    raise InvalidLatent(
-        f"expected one tensor, or one named {' or '.join(_NAMES)}, got {', '.join(names)[:80] or 'none'}"
-    )
+    hint = f", or one named {' or '.join(named)}" if named else ""
+    raise purpose.error(f"expected one tensor{hint}, got {', '.join(names)[:80] or 'none'}")

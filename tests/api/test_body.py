@@ -67,7 +67,7 @@ async def test_a_body_that_does_not_come_is_given_up(service, monkeypatch):
 
 
 async def test_pixels_over_the_limit_are_refused_before_any_is_decoded(models, monkeypatch):
-    monkeypatch.setattr("app.api.routes.read_image", None)
+    monkeypatch.setattr("app.api.routes.read_pixels", None)
     monkeypatch.setattr("app.api.routes.read_latents", None)
     async with serving(models, default_model="kl", max_pixels=SIDE * SIDE - 1) as service:
         assert "1024 pixels" in refused(await service.post("/encode", content=picture()), 413, "too_large")

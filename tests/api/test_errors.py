@@ -89,7 +89,7 @@ async def test_a_bug_is_told_without_its_traceback_and_logged_with_it(service, m
     def broken(_):
         raise RuntimeError("secret of the house")
 
-    monkeypatch.setattr("app.api.routes.image_size", broken)
+    monkeypatch.setattr("app.api.routes.picture_sizes", broken)
     with caplog.at_level(logging.ERROR, "app.api"):
         answer = await service.post("/encode", content=picture(), headers={"X-Request-Id": "bug-1"})
     refused(answer, 500, "internal_error")

@@ -1,3 +1,4 @@
+from copy import deepcopy
 from dataclasses import replace
 from typing import ClassVar
 
@@ -8,7 +9,7 @@ import torch
 from app.engine import compute
 from app.engine.jobs import Task
 from app.engine.planning import ExecutionPlan
-from app.errors import Unavailable
+from app.errors import InvalidImage, Unavailable
 from app.execution.primitive import Whole
 from tests.fakes import FAMILY, checkpoint, latent, load, picture
 
@@ -54,14 +55,74 @@ def test_a_picture_is_the_output_rounded_to_its_levels(module, plan, output, lev
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("pixel_range", [(-1.0, 1.0), (0.0, 1.0)])
-def test_a_picture_may_be_the_network_s_own_float(module, plan, pixel_range):
+@pytest.mark.parametrize(("output", "rounding"), [("float32", 1e-5), ("float16", 2e-3)])
+def test_a_picture_may_be_the_network_s_own_float(module, plan, pixel_range, output, rounding):
     low, high = pixel_range
     model = replace(TOY, family=replace(FAMILY, pixel_range=pixel_range))
-    outcome = run(module, [latent()], [Task("decode", model, output="float32")], plan)
+    outcome = run(module, [latent()], [Task("decode", model, output=output)], plan)
     expected = (decoded(module, [latent()])[0] - low) / (high - low) * 2 - 1
-    assert outcome.arrays[0].dtype == np.float32
+    assert outcome.arrays[0].dtype == np.dtype(output)
     assert np.abs(expected).max() > 1  # not clamped
-    np.testing.assert_allclose(outcome.arrays[0], expected, atol=1e-5)
+    np.testing.assert_allclose(outcome.arrays[0], expected, rtol=rounding / 2, atol=rounding)
+
+
+def test_a_picture_that_half_precision_cannot_hold_is_not_finite(module):
+    glaring = deepcopy(module)
+    glaring.decoder.conv_out.weight *= 1e6
+    for output, finite in (("float32", True), ("float16", False), ("uint8", True)):
+        assert run(glaring, [latent()], [Task("decode", TOY, output=output)]).finite == [finite]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("pixel_range", [(-1.0, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_picture_may_come_in_floats(module, plan, pixel_range, dtype):
+    low, high = pixel_range
+    model = replace(TOY, family=replace(FAMILY, pixel_range=pixel_range))
+    task = Task("encode", model, moments=True, numbers="float32")
+    floats = np.random.default_rng(0).uniform(-1, 1, (16, 16, 3)).astype(dtype)
+    kept = floats.copy()
+    (moments,) = run(module, [floats], [task], plan).arrays
+    np.testing.assert_array_equal(floats, kept)
+    with torch.inference_mode():
+        pixels = torch.tensor(floats).float().permute(2, 0, 1)[None] * (high - low) / 2 + (high + low) / 2
+        expected = module.encode(Whole(), pixels)[0]
+    np.testing.assert_allclose(moments, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_pixels_that_are_not_finite_are_refused(module, bad):
+    floats = np.zeros((16, 16, 3), np.float32)
+    floats[3, 4, 1] = bad
+    with pytest.raises(InvalidImage, match="NaN or infinite"):
+        run(module, [floats], [Task("encode", TOY)])
+
+
+def test_moments_are_the_networks_own_whatever_the_convention_and_the_seed(module):
+    task = Task("encode", TOY, moments=True, numbers="float32")
+    tasks = [task, replace(task, latents="raw", seed=3), replace(task, numbers="float16")]
+    wide, other, half = run(module, [picture()] * 3, tasks).arrays
+    with torch.inference_mode():
+        pixels = torch.tensor(picture()).permute(2, 0, 1)[None] / 127.5 - 1
+        expected = module.encode(Whole(), pixels)[0].numpy()
+    assert (wide.dtype, half.dtype, wide.shape) == (np.float32, np.float16, (8, 8, 8))
+    np.testing.assert_allclose(wide, expected, atol=1e-5)
+    np.testing.assert_array_equal(other, wide)
+    np.testing.assert_array_equal(half, wide.astype(np.float16))
+
+
+def test_latents_may_be_float32(module):
+    wide, half = run(module, [picture()] * 2, [Task("encode", TOY, numbers="float32"), Task("encode", TOY)]).arrays
+    assert wide.dtype == np.float32
+    np.testing.assert_array_equal(wide.astype(np.float16), half)
+    assert (wide != half).any()
+
+
+def test_pixels_that_the_precision_cannot_hold_are_told_from_an_overflow():
+    far = np.full((16, 16, 3), 7e4, np.float32)
+    half = load(TOY, torch.float16, torch.device("cpu"))
+    outcome = run(half, [far, far / 7e4], [Task("encode", TOY)] * 2, ExecutionPlan("fp16", "whole", 2))
+    assert outcome.fits == [False, True]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)

@@ -1,0 +1,116 @@
+import io
+
+import numpy as np
+import pytest
+
+from app.errors import InvalidImage, MalformedBody, TooLarge, UnsupportedMedia
+from app.weights.header import Entry, Header, format_header
+from app.wire.pixels import FURTHEST, MAX_PICTURES, picture_sizes, read_pixels
+from tests.service import npy, picture, pixels
+
+
+def read(body: bytes) -> list[np.ndarray]:
+    return read_pixels(body, background=(255, 255, 255), max_pixels=1 << 20)
+
+
+def tensors(array: np.ndarray, code: str, name: str = "anything") -> bytes:
+    data = array.tobytes()
+    return format_header(Header({name: Entry(code, array.shape, 0, len(data))})) + data
+
+
+def noise(*shape: int, dtype: object = np.float32) -> np.ndarray:
+    return np.random.default_rng(0).uniform(-1, 1, shape).astype(dtype)  # type: ignore[call-overload]
+
+
+def refuse(body: bytes, error: type[Exception], match: str) -> None:
+    """By the header alone, and again where it is read."""
+    for door in (picture_sizes, read):
+        with pytest.raises(error, match=match):
+            door(body)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WebP"])
+def test_a_picture_file_is_one_picture(kind):
+    body = picture(30, 20, kind=kind)
+    assert picture_sizes(body) == [(30, 20)]
+    (array,) = read(body)
+    assert (array.shape, array.dtype) == ((20, 30, 3), np.uint8)
+
+
+def test_bytes_stay_bytes_with_their_channels_last():
+    batch = np.stack([pixels(30, 20, seed=seed) for seed in range(2)])
+    for body in (npy(batch), npy(np.asfortranarray(batch)), tensors(batch, "U8")):
+        assert picture_sizes(body) == [(30, 20)] * 2
+        np.testing.assert_array_equal(read(body), batch)
+    assert picture_sizes(npy(batch[0])) == [(30, 20)]
+    np.testing.assert_array_equal(read(npy(batch[0]))[0], batch[0])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, ">f4", ">f2"])
+def test_floats_have_their_channels_first_and_become_float32(dtype):
+    batch = noise(2, 3, 20, 30, dtype=dtype)
+    for body, expected in ((npy(batch), batch), (npy(batch[1]), batch[1:])):
+        assert picture_sizes(body) == [(30, 20)] * len(expected)
+        found = read(body)
+        assert {array.dtype for array in found} == {np.dtype(np.float32)}
+        np.testing.assert_array_equal(found, expected.transpose(0, 2, 3, 1))
+
+
+def test_safetensors_hold_bfloat16_too():
+    batch = (noise(1, 3, 4, 5).view(np.uint32) >> 16 << 16).view(np.float32)
+    for body in (tensors(batch, "F32"), tensors((batch.view(np.uint32) >> 16).astype(np.uint16), "BF16")):
+        np.testing.assert_array_equal(read(body), batch.transpose(0, 2, 3, 1))
+
+
+def test_what_comes_is_writable_and_does_not_hold_the_body():
+    for body in (npy(pixels()), npy(noise(3, 8, 8))):
+        (array,) = read(body)
+        array[0, 0, 0] = 1
+
+
+@pytest.mark.parametrize(
+    ("array", "match"),
+    [
+        (np.zeros((3, 8, 9), np.uint8), r"\(H, W, 3\).* in uint8.*got \(1, 3, 8, 9\) in uint8"),
+        (np.zeros((8, 9, 4), np.uint8), r"got \(1, 8, 9, 4\) in uint8"),
+        (np.zeros((8, 9, 3), np.float32), r"got \(1, 8, 9, 3\) in float32"),
+        (np.zeros((1, 4, 8, 8), np.float16), r"got \(1, 4, 8, 8\) in float16"),
+        (np.zeros((8, 9), np.uint8), r"got \(8, 9\)"),
+        (np.zeros((1, 1, 8, 9, 3), np.uint8), r"got \(1, 1, 8, 9, 3\)"),
+        (np.zeros((0, 8, 9, 3), np.uint8), "no dimension of 0"),
+        (np.zeros((8, 9, 3), np.float64), "uint8, got float64|got float64"),
+        (np.zeros((8, 9, 3), np.int8), "got int8"),
+        (np.zeros((8, 9, 3), np.uint16), "got u2"),
+    ],
+)
+def test_other_shapes_and_dtypes_are_refused(array, match):
+    refuse(npy(array), InvalidImage, match)
+
+
+def test_more_pictures_than_a_queue_holds_are_refused_without_a_list_of_them():
+    refuse(npy(np.zeros((MAX_PICTURES + 1, 1, 1, 3), np.uint8)), TooLarge, str(MAX_PICTURES))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 255.0, -FURTHEST * 1.01])
+def test_pixels_far_out_of_range_are_refused(value):
+    batch = noise(2, 3, 4, 4)
+    batch[1, 2, 3, 3] = value
+    assert len(picture_sizes(npy(batch))) == 2  # its values are not looked at
+    with pytest.raises(InvalidImage, match=r"finite pixels in \[-1, 1\]"):
+        read(npy(batch))
+    batch[1, 2, 3, 3] = FURTHEST
+    assert len(read(npy(batch))) == 2
+
+
+def test_a_body_that_is_cut_off_or_something_else_is_refused():
+    refuse(npy(pixels())[:-1], MalformedBody, "bytes of data")
+    refuse(tensors(pixels(), "U8")[:-1], MalformedBody, "bytes of data")
+    refuse(b"no picture", UnsupportedMedia, "PNG, JPEG, WebP, npy or safetensors")
+    file = io.BytesIO()
+    np.savez(file, pixels())
+    refuse(file.getvalue(), UnsupportedMedia, "got npz")
+
+
+def test_of_several_tensors_none_is_meant():
+    one, two = (Entry("U8", (1, 1, 3), at, at + 3) for at in (0, 3))
+    refuse(format_header(Header({"latents": one, "other": two})) + bytes(6), InvalidImage, "expected one tensor, got")
