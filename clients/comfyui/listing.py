@@ -6,16 +6,17 @@ import os
 from aiohttp import web
 from server import PromptServer
 
-from .wire import LatentdError, model_names, server_of
+from . import wire
 
 
 async def models(request: web.Request) -> web.Response:
     """Names of the models of the service at `url`, or of LATENTD_URL's where there is none."""
     try:
-        server = server_of(request.query.get("url", ""), os.environ)
-        return web.json_response({"models": await asyncio.to_thread(model_names, server)})
-    except LatentdError as error:
+        server = wire.server_of(request.query.get("url", ""), os.environ)
+        names, _ = await asyncio.to_thread(wire.models, server)
+    except wire.LatentdError as error:
         return web.json_response({"error": str(error)}, status=502)
+    return web.json_response({"models": names})
 
 
 def add_route() -> None:

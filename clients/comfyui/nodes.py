@@ -8,10 +8,10 @@ from torch import Tensor
 from .remote_vae import RemoteVAE, remote_vae
 from .wire import server_of
 
-ONLY = "(the only model)"
+DEFAULT = "(the service's default)"
 CATEGORY = "latentd"
 SERVICE: dict[str, Any] = {
-    "model": ([ONLY], {"tooltip": "Of the service's models. Press R to look again."}),
+    "model": ([DEFAULT], {"tooltip": "Of the service's models. Press R to look again."}),
     "url": ("STRING", {"default": "", "tooltip": "Of the service; empty: LATENTD_URL, or else this machine's."}),
 }
 
@@ -24,7 +24,7 @@ def connect(model: str, url: str) -> RemoteVAE:
         return result.to(model_management.intermediate_device(), model_management.intermediate_dtype())
 
     check = model_management.throw_exception_if_processing_interrupted
-    return remote_vae(server_of(url, os.environ), "" if model == ONLY else model, check, place)
+    return remote_vae(server_of(url, os.environ), "" if model == DEFAULT else model, check, place)
 
 
 class LatentdLoader:

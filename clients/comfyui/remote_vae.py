@@ -1,14 +1,13 @@
 """A VAE of a latentd service with the methods and attributes that ComfyUI's nodes ask of a VAE."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .convention import CHANNELS, CONVENTIONS, RAW, cropped, from_service, picture_array, pictures_of, to_service
-from .wire import LatentdError, Server, model_names, model_row, send_array
+from .wire import LatentdError, Model, Server, model, models, send_array
 
 REQUEST_PIXELS = 16 << 20  # of one request: 96 MiB of answer
 
@@ -31,15 +30,15 @@ class RemoteVAE:
     def __init__(
         self,
         server: Server,
-        row: Mapping[str, Any],
+        row: Model,
         check: Callable[[], None],
         place: Callable[[Tensor], Tensor],
     ) -> None:
         self.server, self.check, self.place = server, check, place
-        self.convention = CONVENTIONS.get(row["family"], RAW)
-        self.query = {"model": str(row["name"]), "latents": self.convention.latents}
-        self.latent_channels = int(row["latent_channels"]) * self.convention.patch**2
-        self.downscale_ratio = self.upscale_ratio = int(row["spatial_factor"]) * self.convention.patch
+        self.convention = CONVENTIONS.get(row.family, RAW)
+        self.query = {"model": row.name, "latents": self.convention.latents}
+        self.latent_channels = row.latent_channels * self.convention.patch**2
+        self.downscale_ratio = self.upscale_ratio = row.spatial_factor * self.convention.patch
 
     def decode(self, samples_in: Tensor, vae_options: Mapping[str, object] | None = None) -> Tensor:
         """Pictures of latents; of a video's, its first frame."""
@@ -106,7 +105,7 @@ class RemoteVAE:
     def spacial_compression_encode(self) -> int:
         return self.downscale_ratio
 
-    def temporal_compression_decode(self) -> None:
+    def temporal_compression_decode(self) -> int | None:
         return None
 
     def is_dynamic(self) -> bool:
@@ -132,13 +131,11 @@ def parts(array: np.ndarray, pixels: int) -> Iterator[np.ndarray]:
         yield array[start : start + lot]
 
 
-def remote_vae(
-    server: Server, name: str, check: Callable[[], None], place: Callable[[Tensor], Tensor]
-) -> RemoteVAE:
-    """The VAE of this name; without one, the only VAE that the service has."""
+def remote_vae(server: Server, name: str, check: Callable[[], None], place: Callable[[Tensor], Tensor]) -> RemoteVAE:
+    """The VAE of this name; without one, the VAE that the service means then."""
     if not name:
-        names = model_names(server, check)
-        if len(names) != 1:
-            raise LatentdError(f"latentd at {server.url} has {len(names)} models, choose one: {', '.join(names)}")
-        name = names[0]
-    return RemoteVAE(server, model_row(server, name, check), check, place)
+        names, default = models(server, check)
+        if default is None:
+            raise LatentdError(f"latentd at {server.url} has no default model, choose one of: {', '.join(names)}")
+        name = default
+    return RemoteVAE(server, model(server, name, check), check, place)

@@ -3,14 +3,13 @@
 import io
 import json
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import numpy as np
@@ -27,6 +26,8 @@ KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))  #
 LATER = (429, 503)
 NPY = "application/x-npy"
 
+Told = TypeVar("Told")
+
 
 class LatentdError(Exception):
     """What went wrong, for ComfyUI's window."""
@@ -38,6 +39,16 @@ class Server:
 
     url: str
     key: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of GET /models, as far as it matters here: channels, and pixels per position, of raw latents."""
+
+    name: str
+    family: str
+    latent_channels: int
+    spatial_factor: int
 
 
 def server_of(url: str, environ: Mapping[str, str]) -> Server:
@@ -69,26 +80,32 @@ def never() -> None:
     """Of a call that nobody gives up."""
 
 
-def model_names(server: Server, check: Callable[[], None] = never) -> list[str]:
-    """The models of a service that can be used."""
-    answer = call(server, "GET", "/models", most=LIST_BYTES, check=check)
-    return [str(row["name"]) for row in _json(server, answer)["models"] if not row["error"]]
+def models(server: Server, check: Callable[[], None] = never) -> tuple[list[str], str | None]:
+    """The models of a service that can be used, and the one that it means where none is named."""
+
+    def read(answer: Any) -> tuple[list[str], str | None]:
+        return [str(row["name"]) for row in answer["models"] if not row["error"]], answer["default"]
+
+    return _told(server, "/models", read, check)
 
 
-def model_row(server: Server, name: str, check: Callable[[], None]) -> dict[str, Any]:
+def model(server: Server, name: str, check: Callable[[], None]) -> Model:
     """What the service says of a model; LatentdError where it cannot be used."""
-    answer = call(server, "GET", f"/models/{quote(name)}", most=LIST_BYTES, check=check)
-    row: dict[str, Any] = _json(server, answer)
-    if row["error"]:
-        raise LatentdError(f"latentd at {server.url} cannot use {name!r}: {row['error']}")
-    return row
+
+    def read(row: Any) -> Model:
+        if row["error"]:
+            raise LatentdError(f"latentd at {server.url} cannot use {name!r}: {row['error']}")
+        return Model(str(row["name"]), str(row["family"]), int(row["latent_channels"]), int(row["spatial_factor"]))
+
+    return _told(server, f"/models/{quote(name)}", read, check)
 
 
-def _json(server: Server, answer: bytes) -> Any:
+def _told(server: Server, path: str, read: Callable[[Any], Told], check: Callable[[], None]) -> Told:
+    answer = call(server, "GET", path, most=LIST_BYTES, check=check)
     try:
-        return json.loads(answer)
-    except ValueError:
-        raise LatentdError(f"what answers at {server.url} is not latentd") from None
+        return read(json.loads(answer))
+    except (ValueError, KeyError, TypeError):
+        raise LatentdError(f"what answers at {server.url} is not latentd, or is older than these nodes") from None
 
 
 def send_array(
@@ -228,9 +245,7 @@ class _TooMuch(Exception):
     """An answer is longer than it can be."""
 
 
-def _talk(
-    line: _Line, method: str, target: str, body: bytes | None, headers: Mapping[str, str], most: int
-) -> Answer:
+def _talk(line: _Line, method: str, target: str, body: bytes | None, headers: Mapping[str, str], most: int) -> Answer:
     with closing(line.http) as http:
         line.connect()
         if not line.up:  # given up while it connected

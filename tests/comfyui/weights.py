@@ -1,4 +1,4 @@
-"""Random weights of published widths, which is all that ComfyUI reads, in a `models` folder that both programs are given."""
+"""Random weights of the published widths, which are all that ComfyUI reads, in a `models` folder for both programs."""
 
 import json
 from pathlib import Path
@@ -42,4 +42,4 @@ def _write(folder: Path, name: str, state: dict[str, torch.Tensor]) -> None:
     """In float16: both programs compute in float32 on a CPU, and the disk has half to do."""
     half = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}
     save_file(half, folder / f"{name}.safetensors")
-    (folder / f"{name}.json").write_text(json.dumps({"family": name.split("_")[0]}))
+    (folder / f"{name}.json").write_text(json.dumps({"family": name.removesuffix("_encoder").removesuffix("_decoder")}))

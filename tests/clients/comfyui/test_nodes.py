@@ -1,11 +1,12 @@
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from clients.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, WEB_DIRECTORY, nodes
-from clients.comfyui.nodes import ONLY, LatentdDecode, LatentdEncode, LatentdLoader
+from clients.comfyui.nodes import DEFAULT, LatentdDecode, LatentdEncode, LatentdLoader
 from clients.comfyui.wire import Server
 
 
@@ -81,11 +82,13 @@ def comfy(monkeypatch):
     return management
 
 
-@pytest.mark.parametrize(("model", "name"), [(ONLY, ""), ("x", "x")])
+@pytest.mark.parametrize(("model", "name"), [(DEFAULT, ""), ("x", "x")])
 def test_the_vae_is_that_of_the_service_and_works_as_comfyui_says(monkeypatch, comfy, model, name):
     monkeypatch.setenv("LATENTD_URL", "http://gpu-host:1")
-    monkeypatch.setattr(nodes, "remote_vae", lambda *given: given)
-    ((server, asked, check, place),) = LatentdLoader().load(model, "")
+    given: list[Any] = []
+    monkeypatch.setattr(nodes, "remote_vae", lambda *arguments: given.extend(arguments))
+    LatentdLoader().load(model, "")
+    server, asked, check, place = given
     assert (server, asked) == (Server("http://gpu-host:1"), name)
     assert check is comfy.throw_exception_if_processing_interrupted
     assert place(torch.zeros(1)).dtype == torch.float16

@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -8,14 +9,13 @@ import torch
 from app.vae.families import FAMILIES
 from clients.comfyui import remote_vae as module
 from clients.comfyui.remote_vae import RemoteVAE, parts, remote_vae
-from clients.comfyui.wire import LatentdError, Server, never
+from clients.comfyui.wire import LatentdError, Model, Server, never
 from tests.clients.comfyui.service import ok, telling
 
 
-def row(family: str = "sd1", name: str = "x"):
+def row(family: str = "sd1", name: str = "x") -> Model:
     of = FAMILIES[family]
-    shape = {"latent_channels": of.latent_channels, "spatial_factor": of.spatial_factor}
-    return {"name": name, "family": family, "error": None, **shape}
+    return Model(name, family, of.latent_channels, of.spatial_factor)
 
 
 def here(result):
@@ -134,16 +134,17 @@ def test_weights_are_not_here():
         made.get_sd()
 
 
-def listed(*names: str):
-    return ok(json.dumps({"models": [row(name=name) for name in names]}).encode())
+def listed(default: str | None):
+    rows = [{"name": name, "error": None} for name in ("one", "two")]
+    return ok(json.dumps({"models": rows, "default": default}).encode())
 
 
-def test_without_a_name_it_is_the_only_one():
-    with telling(listed("one"), ok(json.dumps(row("sd3", "one")).encode())) as told:
+def test_without_a_name_it_is_the_services_default():
+    with telling(listed("one"), ok(json.dumps({**asdict(row("sd3", "one")), "error": None}).encode())) as told:
         assert remote_vae(told.server, "", never, here).latent_channels == 16
     assert told.asked[1].line.startswith("GET /models/one ")
 
 
-def test_without_a_name_and_with_several_one_is_to_be_chosen():
-    with telling(listed("one", "two")) as told, pytest.raises(LatentdError, match="choose one: one, two"):
+def test_without_a_name_and_a_default_one_is_to_be_chosen():
+    with telling(listed(None)) as told, pytest.raises(LatentdError, match="choose one of: one, two"):
         remote_vae(told.server, "", never, here)

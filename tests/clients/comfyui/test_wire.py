@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clients.comfyui import wire
-from clients.comfyui.wire import HOME, LatentdError, Server, call, model_names, model_row, send_array, server_of
+from clients.comfyui.wire import HOME, LatentdError, Model, Server, call, model, models, send_array, server_of
 from tests.clients.comfyui.service import ok, problem, telling
 
 MOST = 1 << 20
@@ -208,23 +208,28 @@ def test_an_answer_before_the_body_is_read_is_understood():
         thread.join()
 
 
+ROW = {"name": "x/y z", "family": "sd1", "latent_channels": 4, "spatial_factor": 8, "error": None}
+
+
 def test_models_are_those_that_can_be_used():
     rows = [{"name": "a", "error": None}, {"name": "b", "error": "truncated"}]
-    with telling(ok(json.dumps({"models": rows}).encode())) as told:
-        assert model_names(told.server) == ["a"]
+    with telling(ok(json.dumps({"models": rows, "default": "a"}).encode())) as told:
+        assert models(told.server) == (["a"], "a")
 
 
 def test_one_model_is_asked_for_by_its_name():
-    with telling(ok(b'{"name": "x/y z", "error": null}')) as told:
-        assert model_row(told.server, "x/y z", wire.never)["name"] == "x/y z"
+    with telling(ok(json.dumps(ROW).encode())) as told:
+        assert model(told.server, "x/y z", wire.never) == Model("x/y z", "sd1", 4, 8)
     assert told.asked[0].line == "GET /models/x/y%20z HTTP/1.1"
 
 
 def test_a_model_that_cannot_be_used_says_why():
-    with telling(ok(b'{"name": "x", "error": "truncated"}')) as told, pytest.raises(LatentdError, match="truncated"):
-        model_row(told.server, "x", wire.never)
+    row = {"name": "x", "family": None, "latent_channels": None, "spatial_factor": None, "error": "truncated"}
+    with telling(ok(json.dumps(row).encode())) as told, pytest.raises(LatentdError, match="truncated"):
+        model(told.server, "x", wire.never)
 
 
-def test_a_page_of_something_else_is_no_list():
-    with telling(ok(b"<html>")) as told, pytest.raises(LatentdError, match="is not latentd"):
-        model_names(told.server)
+@pytest.mark.parametrize("answer", [b"<html>", b"[]", b"{}", b'{"models": 1}'])
+def test_a_page_of_something_else_is_no_list(answer):
+    with telling(ok(answer)) as told, pytest.raises(LatentdError, match="is not latentd"):
+        models(told.server)
