@@ -59,7 +59,8 @@ def sizes_of(spec: ArraySpec) -> list[tuple[int, int]]:
 
 
 def pictures_of(spec: ArraySpec, body: bytes) -> list[npt.NDArray[Any]]:
-    """The pictures (H, W, 3) of such an array; raises InvalidImage for floats that are not finite or far outside."""
+    """The pictures (H, W, 3) of such an array; raises as `sizes_of`, and InvalidImage for floats far out of range."""
+    sizes_of(spec)
     array = values(spec, body)
     if spec.dtype == "uint8":
         return list(array)

@@ -12,7 +12,16 @@ from app.errors import InvalidImage, InvalidInput, InvalidLatent, MalformedBody
 Values = npt.NDArray[np.float16 | np.float32]
 
 _FLOATS = {"<f2": "float16", ">f2": "float16", "<f4": "float32", ">f4": "float32", "bf16": "float32"}
-_OTHERS = {"f8": "float64", "i1": "int8", "i2": "int16", "i4": "int32", "i8": "int64", "u1": "uint8", "O": "objects"}
+_OTHERS = {
+    "f8": "float64",
+    "i1": "int8",
+    "i2": "int16",
+    "i4": "int32",
+    "i8": "int64",
+    "u1": "uint8",
+    "u2": "uint16",
+    "O": "objects",
+}
 _LONGEST = 2**31
 
 

@@ -4,8 +4,11 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from app.execution.primitive import Whole
+from app.store.checkpoint import load_autoencoder
 from app.wire.arrays import read_latents
 from app.wire.tensors import write_safetensors
 from tests.service import SIDE, array_of, latent, npy, picture, picture_of, refused, serving
@@ -318,3 +321,42 @@ async def test_a_side_over_the_formats_limit_is_refused_before_there_is_room_for
 async def test_what_size_crops_away_does_not_count_against_the_formats_limit(service):
     answer = await service.post("/decode?size=16383x8", content=npy(latent(4, 1, 2048)), headers={"Accept": WEBP})
     assert picture_of(answer).size == (16383, 8)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-4), ("float16", 4e-3)])
+async def test_floats_are_the_networks_own_output(service, dtype, rounding):
+    given = latent(2, 4, 4, 4)
+    module = load_autoencoder(await service.engine.resolve("kl"), torch.float32, torch.device("cpu"))
+    with torch.inference_mode():
+        expected = module.decode(Whole(), torch.tensor(given).float()).permute(0, 2, 3, 1).numpy()
+    for headers in ({}, {"Accept": NPY}, {"Accept": "*/*"}):
+        answer = await service.post(f"/decode?latents=raw&dtype={dtype}", content=npy(given), headers=headers)
+        assert answer.headers["content-type"] == NPY
+        found = array_of(answer)
+        assert found.dtype == np.dtype(dtype)
+        np.testing.assert_allclose(found, expected, rtol=rounding, atol=rounding)
+
+
+async def test_bytes_are_the_floats_rounded(service):
+    headers = {"Accept": NPY}
+    given = npy(latent())
+    eight = array_of(await service.post("/decode?dtype=uint8", content=given, headers=headers))
+    wide = array_of(await service.post("/decode?dtype=float32", content=given, headers=headers))
+    np.testing.assert_array_equal(((wide + 1) * 127.5).clip(0, 255).round(), eight)
+
+
+async def test_floats_come_back_to_a_size_of_their_own(service):
+    wide = array_of(await service.post("/decode?dtype=float32&size=30x25", content=npy(latent())))
+    assert wide.shape == (1, 25, 30, 3)
+    query = "/decode?dtype=float32&size=30x29&fit=resize"
+    assert array_of(await service.post(query, content=npy(latent()))).shape == (1, 29, 30, 3)
+
+
+async def test_floats_are_npy_or_refused(service):
+    for accept in (PNG, ZIP, JPEG):
+        answer = await service.post("/decode?dtype=float16", content=npy(latent()), headers={"Accept": accept})
+        assert NPY in refused(answer, 406, "not_acceptable")
+    answer = await service.post("/decode?dtype=float16&size=30x25,31x26", content=npy(latent(2, 4, 4, 4)))
+    assert "one size" in refused(answer, 422, "invalid_parameter")
+    answer = await service.post("/decode?dtype=float16&bits=16", content=npy(latent()))
+    assert "bits=16" in refused(answer, 422, "invalid_parameter")

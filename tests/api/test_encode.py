@@ -3,8 +3,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from app.execution.primitive import Whole
+from app.store.checkpoint import load_autoencoder
+from app.wire.arrays import read_latents
 from tests.service import SIDE, array_of, latent, npy, picture, pixels, refused, serving
 
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
@@ -208,6 +212,7 @@ async def test_the_background_shows_through_alpha_and_is_white_by_default(servic
     [
         "latents=half",
         "posterior=mean",
+        "dtype=uint8",
         "seed=-1",
         "seed=9223372036854775808",
         "seed=x",
@@ -239,7 +244,9 @@ async def test_parameters_out_of_range_or_unknown_are_refused_by_name(service, q
         (picture()[:20], 400, "malformed_body"),
         (b"this is no picture", 415, "unsupported_media"),
         (b"", 415, "unsupported_media"),
-        (npy(latent()), 415, "unsupported_media"),
+        (npy(latent()), 422, "invalid_image"),  # an array, but of four channels
+        (npy(np.full((3, SIDE, SIDE), np.nan, np.float32)), 422, "invalid_image"),
+        (npy(pixels())[:-1], 400, "malformed_body"),
         (b"GIF89a" + bytes(100), 415, "unsupported_media"),
     ],
 )
@@ -264,3 +271,112 @@ async def test_a_tiny_model_encodes_too(service):
     answer = await service.post("/encode?model=tiny", content=picture())
     assert array_of(answer).shape == (1, 4, SIDE // 8, SIDE // 8)
     assert answer.headers["X-Model"] == "tiny"
+
+
+def floats(*seeds: int) -> np.ndarray:
+    """Pictures as diffusers has them: (N, 3, H, W), black -1, white 1."""
+    return np.stack([pixels(seed=seed).transpose(2, 0, 1) / np.float32(127.5) - 1 for seed in seeds or (0,)])
+
+
+def safetensors(array: np.ndarray, code: str) -> bytes:
+    header = {"pixels": {"dtype": code, "shape": array.shape, "data_offsets": [0, array.nbytes]}}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + array.tobytes()
+
+
+async def network_of(service, model: str, pictures: np.ndarray) -> np.ndarray:
+    """What the encoder itself makes of floats (N, 3, H, W) in its own range."""
+    checkpoint = await service.engine.resolve(model)
+    module = load_autoencoder(checkpoint, torch.float32, torch.device("cpu"))
+    with torch.inference_mode():
+        moments: np.ndarray = module.encode(Whole(), torch.tensor(pictures)).numpy()
+        return moments
+
+
+async def test_an_array_of_bytes_is_the_same_pictures(service):
+    batch = np.stack([pixels(seed=1), pixels(seed=2)])
+    expected = await service.post("/encode", files=form(picture(seed=1), picture(seed=2)))
+    for body in (npy(batch), safetensors(batch, "U8")):
+        answer = await service.post("/encode", content=body)
+        assert (answer.status_code, answer.headers["X-Image-Size"]) == (200, f"{SIDE}x{SIDE}")
+        np.testing.assert_allclose(array_of(answer), array_of(expected), atol=2e-3)
+    mixed = await service.post("/encode", files=form(npy(batch), picture(seed=3)))
+    assert array_of(mixed).shape == (3, 4, 4, 4)
+
+
+@pytest.mark.parametrize(("model", "family_range"), [("kl", (-1, 1)), ("tiny", (0, 1))])
+async def test_floats_go_into_the_network_without_rounding(service, model, family_range):
+    low, high = family_range
+    given = floats(1, 2) * 0.7317  # between the levels of bytes
+    query = f"/encode?model={model}&posterior=moments&dtype=float32"
+    expected = await network_of(service, model, given * (high - low) / 2 + (high + low) / 2)
+    for body in (npy(given), safetensors(given, "F32")):
+        np.testing.assert_allclose(array_of(await service.post(query, content=body)), expected, rtol=1e-4, atol=1e-4)
+    half = array_of(await service.post(query, content=npy(given.astype(np.float16))))
+    np.testing.assert_allclose(half, expected, atol=0.02)
+    one = array_of(await service.post(query, content=npy(given[0])))
+    np.testing.assert_allclose(one, expected[:1], rtol=1e-4, atol=1e-4)
+
+
+async def test_floats_and_bytes_of_one_form_share_no_forward_and_come_out_alike(service):
+    answer = await service.post("/encode", files=form(picture(seed=1), npy(floats(1)), npy(floats(2)[0])))
+    latents = array_of(answer)
+    np.testing.assert_allclose(latents[0], latents[1], atol=2e-3)
+    assert np.abs(latents[1] - latents[2]).max() > 0.01
+
+
+async def test_floats_of_odd_sizes_are_made_to_fit(service):
+    given = npy(pixels(35, 33).transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)
+    for query in ("fit=pad", "fit=crop", "fit=resize"):
+        answer = await service.post(f"/encode?{query}", content=given)
+        expected = await service.post(f"/encode?{query}", content=picture(35, 33))
+        np.testing.assert_allclose(array_of(answer), array_of(expected), atol=0.02)
+        for header in ("X-Image-Size", "X-Image-Fit", "X-Image-Offset"):
+            assert answer.headers.get(header) == expected.headers.get(header)
+    assert "35x33" in refused(await service.post("/encode?fit=error", content=given), 422, "invalid_image")
+
+
+@pytest.mark.parametrize(("model", "posterior", "channels"), [("kl", "gaussian", 8), ("tiny", "point", 4)])
+async def test_moments_are_what_the_network_says_and_the_headers_say_of_what(service, model, posterior, channels):
+    query = f"/encode?model={model}&posterior=moments"
+    answer = await service.post(query, content=picture())
+    moments = array_of(answer)
+    assert (moments.shape, moments.dtype) == ((1, channels, 4, 4), np.dtype(np.float16))
+    assert (answer.headers["X-Posterior"], answer.headers["X-Latents"]) == (posterior, "raw")
+    wide = array_of(await service.post(f"{query}&dtype=float32&latents=raw", content=picture()))
+    np.testing.assert_array_equal(wide.astype(np.float16), moments)
+    mode = array_of(await service.post(f"/encode?model={model}&latents=raw&dtype=float32", content=picture()))
+    np.testing.assert_array_equal(wide[:, :4], mode)
+    assert "X-Posterior" not in (await service.post(f"/encode?model={model}", content=picture())).headers
+
+
+async def test_a_draw_from_moments_is_the_draw_that_the_service_makes(service):
+    moments = array_of(await service.post("/encode?posterior=moments&dtype=float32", content=picture()))
+    mean, logvar = np.split(moments[0], 2)
+    noise = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(5))[0].numpy()
+    query = "/encode?posterior=sample&seed=5&latents=raw&dtype=float32"
+    drawn = array_of(await service.post(query, content=picture()))[0]
+    np.testing.assert_allclose(drawn, mean + np.exp(logvar.clip(-30, 20) / 2) * noise, rtol=1e-5, atol=1e-5)
+
+
+async def test_moments_are_raw_whatever_is_asked(service):
+    answer = await service.post("/encode?posterior=moments&latents=scaled", content=picture())
+    assert "raw" in refused(answer, 422, "invalid_parameter")
+
+
+async def test_moments_in_safetensors_say_what_they_are(service):
+    answer = await service.post("/encode?posterior=moments", content=picture(), headers={"Accept": SAFETENSORS})
+    said = metadata_of(answer.content)
+    assert (said["posterior"], said["convention"]) == ("gaussian", "raw")
+
+
+@pytest.mark.parametrize("accept", [NPY, SAFETENSORS])
+async def test_latents_may_be_float32(service, accept):
+    async def latents(query):
+        body = (await service.post(f"/encode?{query}", content=picture(), headers={"Accept": accept})).content
+        return read_latents(body, max_bytes=1 << 20).array
+
+    wide, half = await latents("dtype=float32"), await latents("dtype=float16")
+    assert (wide.dtype, half.dtype) == (np.float32, np.float16)
+    np.testing.assert_array_equal(wide.astype(np.float16), half)
+    assert (wide != half).any()

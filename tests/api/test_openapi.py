@@ -25,7 +25,8 @@ def test_it_describes_what_goes_in_and_comes_out(document):
     assert "composition" not in document["info"]["summary"]
     encode, decode = document["paths"]["/encode"]["post"], document["paths"]["/decode"]["post"]
     assert set(encode["requestBody"]["content"]) == {
-        *("image/png", "image/jpeg", "image/webp", "application/octet-stream", "multipart/form-data")
+        *("image/png", "image/jpeg", "image/webp", "application/octet-stream", "multipart/form-data"),
+        *("application/x-npy", "application/x-safetensors"),
     }
     assert set(decode["requestBody"]["content"]) == {
         "application/x-npy",
@@ -45,15 +46,18 @@ def test_it_describes_what_goes_in_and_comes_out(document):
     }
     assert {parameter["name"] for parameter in encode["parameters"]} == {
         *("model", "latents", "posterior", "seed", "fit", "background", "precision", "tiling", "deterministic"),
+        "dtype",
         *("X-Request-Timeout-Ms", "X-Request-Id"),
     }
     assert {parameter["name"] for parameter in decode["parameters"]} == {
         *("model", "latents", "precision", "tiling", "deterministic", "size", "fit", "offset", "quality", "bits"),
+        "dtype",
         *("X-Request-Timeout-Ms", "X-Request-Id", "X-Latents-Family"),
     }
     assert not any(parameter["required"] for operation in (encode, decode) for parameter in operation["parameters"])
     for operation in (encode, decode):
         assert {"X-Model", "X-Plan", "X-Image-Size", "Server-Timing"} <= set(operation["responses"]["200"]["headers"])
+    assert "X-Posterior" in encode["responses"]["200"]["headers"]
     assert "X-Warning" in decode["responses"]["200"]["headers"]
 
 

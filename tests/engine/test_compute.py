@@ -69,8 +69,9 @@ def test_a_picture_may_be_the_network_s_own_float(module, plan, pixel_range, out
 def test_a_picture_that_half_precision_cannot_hold_is_not_finite(module):
     glaring = deepcopy(module)
     glaring.decoder.conv_out.weight *= 1e6
-    for output, finite in (("float32", True), ("float16", False), ("uint8", True)):
-        assert run(glaring, [latent()], [Task("decode", TOY, output=output)]).finite == [finite]
+    tasks = {name: Task("decode", TOY, output=name) for name in ("float32", "float16", "uint8")}
+    finite = {name: run(glaring, [latent()], [task]).finite for name, task in tasks.items()}
+    assert finite == {"float32": [True], "float16": [False], "uint8": [True]}
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from app.errors import InvalidImage
-from app.wire.fit import fit, fitted_size
+from app.wire.fit import fit, fitted_size, resized
+from tests.service import pixels
 
 
 def noise(height, width):
@@ -63,3 +64,29 @@ def test_fitted_size_refuses_what_fit_refuses(mode, width, height):
     with pytest.raises(InvalidImage) as fitted:
         fit(noise(height, width), 16, mode)
     assert str(foretold.value) == str(fitted.value)
+
+
+@pytest.mark.parametrize("mode", ["pad", "crop", "resize"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_floats_are_fitted_as_bytes_are(mode, dtype):
+    image = pixels(30, 21)
+    fitted = fit((image / 127.5 - 1).astype(dtype), 8, mode)
+    expected = fit(image, 8, mode)
+    assert (fitted.shape, fitted.dtype) == (expected.shape, np.dtype(dtype))
+    back = ((fitted.astype(float) + 1) * 127.5).clip(0, 255)
+    assert np.abs(back - expected).max() <= 1.2
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float16, np.float32])
+def test_a_resize_keeps_the_dtype_and_flat_colour(dtype):
+    flat = np.full((13, 11, 3), 77, dtype)
+    assert resized(flat, (5, 6)).shape == (6, 5, 3)
+    assert resized(flat, (5, 6)).dtype == np.dtype(dtype)
+    np.testing.assert_allclose(resized(flat, (5, 6)), 77, rtol=1e-6)
+
+
+def test_floats_go_beyond_their_range_and_bytes_do_not():
+    edge = np.zeros((16, 16, 3))
+    edge[:, 8:] = 1
+    assert resized(edge.astype(np.float32), (23, 23)).max() > 1
+    assert resized((edge * 65535).astype(np.uint16), (23, 23)).max() == 65535

@@ -1,4 +1,5 @@
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ def tensors(array: np.ndarray, code: str, name: str = "anything") -> bytes:
     return format_header(Header({name: Entry(code, array.shape, 0, len(data))})) + data
 
 
-def noise(*shape: int, dtype: object = np.float32) -> np.ndarray:
-    return np.random.default_rng(0).uniform(-1, 1, shape).astype(dtype)  # type: ignore[call-overload]
+def noise(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+    return np.random.default_rng(0).uniform(-1, 1, shape).astype(dtype)
 
 
 def refuse(body: bytes, error: type[Exception], match: str) -> None:
@@ -34,7 +35,7 @@ def test_a_picture_file_is_one_picture(kind):
     body = picture(30, 20, kind=kind)
     assert picture_sizes(body) == [(30, 20)]
     (array,) = read(body)
-    assert (array.shape, array.dtype) == ((20, 30, 3), np.uint8)
+    assert (array.shape, array.dtype) == ((20, 30, 3), np.dtype(np.uint8))
 
 
 def test_bytes_stay_bytes_with_their_channels_last():
@@ -78,9 +79,9 @@ def test_what_comes_is_writable_and_does_not_hold_the_body():
         (np.zeros((8, 9), np.uint8), r"got \(8, 9\)"),
         (np.zeros((1, 1, 8, 9, 3), np.uint8), r"got \(1, 1, 8, 9, 3\)"),
         (np.zeros((0, 8, 9, 3), np.uint8), "no dimension of 0"),
-        (np.zeros((8, 9, 3), np.float64), "uint8, got float64|got float64"),
+        (np.zeros((8, 9, 3), np.float64), "float16 or float32 or uint8, got float64"),
         (np.zeros((8, 9, 3), np.int8), "got int8"),
-        (np.zeros((8, 9, 3), np.uint16), "got u2"),
+        (np.zeros((8, 9, 3), np.uint16), "got uint16"),
     ],
 )
 def test_other_shapes_and_dtypes_are_refused(array, match):
