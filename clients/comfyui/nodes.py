@@ -1,7 +1,7 @@
 """The three nodes, and what of ComfyUI they touch."""
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -34,10 +34,11 @@ class LatentdLoader:
     DESCRIPTION = "A VAE of a latentd service, for ComfyUI's own VAE nodes. Tile sizes mean nothing to it."
     RETURN_TYPES = ("VAE",)
     FUNCTION = "load"
+    TAKES: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802  ComfyUI's name
-        return {"required": SERVICE}
+        return {"required": {**cls.TAKES, **SERVICE}}
 
     @classmethod
     def VALIDATE_INPUTS(cls, model: str) -> bool:  # noqa: N802  ComfyUI's name
@@ -54,10 +55,7 @@ class LatentdDecode(LatentdLoader):
     DESCRIPTION = "Decodes latents on a latentd service."
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "decode"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802  ComfyUI's name
-        return {"required": {"samples": ("LATENT",), **SERVICE}}
+    TAKES: ClassVar[dict[str, Any]] = {"samples": ("LATENT",)}
 
     def decode(self, samples: dict[str, Any], model: str, url: str) -> tuple[Tensor]:
         latents = samples["samples"]
@@ -72,10 +70,7 @@ class LatentdEncode(LatentdLoader):
     DESCRIPTION = "Encodes pictures on a latentd service."
     RETURN_TYPES = ("LATENT",)
     FUNCTION = "encode"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802  ComfyUI's name
-        return {"required": {"pixels": ("IMAGE",), **SERVICE}}
+    TAKES: ClassVar[dict[str, Any]] = {"pixels": ("IMAGE",)}
 
     def encode(self, pixels: Tensor, model: str, url: str) -> tuple[dict[str, Tensor]]:
         return ({"samples": connect(model, url).encode(pixels)},)

@@ -77,26 +77,10 @@ class RemoteVAE:
             )
         )
 
-    def decode_tiled(
-        self,
-        samples: Tensor,
-        tile_x: int | None = None,
-        tile_y: int | None = None,
-        overlap: int | None = None,
-        tile_t: int | None = None,
-        overlap_t: int | None = None,
-    ) -> Tensor:
+    def decode_tiled(self, samples: Tensor, *tiles: int | None, **more: int | None) -> Tensor:
         return self.decode(samples)
 
-    def encode_tiled(
-        self,
-        pixel_samples: Tensor,
-        tile_x: int | None = None,
-        tile_y: int | None = None,
-        overlap: int | None = None,
-        tile_t: int | None = None,
-        overlap_t: int | None = None,
-    ) -> Tensor:
+    def encode_tiled(self, pixel_samples: Tensor, *tiles: int | None, **more: int | None) -> Tensor:
         return self.encode(pixel_samples)
 
     def spacial_compression_decode(self) -> int:

@@ -55,12 +55,15 @@ def server_of(url: str, environ: Mapping[str, str]) -> Server:
     """The service at `url`, at LATENTD_URL where that is empty, or else on this machine.
 
     LATENTD_KEY is for LATENTD_URL alone: `url` comes with a workflow, which may be anybody's and name any host.
-    Raises LatentdError for what is no address.
+    Raises LatentdError for what is no address, and for a key that no header can hold.
     """
     home = environ.get("LATENTD_URL", "").strip() or HOME
     chosen = url.strip() or home
+    key = environ.get("LATENTD_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise LatentdError("LATENTD_KEY is no key: a header holds printable ASCII alone")
     known = _origin(chosen) == _origin(home)
-    return Server(chosen.rstrip("/"), environ.get("LATENTD_KEY") or None if known else None)
+    return Server(chosen.rstrip("/"), key if key and known else None)
 
 
 def _origin(url: str) -> tuple[str, str, int]:
@@ -71,7 +74,13 @@ def _origin(url: str) -> tuple[str, str, int]:
         raise LatentdError(f"{url!r} is no address of a service: {error}") from None
     if parts.username or parts.password:
         raise LatentdError("an address is saved with the workflow: put the key into LATENTD_KEY instead")
-    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
+    if (
+        parts.scheme not in {"http", "https"}
+        or not parts.hostname
+        or parts.query
+        or parts.fragment
+        or not url.isascii()
+    ):
         raise LatentdError(f"{url!r} is no address of a service: expected one like {HOME}")
     return parts.scheme, parts.hostname, port or (443 if parts.scheme == "https" else 80)
 
@@ -179,7 +188,11 @@ def _detail(server: Server, status: int, answer: bytes) -> str:
     except (ValueError, KeyError, TypeError):
         text = f"status {status}, {answer[:200].decode(errors='replace')!r}"
     if status in {401, 403}:
-        text += "; the key is taken from LATENTD_KEY" if server.key else "; LATENTD_KEY is for LATENTD_URL alone"
+        text += (
+            "; the key is taken from LATENTD_KEY"
+            if server.key
+            else "; none was sent: LATENTD_KEY is for LATENTD_URL alone"
+        )
     return " ".join(text.split())[:DETAIL_CHARACTERS]
 
 
@@ -234,7 +247,7 @@ def _exchange(
         raise LatentdError(f"latentd at {server.url} sent more than the {most} bytes that were expected") from None
     except HTTPException as error:
         raise LatentdError(f"what answers at {server.url} broke off or is not HTTP: {error!r}") from None
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of a host's name that cannot be one
         raise LatentdError(f"latentd at {server.url} cannot be reached: {error}") from None
     finally:
         line.hang_up()

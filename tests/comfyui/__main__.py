@@ -209,7 +209,7 @@ def check(source: Path, python: Path, base: Path) -> None:
     ):
         comfy = Comfy(url)
         print(f"ComfyUI {comfy.get('/system_stats')['system']['comfyui_version']}, random weights, {WIDTH}x{HEIGHT}")
-        if (names := comfy.get("/latentd/models")["models"]) != sorted(SHAPES):
+        if (names := comfy.get("/api/latentd/models")["models"]) != sorted(SHAPES):
             raise Failed(f"the list of models is {names}")
         for line in compared(comfy):
             print(line, flush=True)

@@ -16,8 +16,9 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from tests.demo import stop
+
 START_SECONDS = 180.0
-STOP_SECONDS = 60.0
 PROMPT_SECONDS = 300.0
 LOOK_SECONDS = 0.05
 
@@ -42,11 +43,7 @@ def running(command: Sequence[str], folder: Path, environment: dict[str, str], l
                 time.sleep(LOOK_SECONDS)
             yield
         finally:
-            process.terminate()
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            stop(process)
 
 
 def _answers(url: str) -> bool:

@@ -13,7 +13,7 @@ async function fill(node) {
   const answer = await api.fetchApi(`/latentd/models?url=${encodeURIComponent(url)}`);
   const body = await answer.json();
   if (url !== widget(node, "url").value) return; // it was changed meanwhile, and asked again
-  const first = model.options.values[0]; // "(the service's default)"
+  const first = model.options.values[0]; // that of the node's own definition: no model in particular
   model.options.values = [first, ...(body.models ?? [])];
   if (body.error) {
     app.extensionManager.toast.add({ severity: "warn", summary: "latentd", detail: body.error, life: 8000 });

@@ -51,7 +51,9 @@ def test_a_key_without_an_address_is_for_this_machine():
     assert server_of("http://other:8000", {"LATENTD_KEY": "k"}).key is None
 
 
-@pytest.mark.parametrize("url", ["gpu-host:8000", "ftp://x", "http://", "http://x:port", "http://x?y=1", "file:///x"])
+@pytest.mark.parametrize(
+    "url", ["gpu-host:8000", "ftp://x", "http://", "http://x:port", "http://x?y=1", "file:///x", "http://höst"]
+)
 def test_what_is_no_address_is_refused(url):
     with pytest.raises(LatentdError, match="is no address of a service"):
         server_of(url, {})
@@ -61,6 +63,17 @@ def test_a_key_in_an_address_is_refused_and_not_repeated():
     with pytest.raises(LatentdError, match="put the key into LATENTD_KEY") as raised:
         server_of("http://x:secret@host", {})
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["a\nb", "schlüssel"])
+def test_a_key_that_no_header_holds_is_refused(key):
+    with pytest.raises(LatentdError, match="LATENTD_KEY is no key"):
+        server_of("", {"LATENTD_KEY": key})
+
+
+def test_a_name_that_no_host_has_is_named():
+    with pytest.raises(LatentdError, match="cannot be reached"):
+        call(Server("http://" + "a" * 70), "GET", "/models", most=MOST)
 
 
 def test_nothing_shows_the_key():
