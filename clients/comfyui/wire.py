@@ -54,7 +54,8 @@ class Model:
 def server_of(url: str, environ: Mapping[str, str]) -> Server:
     """The service at `url`, at LATENTD_URL where that is empty, or else on this machine.
 
-    LATENTD_KEY is for LATENTD_URL alone: `url` comes with a workflow, which may be anybody's and name any host.
+    LATENTD_KEY is for the host of LATENTD_URL alone: `url` comes with a workflow, which may be anybody's and name
+    any other.
     Raises LatentdError for what is no address, and for a key that no header can hold.
     """
     home = environ.get("LATENTD_URL", "").strip() or HOME
@@ -132,15 +133,15 @@ def send_array(
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     target = f"{path}?{urlencode(query)}"
     answer = call(server, "POST", target, body.getvalue(), NPY, most=size + SLACK_BYTES, check=check)
+    file = io.BytesIO(answer)
     try:
-        result: np.ndarray = np.load(io.BytesIO(answer), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        np.lib.format.read_magic(file)
+        got, fortran, kind = np.lib.format.read_array_header_1_0(file)
+        if (kind, got, fortran) != (np.dtype(dtype), shape, False):
+            raise LatentdError(f"latentd at {server.url} sent {kind} {got} where {dtype} {shape} was expected")
+        return np.frombuffer(answer, dtype, offset=file.tell()).reshape(shape).copy()
+    except ValueError as error:
         raise LatentdError(f"latentd at {server.url} sent no array: {error}") from None
-    if (result.dtype, result.shape) != (np.dtype(dtype), shape):
-        raise LatentdError(
-            f"latentd at {server.url} sent {result.dtype} {result.shape} where {dtype} {shape} was expected"
-        )
-    return result
 
 
 def call(
