@@ -8,6 +8,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
+COMFYUI ?=
 
 BIN := .venv/bin
 # An extra index, not another one: a build with a local version (2.13.0+cpu) is preferred to the plain one, and
@@ -16,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test check bench bench-gpu train
+.PHONY: help demo serve test check bench bench-gpu comfyui train
 
 help:
 	@echo 'make demo       start the server, send a picture through it and back, stop it'
@@ -25,6 +26,7 @@ help:
 	@echo 'make check      lint, formatting, types, import contracts'
 	@echo 'make bench      CPU: encode and decode beside diffusers (ARGS=--quick for the small sizes)'
 	@echo 'make bench-gpu  the GPU tests, then fp16 encode and decode beside diffusers'
+	@echo 'make comfyui    our nodes in a real ComfyUI, beside its own (COMFYUI=path to one that runs)'
 	@echo 'make train      train the embedded default VAE anew: hours'
 
 # One stamp for each set of packages, inside .venv so that removing it starts over.
@@ -71,6 +73,14 @@ bench-gpu: .venv/test
 		$(BIN)/python -m benchmarks.gpu $(ARGS); \
 	else \
 		echo 'bench-gpu: no CUDA device here, nothing was measured'; \
+	fi
+
+# ComfyUI keeps its own interpreter: of the venv in its folder or beside it, or ARGS="--python PATH".
+comfyui: .venv/test
+	@if [ -z '$(COMFYUI)' ]; then \
+		echo 'comfyui: say where one is: make comfyui COMFYUI=path (CPU is enough; nothing in it is changed)'; \
+	else \
+		$(BIN)/python -m tests.comfyui '$(COMFYUI)' $(ARGS); \
 	fi
 
 train: .venv/train

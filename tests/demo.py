@@ -58,11 +58,16 @@ def service(models: Path, log_path: Path, device: str) -> Iterator[tuple[httpx.C
         try:
             yield client, process
         finally:
-            process.terminate()
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Asks a program to end, and ends it where it does not."""
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> float:
