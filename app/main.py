@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable
 
 from app import __version__
 from app.allocator import Heap
-from app.api import compare, docs, errors, health, models, openapi, routes
+from app.api import compare, docs, errors, health, models, openapi, page, routes
 from app.api.access import Access
 from app.api.context import Context, Limits
 from app.engine.batcher import QueueLimits
@@ -105,7 +105,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         admin_key=settings.admin_key.get_secret_value() if settings.admin_key else None,
         metrics_public=settings.metrics_public,
     )
-    for router in (routes.router, compare.router, models.admin, models.router, health.router, docs.router):
+    for router in (routes.router, compare.router, models.admin, models.router, health.router, docs.router, page.router):
         app.include_router(router)
     errors.install(app)
     app.add_middleware(Access, metrics=engine.metrics)
