@@ -45,6 +45,7 @@ async function restore() {
 
 for (const each of VIEWS) {
   at(`show-${each}`).onclick = () => {
+    announce("");
     show(each);
     keep();
   };

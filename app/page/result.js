@@ -24,7 +24,7 @@ export function card(row) {
   const told_ = {}; // what /encode and /decode said
   let source, settings, signal, latent = null, turn = 0;
 
-  function url(name, blob) {
+  function address(name, blob) {
     if (urls[name]) URL.revokeObjectURL(urls[name]);
     return (urls[name] = URL.createObjectURL(blob));
   }
@@ -86,7 +86,7 @@ export function card(row) {
   }
 
   async function show(next, picture) {
-    const own = turn, reconstruction = url("png", picture);
+    const own = turn, reconstruction = address("png", picture);
     const numbers = [];
     let original = null;
     if (source.kind === "picture") {
@@ -150,8 +150,8 @@ export function card(row) {
     const stem = `${source.name}.${row.name.replaceAll("/", "-")}`;
     const save = (text, extension, href) => make("a", { href, download: `${stem}.${extension}`, className: "button" }, text);
     const links = [save("PNG", "png", urls.png)];
-    if (next) links.push(save(".npy", "npy", url("npy", new Blob([toNpy(next)]))));
-    if (next) links.push(save("Safetensors", "safetensors", url("safetensors", new Blob([toSafetensors(next)]))));
+    if (next) links.push(save(".npy", "npy", address("npy", new Blob([toNpy(next)]))));
+    if (next) links.push(save("Safetensors", "safetensors", address("safetensors", new Blob([toSafetensors(next)]))));
     saves.replaceChildren(make("span", {}, "Save"), ...links);
   }
 

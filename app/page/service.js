@@ -76,7 +76,7 @@ function sparkline(name) {
   const steps = readings.slice(1).map((reading, index) => Math.max(0, sum(reading.samples, name) - sum(readings[index].samples, name)));
   const most = Math.max(...steps, 1e-9);
   context.fillStyle = getComputedStyle(document.body).getPropertyValue("--accent");
-  steps.forEach((step, index) => context.fillRect(index * 4, 24 - (22 * step) / most, 3, (22 * step) / most + 1));
+  steps.forEach((step, index) => context.fillRect(index * 4, 23 - (23 * step) / most, 3, (23 * step) / most + 1));
   return canvas;
 }
 
