@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+CHROMIUM ?=
 ARGS ?=
 
 BIN := .venv/bin
@@ -16,13 +17,14 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test check bench bench-gpu train
+.PHONY: help demo serve test check browser bench bench-gpu train
 
 help:
 	@echo 'make demo       start the server, send a picture through it and back, stop it'
 	@echo 'make serve      the service on http://127.0.0.1:8000'
 	@echo 'make test       every test that needs no GPU'
 	@echo 'make check      lint, formatting, types, import contracts'
+	@echo 'make browser    the page in chromium: every action, an accessibility audit, pictures in browser-output/'
 	@echo 'make bench      CPU: encode and decode beside diffusers (ARGS=--quick for the small sizes)'
 	@echo 'make bench-gpu  the GPU tests, then fp16 encode and decode beside diffusers'
 	@echo 'make train      train the embedded default VAE anew: hours'
@@ -41,6 +43,10 @@ help:
 	$(INSTALL) -e '.[check]'
 	@touch $@
 
+.venv/browser: .venv/test
+	$(INSTALL) -e '.[browser]'
+	@touch $@
+
 .venv/train: .venv/runtime
 	$(INSTALL) -e '.[train]'
 	@touch $@
@@ -52,13 +58,20 @@ serve: .venv/runtime
 	$(BIN)/latentd serve $(ARGS)
 
 test: .venv/test
-	$(BIN)/pytest -m 'not gpu' $(ARGS)
+	$(BIN)/pytest -m 'not gpu and not browser' $(ARGS)
 
 check: .venv/check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	PYTHONWARNINGS=error $(BIN)/lint-imports
+
+browser: .venv/browser
+	@if [ -n "$(CHROMIUM)" ] || command -v chromium chromium-browser google-chrome >/dev/null; then \
+		$(BIN)/pytest tests/page $(ARGS); \
+	else \
+		echo 'browser: no chromium here; apt-get install chromium, or CHROMIUM=/path/to/it' >&2; exit 1; \
+	fi
 
 bench: .venv/test
 	$(BIN)/python -m benchmarks.cpu $(ARGS)

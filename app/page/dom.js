@@ -53,10 +53,10 @@ export function numberText(value) {
   return String(Number(value.toPrecision(3))).replace("-", "−");
 }
 
-/** A bar of parts [{name, value, text}], with its legend; `whole` is what its full width stands for. */
+/** A bar of parts [{name, value, text}], with its legend and a title if there is one; `whole` is what its full width stands for. */
 export function bar(title, parts, whole = parts.reduce((sum, part) => sum + part.value, 0)) {
   const line = make("div", { className: "bar", "aria-hidden": "true" });
-  const legend = make("ul", { className: "legend", "aria-label": title });
+  const legend = make("ul", { className: "legend", "aria-label": title || parts[0].name });
   parts.forEach((part, index) => {
     const kind = part.kind ?? `kind-${index % 8}`;
     const piece = make("span", { className: kind, title: `${part.name} ${part.text}` });
@@ -64,7 +64,7 @@ export function bar(title, parts, whole = parts.reduce((sum, part) => sum + part
     line.append(piece);
     legend.append(make("li", {}, make("span", { className: `swatch ${kind}`, "aria-hidden": "true" }), `${part.name} ${part.text}`));
   });
-  return make("div", {}, make("p", { className: "bar-title" }, title), line, legend);
+  return make("div", { className: "measure" }, ...(title ? [make("p", { className: "bar-title" }, title)] : []), line, legend);
 }
 
 /** A table of texts under these headings, or a line that says there is nothing. */

@@ -178,7 +178,7 @@ async function plan(form) {
   const found = await (await call(modelPath(model, "plan"), { query })).json();
   const text = found.plan ? `${found.plan} on ${found.device}, ${bytesText(found.forecast_bytes)} of working memory` : `does not fit ${found.device}`;
   const most = Math.max(...Object.values(found.plans), 1);
-  const bars = Object.entries(found.plans).map(([name, value]) => bar(`${name}: ${bytesText(value)}`, [{ name: "forecast", value, text: bytesText(value), kind: name === found.plan ? "kind-0" : "kind-other" }], most));
+  const bars = Object.entries(found.plans).map(([name, value]) => bar("", [{ name, value, text: bytesText(value), kind: name === found.plan ? "kind-0" : "kind-other" }], most));
   const room = `Free: ${bytesText(found.free_bytes)}; with idle models evicted ${bytesText(found.available_bytes)}.`;
   return [make("p", {}, make("b", {}, text)), make("p", { className: "soft" }, room), ...bars];
 }
