@@ -7,7 +7,6 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
-CHROMIUM ?=
 ARGS ?=
 
 BIN := .venv/bin
@@ -67,11 +66,8 @@ check: .venv/check
 	PYTHONWARNINGS=error $(BIN)/lint-imports
 
 browser: .venv/browser
-	@if [ -n "$(CHROMIUM)" ] || command -v chromium chromium-browser google-chrome >/dev/null; then \
-		$(BIN)/pytest tests/page $(ARGS); \
-	else \
-		echo 'browser: no chromium here; apt-get install chromium, or CHROMIUM=/path/to/it' >&2; exit 1; \
-	fi
+	@$(BIN)/python -c 'import sys; from tests.page.visit import chromium; chromium() or sys.exit("browser: there is no chromium here; install it, or say CHROMIUM=/path/to/it")'
+	$(BIN)/pytest tests/page $(ARGS)
 
 bench: .venv/test
 	$(BIN)/python -m benchmarks.cpu $(ARGS)

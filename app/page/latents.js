@@ -5,6 +5,7 @@
 
 const SIZES = { F16: 2, BF16: 2, F32: 4 };
 const NUMPY = { "<f2": "F16", "<f4": "F32" };
+const KEPT = /^(convention|family|image_\w+|model|sha256)$/; // of a file's metadata: what the service asks for, and whence it came
 const NAMES = ["latents", "latent_tensor", "latent"];
 
 /** Every latent of a file, as a batch: {count, item(index)}; null where this page cannot read the form. */
@@ -52,17 +53,17 @@ function readSafetensors(bytes) {
   if (length > bytes.length - 8 || bytes[8] !== 0x7b) return null;
   let header;
   try {
-    header = JSON.parse(new TextDecoder().decode(bytes.slice(8, 8 + length)));
+    header = Object(JSON.parse(new TextDecoder().decode(bytes.slice(8, 8 + length))));
   } catch {
     return null;
   }
   const { __metadata__: said = {}, ...tensors } = header;
   const names = Object.keys(tensors);
   const tensor = tensors[names.length === 1 ? names[0] : NAMES.find((name) => name in tensors)];
-  if (!tensor || !SIZES[tensor.dtype]) return null;
+  if (!SIZES[tensor?.dtype] || !Array.isArray(tensor.shape) || !Array.isArray(tensor.data_offsets)) return null;
   const raw = "latent_format_version_0" in tensors ? { convention: "raw" } : {}; // as the service reads them
   const metadata = Object.fromEntries(
-    Object.entries({ ...raw, ...said }).filter(([name]) => /^(convention|family|image_\w+|model|sha256)$/.test(name)),
+    Object.entries({ ...raw, ...said }).filter(([name, text]) => KEPT.test(name) && typeof text === "string"),
   );
   const [from, to] = tensor.data_offsets;
   return { dtype: tensor.dtype, shape: tensor.shape, data: bytes.slice(8 + length + from, 8 + length + to), metadata };

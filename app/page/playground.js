@@ -6,6 +6,7 @@ import { readLatents } from "./latents.js";
 import { pictureSource } from "./pictures.js";
 import { card } from "./result.js";
 
+const NARROW = "(max-width: 54rem)"; // as in page.css: the answers are below the settings
 const MANY = 8; // models from which on there is a field to find them
 
 let rows = [], source = null, running = null, cards = [];
@@ -96,6 +97,7 @@ export async function run() {
   at("nothing").hidden = true;
   at("toolbar").hidden = source.kind !== "picture";
   at("stop").hidden = false;
+  if (matchMedia(NARROW).matches) at("cards").scrollIntoView();
   const given = source;
   for (const each of cards) {
     // One after the other: the service loads each model once, however few the device holds.
@@ -147,7 +149,7 @@ export function startPlayground(changed) {
     drop.classList.remove("over");
     safely(event.dataTransfer.files[0]);
   });
-  if (matchMedia("(max-width: 54rem)").matches) at("more").open = false;
+  if (matchMedia(NARROW).matches) at("more").open = false;
   slide();
 }
 

@@ -1,6 +1,6 @@
 // One VAE's answer: pictures under a slider, the difference, numbers, times, downloads, and the latent.
 
-import { call, told, timings } from "./api.js";
+import { call, told } from "./api.js";
 import { announce, bar, make, numberText, problemBox } from "./dom.js";
 import { latentPanel } from "./edit.js";
 import { readLatents, toNpy, toSafetensors } from "./latents.js";
@@ -21,8 +21,8 @@ export function card(row) {
     make("h2", { id }, row.name, " ", make("span", { className: "soft" }, row.family ?? "")),
     state, notes, facts, pictures, times, saves,
   );
-  const told_ = {}; // what /encode and /decode said
-  let source, settings, signal, latent = null, turn = 0;
+  const said = {}; // what /encode and /decode said
+  let source, settings, latent = null, painting = null, turn = 0;
 
   function address(name, blob) {
     if (urls[name]) URL.revokeObjectURL(urls[name]);
@@ -42,8 +42,9 @@ export function card(row) {
     announce(`${row.name}: ${stopped ? "stopped" : error.message}`);
   }
 
-  async function run(...given) {
-    [source, settings, signal] = given;
+  async function run(given, chosen, signal) {
+    [source, settings] = [given, chosen];
+    const own = ++turn;
     if (source.kind === "picture") {
       busy("Encoding…");
       const { latents, fit, posterior, precision, tiling } = settings;
@@ -53,50 +54,51 @@ export function card(row) {
         query: { model: row.name, latents, fit, posterior, seed, precision, tiling },
       });
       latent = readLatents(await answer.arrayBuffer()).item(0);
-      told_.encode = told(answer);
+      said.encode = told(answer);
     } else {
       latent = source.latent;
     }
-    await decode(latent);
+    await decode(latent, own, signal);
   }
 
-  async function decode(next) {
+  async function decode(next, own, signal) {
     busy("Decoding…");
     const { precision, tiling } = settings;
-    const said = next?.metadata.convention; // the file's word; the switch is for those that say nothing
+    const convention = next?.metadata.convention; // the file's word; the switch is for those that say nothing
     const answer = await call("decode", {
       method: "POST", signal, body: next ? toSafetensors(next) : source.file, headers: { Accept: "image/png" },
-      query: { model: row.name, precision, tiling, latents: said ? "" : settings.latents },
+      query: { model: row.name, precision, tiling, latents: convention ? "" : settings.latents },
     });
-    const picture = await answer.blob();
-    told_.decode = told(answer);
-    await show(next, picture);
-    busy("");
+    const picture = await answer.blob(), pixels = source.kind === "picture" ? await pixelsOf(picture) : null;
+    if (own !== turn) return;
+    said.decode = told(answer);
+    await show(next, picture, pixels, own);
+    if (own === turn) busy("");
   }
 
   /** Decodes a latent that was painted on; of several in a row the last one counts. */
   async function again(next) {
     const own = ++turn;
-    signal = undefined;
+    painting?.abort();
+    painting = new AbortController();
     try {
-      await decode(next);
+      await decode(next, own, painting.signal);
     } catch (error) {
       if (own === turn) fail(error);
     }
   }
 
-  async function show(next, picture) {
-    const own = turn, reconstruction = address("png", picture);
+  async function show(next, picture, pixels, own) {
     const numbers = [];
     let original = null;
-    if (source.kind === "picture") {
-      original = await source.part(told_.decode);
-      const found = await measured(original.pixels, await pixelsOf(picture));
+    if (pixels) {
+      original = await source.part(said.decode);
+      const found = await measured(original.pixels, pixels);
       if (own !== turn) return;
       numbers.push(["PSNR", found.psnr === Infinity ? "identical" : `${found.psnr.toFixed(2)} dB`]);
       numbers.push(["SSIM", found.ssim === null ? "too small" : found.ssim.toFixed(4)]);
     }
-    pictures.replaceChildren(...stages(original, reconstruction));
+    pictures.replaceChildren(...stages(original, address("png", picture)));
     showFacts(numbers, next);
     showSaves(next);
     if (next && !panel.element.isConnected) element.append(panel.element);
@@ -124,10 +126,10 @@ export function card(row) {
   }
 
   function showFacts(numbers, next) {
-    const { encode, decode: back } = told_;
+    const { encode, decode: back } = said;
     const plan = (one) => (one.reason ? `${one.plan}, because: ${one.reason}` : one.plan);
     const pairs = [...numbers, ...(encode ? [["Encoded", plan(encode)]] : []), ["Decoded", plan(back)], ["Picture", back.size]];
-    if (next) pairs.push(["Latent", `${next.channels} × ${next.height} × ${next.width}, ${back.latents}`]);
+    if (next) pairs.push(["Latent", `${next.channels} × ${next.height} × ${next.width}, ${back.latents}${next.bytes ? "" : ", painted on"}`]);
     facts.replaceChildren(...pairs.map(([name, text]) => make("div", {}, make("dt", {}, name), make("dd", {}, text ?? "–"))));
     const warnings = [encode?.warning, back.warning].filter(Boolean);
     notes.replaceChildren(...warnings.map((text) => make("p", { className: "warning" }, text)));
@@ -157,6 +159,7 @@ export function card(row) {
 
   function dispose() {
     turn++;
+    painting?.abort();
     Object.values(urls).forEach((each) => URL.revokeObjectURL(each));
   }
 

@@ -1,14 +1,14 @@
 // The second view: the service as it is now, read every two seconds from /metrics and /models while it is looked at.
 
 import { call, key, listModels, modelPath } from "./api.js";
-import { announce, at, bar, bytesText, countText, make, numberText, secondsText, table } from "./dom.js";
+import { announce, at, bar, bytesText, complain, countText, make, numberText, secondsText, table } from "./dom.js";
 import { buckets, of, parse, quantile, since, sum, sumBy } from "./metrics.js";
 
 const EVERY = 2000; // milliseconds
 const KEPT = 31; // readings: a minute of them
 const SHARES = [0.5, 0.95, 0.99];
 
-let refused, timer = null, watched = false, readings = [], shownRows = new Map();
+let refused, timer = null, watched = false, failing = false, readings = [], shownRows = new Map();
 
 /** Begins or ends the reading. */
 export function watch(on) {
@@ -26,11 +26,14 @@ async function read() {
     const [answer, rows] = await Promise.all([call("metrics"), listModels()]);
     readings.push({ time: performance.now(), samples: parse(await answer.text()) });
     readings = readings.slice(-KEPT);
+    if (failing) complain(null);
+    failing = false;
     if (!watched) return;
     showState();
     showModels(rows);
     schedule(EVERY);
   } catch (error) {
+    failing = true;
     refused(error);
     const again = !error.status || error.status >= 500 || error.status === 429;
     if (again) schedule(2 * EVERY); // a key that is missing comes by hand
@@ -119,7 +122,7 @@ function modes(samples) {
   for (const [name, text] of [["vae_model_evictions_total", "model evicted"], ["vae_batch_retries_total", "run again"]]) {
     for (const { labels, value } of of(samples, name)) if (value) changes.push([text, labels.reason, labels.device, String(value)]);
   }
-  at("switches").replaceChildren(table("Changes of mode", ["Change", "Reason", "Device", "Times"], changes, "None: all ran in its first mode."));
+  at("switches").replaceChildren(table("Changes of mode", ["Change", "Reason", "Device", "Times"], changes, "None: everything ran in its first mode."));
 }
 
 function showModels(rows) {

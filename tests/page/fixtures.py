@@ -29,7 +29,9 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fill(tmp_path_factory.mktemp("page") / "models")
+    folder = fill(tmp_path_factory.mktemp("page") / "models")
+    (folder / "VAE" / "<b>broken<b>.safetensors").write_bytes(b"not a model")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ def main(path: Path) -> None:
         TemporaryDirectory() as folder,
         listening(fill(Path(folder) / "models")) as (_, port),
         browsing() as browser,
-        visiting(browser, f"http://127.0.0.1:{port}", width=1280, height=1130) as visit,
+        visiting(browser, f"http://127.0.0.1:{port}", width=1280, height=1180) as visit,
     ):
         visit.open("#split=52&model=latentd-small")
         visit.page.set_input_files("#file", ASTRONAUT)

@@ -82,7 +82,7 @@ def test_it_says_that_it_loads_and_that_there_is_nothing(browser, tmp_path):
     (tmp_path / "VAE").mkdir()
     with listening(tmp_path) as (_, port), visiting(browser, f"http://127.0.0.1:{port}") as visit:
         held = []
-        visit.page.route("**/models", held.append)
+        visit.page.route("**/models", lambda route: held.append(route))
         visit.page.goto(visit.base)
         visit.page.wait_for_selector("#choices :text('Loading…')")
         audit(visit, "loading")
