@@ -129,6 +129,8 @@ function showModels(rows) {
   const body = at("models"), names = new Set(rows.map((row) => row.name)), admin = key.get() !== "";
   at("admin-hint").textContent = admin ? "" : "With the admin key (Key…) models can be loaded, unloaded, pinned and tested again.";
   at("actions-head").hidden = !admin;
+  at("no-models").hidden = rows.length > 0;
+  at("plan-form").hidden = !rows.some((row) => !row.error);
   for (const [name, { line }] of shownRows) if (!names.has(name)) shownRows.delete(name) && line.remove();
   for (const row of rows) {
     const text = JSON.stringify([row, admin]), shown = shownRows.get(row.name);

@@ -117,7 +117,7 @@ def test_each_channel_has_its_picture_and_its_range(visit):
     assert texts[0] == "first 3 components"
     for values, text in zip(array[0].astype(float), texts[1:], strict=True):
         least, greatest = (float(part.replace("−", "-")) for part in text.split(" … "))
-        assert (least, greatest) == (pytest.approx(values.min(), rel=0.01), pytest.approx(values.max(), rel=0.01))
+        assert [least, greatest] == pytest.approx([values.min(), values.max()], rel=0.01)
     channel = "n => [...n.getContext('2d').getImageData(0, 0, n.width, n.height).data].filter((_, i) => i % 4 === 0)"
     grey = visit.page.locator(".channels canvas").nth(2).evaluate(channel)
     values = array[0, 1].astype(float)
@@ -209,6 +209,45 @@ def test_a_latent_says_its_own_convention(visit):
     visit.give("a.latent", save(tensors | {"latent_format_version_0": np.zeros(0, np.float32)}))
     visit.settle()
     assert visit.facts()["Latent"].endswith("raw")
+
+
+def test_why_the_plan_is_not_the_first_choice_and_what_looks_wrong_is_told(visit):
+    visit.open("#tiling=always")
+    visit.give("a.npy", npy(latent(1, 4, 8, 8) * np.float16(10)))
+    visit.settle()
+    assert visit.facts()["Decoded"] == "fp32/strips, because: requested"
+    assert "standard deviation" in visit.page.locator(".card .warning").inner_text()
+
+
+def test_of_several_paintings_the_last_one_counts(visit):
+    array = latent(1, 4, 8, 8)
+    visit.open()
+    visit.give("a.npy", npy(array))
+    visit.settle()
+    click = "name => [...document.querySelectorAll('.paint button')].find((each) => each.textContent === name).click()"
+    for name in ("Zero it", "Undo", "Multiply"):
+        visit.page.evaluate(click, name)
+    visit.settle()
+    assert visit.facts()["Latent"].endswith("painted on")
+    np.testing.assert_array_equal(shown(visit), decoded(visit, array.astype(np.float32) * np.float32(1.5)))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "5",
+        "null",
+        '{"a": 5}',
+        '{"latents": {"dtype": "F16", "shape": 4, "data_offsets": [0, 4]}}',
+        '{"__metadata__": null}',
+    ],
+)
+def test_a_file_that_this_page_cannot_read_is_left_to_the_service(visit, header):
+    visit.refusals = True
+    visit.open()
+    visit.give("a.safetensors", len(header).to_bytes(8, "little") + header.encode() + b"1234")
+    visit.settle()
+    assert "HTTP 4" in visit.page.locator(".card .problem").inner_text()
 
 
 def test_of_a_batch_one_is_chosen(visit):

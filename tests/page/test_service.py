@@ -55,7 +55,7 @@ def test_the_admin_loads_pins_and_unloads(shown):
     page.wait_for_selector(f"{ROW} td:has-text('cpu fp32')")
     for action, text in {"pin": "pinned", "unpin": "cpu fp32", "retest": "cpu fp32", "unload": "–"}.items():
         row.get_by_role("button", name=f"{action} {SMALL}", exact=True).click()
-        page.wait_for_function("text => document.getElementById('status').textContent === text", arg=f"{SMALL}: {action} done")
+        page.wait_for_selector(f"#status:text-is('{SMALL}: {action} done')")
         page.wait_for_selector(f"{ROW} td:nth-child(5):has-text('{text}')")
     shown.shot("admin")
 

@@ -106,9 +106,12 @@ class Visit:
 
 
 @contextmanager
-def visiting(browser: Browser, base: str, *, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Visit]:
+def visiting(
+    browser: Browser, base: str, *, width: int = 1280, height: int = 900, dark: bool = False
+) -> Iterator[Visit]:
     """A fresh visitor, checked at the end."""
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
+    scheme = "dark" if dark else "light"
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     context.set_default_timeout(30_000)
     try:
         visit = Visit(context.new_page(), base)
