@@ -6,13 +6,16 @@ import { buckets, of, parse, quantile, since, sum, sumBy } from "./metrics.js";
 
 const EVERY = 2000; // milliseconds
 const KEPT = 31; // readings: a minute of them
+const LISTED = 10; // readings after which the models are listed anew, whatever the metrics say of them
 const SHARES = [0.5, 0.95, 0.99];
 
 let refused, timer = null, watched = false, failing = false, readings = [], shownRows = new Map();
+let known = null, age = 0; // what the metrics said of models when they were listed, and how many readings ago
 
 /** Begins or ends the reading. */
 export function watch(on) {
   watched = on;
+  known = null;
   schedule(0);
 }
 
@@ -23,14 +26,16 @@ function schedule(wait) {
 
 async function read() {
   try {
-    const [answer, rows] = await Promise.all([call("metrics"), listModels()]);
-    readings.push({ time: performance.now(), samples: parse(await answer.text()) });
-    readings = readings.slice(-KEPT);
+    const samples = parse(await (await call("metrics")).text());
+    readings = [...readings, { time: performance.now(), samples }].slice(-KEPT);
+    const said = JSON.stringify(samples.filter(({ name }) => name.startsWith("vae_model")));
+    const rows = said !== known || ++age >= LISTED ? await listModels() : null;
+    if (rows) [known, age] = [said, 0];
     if (failing) complain(null);
     failing = false;
     if (!watched) return;
     showState();
-    showModels(rows);
+    if (rows) showModels(rows);
     schedule(EVERY);
   } catch (error) {
     failing = true;
@@ -173,6 +178,7 @@ function actionButton(name, action) {
       refused(error);
     }
     button.removeAttribute("aria-busy");
+    known = null;
     schedule(0);
   };
   return button;

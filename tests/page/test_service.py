@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from tests.page.visit import EMBEDDED, visiting
@@ -81,6 +83,17 @@ def test_the_queue_and_the_figures_move(shown, running):
     shown.page.wait_for_selector("#latency td:has-text('last minute')")
     assert "fp32/whole" in shown.page.locator("#modes").inner_text()
     assert "up" in shown.page.locator("#tiles").inner_text()
+
+
+def test_the_models_are_listed_again_when_the_metrics_say_so(shown, folder):
+    lists, readings = shown.requests.count("GET /models"), shown.requests.count("GET /metrics")
+    while shown.requests.count("GET /metrics") < readings + 2:
+        shown.page.wait_for_timeout(100)
+    assert shown.requests.count("GET /models") == lists
+    shutil.copy(EMBEDDED, folder / "VAE" / "another.safetensors")
+    shown.page.wait_for_selector("#models th:text-is('another')")
+    (folder / "VAE" / "another.safetensors").unlink()
+    shown.page.wait_for_selector("#models th:text-is('another')", state="detached")
 
 
 def test_nothing_is_asked_while_nobody_looks(shown):
