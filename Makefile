@@ -17,13 +17,14 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test check bench bench-gpu comfyui train
+.PHONY: help demo serve test check browser bench bench-gpu comfyui train
 
 help:
 	@echo 'make demo       start the server, send a picture through it and back, stop it'
 	@echo 'make serve      the service on http://127.0.0.1:8000'
 	@echo 'make test       every test that needs no GPU'
 	@echo 'make check      lint, formatting, types, import contracts'
+	@echo 'make browser    the page in chromium: every action, an accessibility audit, pictures in browser-output/'
 	@echo 'make bench      CPU: encode and decode beside diffusers (ARGS=--quick for the small sizes)'
 	@echo 'make bench-gpu  the GPU tests, then fp16 encode and decode beside diffusers'
 	@echo 'make comfyui    our nodes in a real ComfyUI, beside its own (COMFYUI=path to one that runs)'
@@ -43,6 +44,10 @@ help:
 	$(INSTALL) -e '.[check]'
 	@touch $@
 
+.venv/browser: .venv/test
+	$(INSTALL) -e '.[browser]'
+	@touch $@
+
 .venv/train: .venv/runtime
 	$(INSTALL) -e '.[train]'
 	@touch $@
@@ -54,13 +59,17 @@ serve: .venv/runtime
 	$(BIN)/latentd serve $(ARGS)
 
 test: .venv/test
-	$(BIN)/pytest -m 'not gpu' $(ARGS)
+	$(BIN)/pytest -m 'not gpu and not browser' $(ARGS)
 
 check: .venv/check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	PYTHONWARNINGS=error $(BIN)/lint-imports
+
+browser: .venv/browser
+	@$(BIN)/python -c 'import sys; from tests.page.visit import chromium; chromium() or sys.exit("browser: there is no chromium here; install it, or say CHROMIUM=/path/to/it")'
+	$(BIN)/pytest tests/page $(ARGS)
 
 bench: .venv/test
 	$(BIN)/python -m benchmarks.cpu $(ARGS)

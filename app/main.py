@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable
 
 from app import __version__, startup
 from app.allocator import Heap
-from app.api import compare, docs, errors, health, models, openapi, remote, routes
+from app.api import compare, docs, errors, health, models, openapi, page, remote, routes
 from app.api.access import Access
 from app.api.bounds import Bounds
 from app.api.codecs import Codecs
@@ -121,7 +121,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         metrics_public=settings.metrics_public,
     )
     latents = (routes.router, remote.router, compare.router)
-    for router in (*latents, models.admin, models.router, health.router, docs.router):
+    for router in (*latents, models.admin, models.router, health.router, docs.router, page.router):
         app.include_router(router)
     errors.install(app)
     app.add_middleware(Bounds, room=room)

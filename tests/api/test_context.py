@@ -1,4 +1,5 @@
 from base64 import b64encode
+from itertools import product
 
 import pytest
 from fastapi.routing import APIRoute
@@ -12,6 +13,7 @@ HEALTH = {
     *("/healthz/live", "/healthz/ready", "/healthz/startup", "/health", "/livez", "/readyz"),
     *("/v2/health/live", "/v2/health/ready"),
 }
+PAGE = {"/", "/page/kl"}
 
 
 def basic(text: str) -> str:
@@ -36,13 +38,17 @@ def routes(app) -> list[tuple[str, str]]:
     ]
 
 
-async def test_every_route_but_health_is_guarded(service):
+async def test_every_route_but_health_and_the_page_is_guarded(service):
     seen = routes(service.app)
+    assert {(method, path) for method, path in seen if path in PAGE} == set(product(("GET", "HEAD"), PAGE))
     assert {path for _, path in seen} >= HEALTH | {"/encode", "/models", "/models/kl/load", "/docs", "/openapi.json"}
     for method, path in seen:
         answer = await service.request(method, path)
         if path in HEALTH:
             assert answer.status_code == 200
+            continue
+        if path in PAGE:  # files that hold no secret: see test_page.py
+            assert answer.status_code == (200 if path == "/" else 404)
             continue
         wrong = await service.request(method, path, headers={"Authorization": "Bearer wrong"})
         if path.startswith(REMOTE):  # errors of another form: see test_remote
