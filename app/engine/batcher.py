@@ -82,10 +82,8 @@ class Batcher:
 
     def check_room(self, items: int = 1, pixels: int = 1) -> None:
         """Raises Overloaded when so much more is not taken; the least that a request brings is one of each."""
-        full = self._items + items > self.limits.items or (
-            self._pixels + pixels > self.limits.pixels and self._items > 0
-        )
-        if full:
+        needs = min(pixels, self.limits.pixels // 2)
+        if self._items + items > self.limits.items or self._pixels + needs > self.limits.pixels:
             self._metrics.rejected.labels("queue_full").inc()
             raise Overloaded(
                 f"the queue is full: {self._items} of {self.limits.items} items, "
