@@ -61,7 +61,7 @@ def answer(body: bytes, kind: str, done: Done, clock: Clock, origin: Origin) -> 
     told = next((result for result in done.results if result.reason), done.results[0])
     checkpoint = done.task.checkpoint
     headers = {
-        "X-Model": quote(checkpoint.name, safe=PRINTABLE),  # a file's name: any character but / and NUL
+        "X-Model": header_value(checkpoint.name),
         "X-Model-SHA256": checkpoint.sha256,
         "X-Plan": told.plan,
         "X-Latents": done.task.latents,
@@ -74,7 +74,7 @@ def answer(body: bytes, kind: str, done: Done, clock: Clock, origin: Origin) -> 
     if told.reason:
         headers["X-Plan-Reason"] = told.reason
     if done.warning:
-        headers["X-Warning"] = quote(done.warning, safe=PRINTABLE)
+        headers["X-Warning"] = header_value(done.warning)
     return Response(body, media_type=kind, headers=headers)
 
 
@@ -125,3 +125,10 @@ def _weight(offer: str, ranges: dict[str, float]) -> float:
         if kind in ranges:
             return ranges[kind]
     return 0.0
+
+
+def header_value(text: str) -> str:
+    """Text as a header may carry it, percent-encoded where it is not printable ASCII, or a blank at either end."""
+    inner = text.strip(" ")
+    before, after = text[: len(text) - len(text.lstrip(" "))], text[len(text.rstrip(" ")) :] if inner else ""
+    return "%20" * len(before) + quote(inner, safe=PRINTABLE) + "%20" * len(after)

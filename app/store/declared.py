@@ -16,7 +16,7 @@ FamilySource = Literal["config", "checkpoint", "hash", "operator", "default"]
 """Who says it; `default` is a guess: nothing but the setting does, or did when the file was written."""
 
 KEYS = ("family", "norm_num_groups", "scaling_factor", "shift_factor")
-LIMIT = 1e6  # of a scale or shift
+LEAST, LIMIT = 1e-6, 1e6  # of a scale; of a shift the greatest alone. Beyond, float32 has no room for latents
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def _declared(content: Mapping[str, object], source: FamilySource, origin: str) 
             numbers[key] = float(value)
         else:
             raise UnsupportedCheckpoint(f"{origin}: {key} is {value!r}; expected a number")
-    if numbers["scaling_factor"] == 0:
-        raise UnsupportedCheckpoint(f"{origin}: scaling_factor is 0")
+    if (scale := numbers["scaling_factor"]) is not None and abs(scale) < LEAST:
+        raise UnsupportedCheckpoint(f"{origin}: scaling_factor is {scale:g}; expected at least {LEAST:g}")
     return Declared(source, origin, None if family is None else str(family), groups, **numbers)
 
 

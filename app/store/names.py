@@ -8,7 +8,7 @@ from app.errors import InvalidParameter, UnknownModel, UnsupportedCheckpoint
 from app.store.checkpoint import Checkpoint
 from app.store.folder import Source
 from app.store.tree import Stamp
-from app.text import shown
+from app.text import one_line, shown
 from app.weights.files import Format
 
 PREFIX = 8  # hex digits of a sha256 that may stand for a name
@@ -94,10 +94,15 @@ def resolve(entries: Mapping[str, Entry], model: str | None, default: str | None
 
 def _choice(source: Source, choice: int) -> str:
     if choice == 0:  # nearly always
-        return shown(source.stem)
+        return _plain(source.stem)
     file, parent = source.path, source.path.parent.name
     name = source.stem + ("" if source.format == "diffusers" else file.suffix)
-    return shown((f"{parent}/{source.stem}", name, f"{parent}/{name}", file.as_posix().lstrip("/"))[choice - 1])
+    return _plain((f"{parent}/{source.stem}", name, f"{parent}/{name}", file.as_posix().lstrip("/"))[choice - 1])
+
+
+def _plain(name: str) -> str:
+    """A name that a route, a header and a line of text can carry: what is no character of a line becomes an escape."""
+    return one_line(shown(name))
 
 
 def _only(entries: Mapping[str, Entry]) -> Entry:

@@ -1,6 +1,8 @@
+from urllib.parse import unquote
+
 import pytest
 
-from app.api.answer import content_type, negotiate
+from app.api.answer import content_type, header_value, negotiate
 from app.errors import NotAcceptable
 
 OFFERS = ("image/png", "image/jpeg", "application/x-npy")
@@ -64,3 +66,12 @@ def test_other_types_that_cannot_be_are_still_refused(accept):
 def test_names_the_offers_when_none_is_accepted(accept):
     with pytest.raises(NotAcceptable, match="image/png, image/jpeg, application/x-npy"):
         negotiate(accept, OFFERS)
+
+
+@pytest.mark.parametrize("text", ["kl", " kl", "kl  ", "  ", " ä\n%", "a b"])
+def test_a_header_carries_any_text_and_no_blank_at_its_ends(text):
+    value = header_value(text)
+    assert value == value.strip()
+    assert value.isascii()
+    assert value.isprintable()
+    assert unquote(value) == text

@@ -30,6 +30,7 @@ def test_another_program_s_json_is_none_of_ours(tmp_path):
         ('{"norm_num_groups": true}', "norm_num_groups is True"),
         ('{"norm_num_groups": 8.5}', "norm_num_groups is 8.5"),
         ('{"scaling_factor": 0}', "scaling_factor is 0"),
+        ('{"scaling_factor": 1e-300}', "scaling_factor is 1e-300; expected at least 1e-06"),
         ('{"scaling_factor": "big"}', "scaling_factor is 'big'"),
         ('{"scaling_factor": NaN}', "scaling_factor is nan"),
         ('{"scaling_factor": 1e400}', "scaling_factor is inf"),
@@ -39,7 +40,7 @@ def test_another_program_s_json_is_none_of_ours(tmp_path):
         ('{"a":' * 100_000, "no JSON"),
         (" " * (1 << 21), "larger than"),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_a_sidecar_that_is_not_understood(tmp_path, text, reason):
     path = tmp_path / "x.json"
