@@ -16,6 +16,7 @@ ServiceError
 |- Overloaded                 the queue is full, or the deadline cannot be met; says when to come back
 |- DeadlineExceeded           the deadline passed before the answer was there
 |- Unavailable                starting, draining, or the device is lost
+|  |- TooManyBytes            the requests in flight hold all the memory that there is for bodies
 |- OutOfMemory                does not fit, not even in the smallest plan
 |- NonFiniteOutput            NaN or Inf in every precision that was allowed
 """
@@ -87,6 +88,10 @@ class DeadlineExceeded(ServiceError):
 
 class Unavailable(ServiceError):
     """Not now: starting, draining, or without a working device."""
+
+
+class TooManyBytes(Unavailable):
+    """The bodies, pictures and answers in flight leave no room for this one."""
 
 
 class OutOfMemory(ServiceError):

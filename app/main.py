@@ -1,6 +1,7 @@
 """The composition root: reads Settings, builds the engine and the app, and serves. Nothing else reads Settings."""
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -18,19 +19,26 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable_created_metrics
 
-from app import __version__
+from app import __version__, startup
 from app.allocator import Heap
-from app.api import compare, docs, errors, health, models, openapi, routes
+from app.api import compare, docs, errors, health, models, openapi, remote, routes
 from app.api.access import Access
+from app.api.bounds import Bounds
+from app.api.codecs import Codecs
+from app.api.connection import Connection, connections_for
 from app.api.context import Context, Limits
+from app.api.room import Room
 from app.engine.batcher import QueueLimits
 from app.engine.engine import Engine, EngineOptions
 from app.engine.gauges import gauges
+from app.engine.memory import host_memory
 from app.metrics import Metrics, StateCollector
-from app.settings import InvalidSetting, Settings
+from app.settings import InvalidSetting, Settings, check_folders
 from app.store.store import ModelStore
 from app.text import one_line
 from app.vae.families import FAMILIES
+
+log = logging.getLogger("app.main")
 
 DEVICE_LOST_STATUS = 70  # EX_SOFTWARE: a supervisor starts a fresh process with a fresh context
 
@@ -65,6 +73,7 @@ def build_engine(settings: Settings, registry: CollectorRegistry) -> Engine:
 
 def _check(settings: Settings) -> None:
     """What a setting alone does not show to be wrong."""
+    check_folders(settings)
     if settings.default_family not in FAMILIES:
         raise InvalidSetting(f"default_family: {settings.default_family!r} is none of {', '.join(FAMILIES)}")
     cards = torch.cuda.device_count()
@@ -77,12 +86,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """The ASGI app; `uvicorn --factory app.main:create_app` works too."""
     settings = settings or Settings()
     engine = build_engine(settings, CollectorRegistry())
+    room = Room(settings.buffer_bytes or min(BUFFER_BYTES, host_memory() // BUFFER_SHARE))
+    codecs = Codecs(room, os.cpu_count() or 1)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with engine:
+            startup.report(settings, engine, os.environ)
             yield
             await engine.drain(settings.drain_seconds)
+        await codecs.close()
 
     app = openapi.Documented(
         title="latentd",
@@ -101,15 +114,25 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             items=settings.queue_size,
             pixels=max(settings.queue_pixels, settings.max_pixels),
         ),
+        room=room,
+        codecs=codecs,
         api_keys=settings.keys,
         admin_key=settings.admin_key.get_secret_value() if settings.admin_key else None,
         metrics_public=settings.metrics_public,
     )
-    for router in (routes.router, compare.router, models.admin, models.router, health.router, docs.router):
+    latents = (routes.router, remote.router, compare.router)
+    for router in (*latents, models.admin, models.router, health.router, docs.router):
         app.include_router(router)
     errors.install(app)
+    app.add_middleware(Bounds, room=room)
     app.add_middleware(Access, metrics=engine.metrics)
     return app
+
+
+BUFFER_BYTES, BUFFER_SHARE = 2 << 30, 6
+"""The default of that setting; where the host has little memory, what tensors may take of it over this."""
+
+LOG_AGAIN_SECONDS = 60.0
 
 
 class Server(uvicorn.Server):
@@ -119,15 +142,38 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.engine = engine
         self.drain_seconds = drain_seconds
+        self._interrupts = 0  # once the end has begun
+        self._hurry = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._no_files_since = -LOG_AGAIN_SECONDS
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's; whatever goes wrong outside of requests comes to `note` then."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(self.note)
+        await super().startup(sockets)
+
+    def note(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Logs it; that no file can be opened, which may come thousands of times a second, once a minute."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() - self._no_files_since >= LOG_AGAIN_SECONDS:
+            self._no_files_since = loop.time()
+            log.error("no connection can be accepted: %s; raise the limit of open files", error)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM and SIGINT: no new work, what was accepted is finished, and the exit status is 0.
 
-        uvicorn's own would raise the signal anew at the end, and the process would seem killed.
+        A second SIGINT ends what was accepted with a 503 at once, a third one without a word. uvicorn's own would raise
+        the signal anew at the end, and the process would seem killed.
         """
         self.engine.draining = True
         if self.should_exit and sig == signal.SIGINT:
-            self.force_exit = True
+            self._interrupts += 1
+            self.force_exit = self._interrupts > 1
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._hurry.set)
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
@@ -136,9 +182,30 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends what was accepted: with its answer, or with a 503 after `drain_seconds`."""
-        draining = asyncio.ensure_future(self.engine.drain(self.drain_seconds))
+        ending = [asyncio.ensure_future(work) for work in (self.engine.drain(self.drain_seconds), self._hurried())]
         await super().shutdown(sockets)
-        draining.cancel()
+        for work in ending:
+            work.cancel()
+
+    async def _hurried(self) -> None:
+        await self._hurry.wait()
+        await self.engine.drain(0)
+
+
+def server_of(app: FastAPI, settings: Settings, host: str, port: int) -> Server:
+    """The app behind uvicorn, which is not started."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=partial(Connection, connections_for(settings.max_connections)),  # type: ignore[arg-type]  # called, and never looked into
+        ws="none",  # whichever library is installed: it would take connections over
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=round(settings.drain_seconds) + CLOSING_SECONDS,
+        timeout_keep_alive=30,
+    )
+    return Server(config, app.state.context.engine, settings.drain_seconds)
 
 
 def serve(settings: Settings, host: str, port: int) -> int:
@@ -146,16 +213,7 @@ def serve(settings: Settings, host: str, port: int) -> int:
     app = create_app(settings)
     configure_logging(settings.log_format)
     context: Context = app.state.context
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=round(settings.drain_seconds) + CLOSING_SECONDS,
-        timeout_keep_alive=30,
-    )
-    server = Server(config, context.engine, settings.drain_seconds)
+    server = server_of(app, settings, host, port)
     with suppress(SystemExit):  # uvicorn's way of saying that it could not start; the log has the reason
         server.run()
     if context.engine.lost is not None:

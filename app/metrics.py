@@ -49,6 +49,11 @@ class Metrics:
         self.load_seconds = histogram("model_load_duration_seconds", "Time to bring a model to a device.", "device")
         self.evictions = counter("model_evictions", "Models removed from a device.", "device", "reason")
 
+    def forget(self, model: str) -> None:
+        """Removes what is labelled with a model."""
+        for metric in (self.requests, self.request_seconds, self.batch_size):
+            metric.remove_by_labels({"model": model})
+
 
 class OnDevice(Generic[M]):
     """A counter or a histogram whose first label, the device, is filled in."""

@@ -11,12 +11,11 @@ from typing import Any
 
 import httpx
 import numpy as np
-import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
 from app.engine.engine import Engine
-from app.main import Server, create_app
+from app.main import Server, create_app, server_of
 from app.settings import Settings
 from tests.fakes import total
 
@@ -39,7 +38,9 @@ class Service:
 
 
 @asynccontextmanager
-async def serving(models: Path, *, headers: dict[str, str] | None = None, **settings: Any) -> AsyncIterator[Service]:
+async def serving(
+    models: Path | str, *, headers: dict[str, str] | None = None, **settings: Any
+) -> AsyncIterator[Service]:
     """A started service; a bug in it is an answer, not an exception of the test."""
     app = create_app(Settings(**{"models": models, "device": "cpu", **settings}))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -55,9 +56,7 @@ def listening(models: Path, **options: Any) -> Iterator[tuple[Server, int]]:
     """A real server on a free port of the loopback, in a thread; and its port."""
     settings = Settings(**{"models": models, "device": "cpu", **options})
     app = create_app(settings)
-    engine: Engine = app.state.context.engine
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=30)
-    server = Server(config, engine, settings.drain_seconds)
+    server = server_of(app, settings, "127.0.0.1", 0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()

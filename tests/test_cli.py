@@ -1,10 +1,14 @@
+import argparse
+import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import termios
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from app import __version__
+from app.arguments import parser
 from app.cli import main
 from app.settings import Settings
 from app.tools.fetch import Fetched
@@ -108,6 +113,7 @@ def test_serve_has_a_flag_for_every_setting(run):
     [
         ("queue-size", "0"),
         ("max-pixels", "many"),
+        ("max-body-bytes", "2GB"),
         ("precision", "fp8"),
         ("device", "gpu"),
         ("device", "cuda:999"),
@@ -135,12 +141,16 @@ def test_encode_and_decode_in_process(run, models, tmp_path):
     (tmp_path / "in" / "a.png").write_bytes(picture())
     (tmp_path / "in" / "deep" / "b.jpg").write_bytes(picture(kind="JPEG"))
     where = ("--models", models, "--device", "cpu", "--model", "kl")
-    assert run("encode", tmp_path / "in", "-o", tmp_path / "latents", *where) == (0, [], [])  # no bar: no terminal
+    status, out, err = run("encode", tmp_path / "in", "-o", tmp_path / "latents", *where)
+    assert (status, out) == (0, [])
+    assert [line.split(": ")[1] for line in err] == ["warning", "2 done, 0 failed, 0 skipped"]  # no bar: no terminal
+    assert "the family sd1 is a guess" in err[0]  # of two files, once
     for name in ("a.npy", "deep/b.npy"):
         array = np.load(tmp_path / "latents" / name)
         assert (array.dtype, array.shape) == (np.float16, (1, 4, 4, 4))
     save_file({"latents": torch.zeros(1, 4, 4, 4)}, tmp_path / "latents" / "c.safetensors")
-    assert run("decode", tmp_path / "latents", "-o", tmp_path / "out", "--size", "30x31", *where) == (0, [], [])
+    status, out, err = run("decode", tmp_path / "latents", "-o", tmp_path / "out", "--size", "30x31", *where)
+    assert (status, out, err[-1]) == (0, [], "latentd: 3 done, 0 failed, 0 skipped")
     for name in ("a.png", "deep/b.png", "c.png"):
         with Image.open(tmp_path / "out" / name) as image:
             assert (image.format, image.size) == ("PNG", (30, 31))
@@ -167,17 +177,40 @@ def test_through_a_running_service(run, remote, tmp_path):
     assert (tmp_path / "out" / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_resume_leaves_what_exists(run, remote, tmp_path):
+def test_what_exists_is_never_replaced_without_a_word(run, remote, tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(picture())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.npy").write_text("mine")
     inputs = (tmp_path / "a.png", tmp_path / "b.png", "-o", tmp_path / "out", *remote)
-    assert run("encode", *inputs, "--resume")[0] == 0
+    status, _, err = run("encode", *inputs)
+    assert (status, len(err)) == (1, 1)
+    assert "out/a.npy exists: --resume skips what exists, --force replaces it" in err[0]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.npy"]
+    status, _, err = run("encode", *inputs, "--resume")
+    assert (status, err[-1]) == (0, "latentd: 1 done, 0 failed, 1 skipped")
+    assert err[0] == "latentd: warning: nothing says what made 1 of the files that exist"
     assert (tmp_path / "out" / "a.npy").read_text() == "mine"
     assert np.load(tmp_path / "out" / "b.npy").shape == (1, 4, 4, 4)
-    assert run("encode", *inputs)[0] == 0
+    assert run("encode", *inputs, "--force")[0] == 0
     assert np.load(tmp_path / "out" / "a.npy").shape == (1, 4, 4, 4)
+    assert run("encode", *inputs, "--resume") == (0, [], ["latentd: 0 done, 0 failed, 2 skipped"])
+    assert run("encode", *inputs, "--resume", "--force")[0] == 2
+
+
+def test_resume_with_another_model_or_options_is_refused_by_name(run, remote, tmp_path):
+    (tmp_path / "a.png").write_bytes(picture())
+    inputs = (tmp_path / "a.png", "-o", tmp_path / "out", *remote)
+    assert run("encode", *inputs)[0] == 0
+    for other, words in ((("--model", "tiny"), "would be tiny (taesd"), (("--latents", "raw"), "latents=raw")):
+        (tmp_path / "b.png").write_bytes(picture())
+        status, _, err = run("encode", tmp_path / "b.png", *inputs, "--resume", *other)
+        assert status == 1
+        assert "out/a.npy was made by kl (sd1" in err[-1]
+        assert words in err[-1]
+        assert not (tmp_path / "out" / "b.npy").exists()
+    assert run("encode", *inputs, "--force", "--model", "tiny")[0] == 0
+    assert run("encode", *inputs, "--resume", "--model", "tiny")[0] == 0
 
 
 def test_one_bad_file_fails_alone_in_one_line(run, remote, tmp_path):
@@ -186,18 +219,129 @@ def test_one_bad_file_fails_alone_in_one_line(run, remote, tmp_path):
     missing, out = tmp_path / "missing.png", tmp_path / "out"
     status, _, err = run("encode", tmp_path / "a.png", tmp_path / "b.png", missing, "-o", out, *remote)
     assert status == 1
-    assert len(err) == 2
     assert any(re.match(r"latentd: .*b\.png: expected PNG, JPEG or WebP", line) for line in err)
     assert any(re.match(r"latentd: .*missing\.png: .*No such file", line) for line in err)
-    assert [path.name for path in out.iterdir()] == ["a.npy"]
+    assert err[-1] == "latentd: 1 done, 2 failed, 0 skipped"
+    assert sorted(path.name for path in out.iterdir()) == [".latentd-manifest.jsonl", "a.npy"]
 
 
-def test_a_batch_of_latents_is_no_png(run, remote, tmp_path):
+def test_a_batch_of_latents_becomes_several_pictures(run, remote, tmp_path):
     (tmp_path / "two.npy").write_bytes(npy(latent(2, 4, 4, 4)))
-    status, _, err = run("decode", tmp_path / "two.npy", "-o", tmp_path / "out", *remote)
+    np.savez(tmp_path / "sizes.npz", a=latent(), b=latent(1, 4, 4, 8))
+    inputs = (tmp_path / "two.npy", tmp_path / "sizes.npz", "-o", tmp_path / "out", *remote)
+    assert run("decode", *inputs)[0] == 0
+    sizes = {}
+    for path in (tmp_path / "out").glob("*.png"):
+        with Image.open(path) as image:
+            sizes[path.name] = image.size
+    assert sizes == {
+        "two-0000.png": (32, 32),
+        "two-0001.png": (32, 32),
+        "sizes-0000.png": (32, 32),
+        "sizes-0001.png": (64, 32),
+    }
+    assert run("decode", *inputs)[0] == 1  # they exist
+    assert run("decode", *inputs, "--resume")[2] == ["latentd: 0 done, 0 failed, 2 skipped"]
+    status, _, err = run("decode", tmp_path / "two.npy", "-o", tmp_path / "x.png", *remote)
     assert (status, len(err)) == (1, 1)
-    assert "2 pictures" in err[0]
+    assert "it holds 2 pictures" in err[0]
+    assert run("decode", tmp_path / "two.npy", "-o", tmp_path / "x.zip", *remote)[0] == 0
+    assert (tmp_path / "x.zip").read_bytes().startswith(b"PK")
+
+
+def test_one_file_is_written_where_it_is_named(run, remote, tmp_path):
+    (tmp_path / "a.png").write_bytes(picture())
+    assert run("encode", tmp_path / "a.png", "-o", tmp_path / "deep" / "one.npy", *remote)[0] == 0
+    assert np.load(tmp_path / "deep" / "one.npy").shape == (1, 4, 4, 4)
+    assert run("encode", tmp_path / "a.png", "-o", tmp_path / "one.safetensors", *remote)[0] == 0
+    assert load_file(tmp_path / "one.safetensors")["latents"].shape == (1, 4, 4, 4)
+    assert run("decode", tmp_path / "one.safetensors", "-o", tmp_path / "one.jpg", *remote)[0] == 0
+    with Image.open(tmp_path / "one.jpg") as image:
+        assert image.format == "JPEG"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "deep", "one.jpg", "one.safetensors"]
+    status, _, err = run("encode", tmp_path / "a.png", "-o", tmp_path / "one.safetensors", *remote)
+    assert (status, len(err)) == (1, 1)
+    assert "exists" in err[0]
+
+
+def test_stdin_and_stdout(url, remote):
+    options = [*map(str, remote), "-o", "-"]
+    encoded = subprocess.run(
+        [sys.executable, "-m", "app", "encode", "-", *options], input=picture(), capture_output=True, check=True
+    )
+    assert np.load(io.BytesIO(encoded.stdout)).shape == (1, 4, 4, 4)
+    decoded = subprocess.run(
+        [sys.executable, "-m", "app", "decode", "-", *options], input=encoded.stdout, capture_output=True, check=True
+    )
+    assert decoded.stdout.startswith(b"\x89PNG")
+
+
+def test_decode_takes_what_encode_noted_beside_the_latents(run, remote, tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(45, 30))
+    assert run("encode", tmp_path / "a.png", "-o", tmp_path / "latents", "--latents", "raw", *remote)[0] == 0
+    for inputs, out in ((tmp_path / "latents", "all"), (tmp_path / "latents" / "a.npy", "one")):
+        assert run("decode", inputs, "-o", tmp_path / out, *remote)[0] == 0
+        with Image.open(tmp_path / out / "a.png") as image:
+            assert image.size == (45, 30)
+    assert run("decode", tmp_path / "latents", "-o", tmp_path / "b", "--size", "8x8", *remote)[0] == 0
+
+
+def test_what_would_fail_every_file_is_said_once(run, url, remote, tmp_path):
+    for index in range(5):
+        (tmp_path / f"{index}.png").write_bytes(picture())
+    for options in ((*remote, "--model", "nobody"), ("--url", url), ("--url", "http://127.0.0.1:1")):
+        status, _, err = run("encode", tmp_path, "-o", tmp_path / "out", *options)
+        assert (status, len(err)) == (1, 1)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_read_is_said_in_the_summary(run, remote, tmp_path):
+    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "b.gif").write_bytes(picture(kind="GIF"))
+    (tmp_path / ".c.png").write_text("hidden")
+    status, _, err = run("encode", tmp_path, "-o", tmp_path / "out", *remote)
+    assert (status, err[-1]) == (0, "latentd: 1 done, 0 failed, 0 skipped; not read: 1 .gif")
+
+
+def test_the_address_and_key_of_the_environment(run, url, monkeypatch, models, tmp_path):
+    (tmp_path / "a.png").write_bytes(picture())
+    monkeypatch.setenv("LATENTD_URL", url)
+    monkeypatch.setenv("LATENTD_KEY", "sesame")
+    assert run("encode", tmp_path / "a.png", "-o", tmp_path)[0] == 0
+    status, out, _ = run("models")
+    assert (status, [line.split()[0] for line in out]) == (0, ["NAME", "kl", "tiny"])
+    monkeypatch.setenv("LATENTD_KEY", "wrong")
+    assert run("models")[0] == 1
+    assert run("models", "--key", "sesame")[0] == 0
+    assert run("models", "--models", models)[1] == out  # a folder is this process's
+    assert run("models", "--models", models, "--url", url)[0] == 2
+
+
+def test_models_of_a_service_as_json(run, remote):
+    status, out, _ = run("models", "--json", *remote)
+    rows = {row["name"]: row for row in json.loads("\n".join(out))["models"]}
+    assert (status, rows["kl"]["family"]) == (0, "sd1")
+
+
+def test_an_interrupt_is_130_and_leaves_whole_files(models, tmp_path):
+    (tmp_path / "in").mkdir()
+    for index in range(60):
+        (tmp_path / "in" / f"{index:02}.png").write_bytes(picture(512, 512, index))
+    command = [sys.executable, "-m", "app", "encode", tmp_path / "in", "-o", tmp_path / "out", "--model", "kl"]
+    with subprocess.Popen(
+        [*command, "--models", models, "--device", "cpu"], stderr=subprocess.PIPE, text=True
+    ) as child:
+        while not list(tmp_path.glob("out/*.npy")):
+            assert child.poll() is None
+            time.sleep(0.02)
+        child.send_signal(signal.SIGINT)
+        assert child.stderr is not None
+        err = child.stderr.read().splitlines()
+        assert child.wait(30) == 130
+    assert err[-1] == "latentd: interrupted"
+    done = len(list(tmp_path.glob("out/*.npy")))
+    assert re.match(f"latentd: {done} done, 0 failed, 0 skipped", err[-2])
+    assert not any("Traceback" in line for line in err)
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:1", "nothing", "http://[", "ftp://127.0.0.1/", "http://a..b/"])
@@ -254,9 +398,20 @@ def test_models_is_the_table_of_a_folder(run, models, tmp_path):
     assert rows["broken"]["error"]
 
 
-def test_models_of_no_folder_is_an_error(run, tmp_path):
-    status, out, err = run("models", "--models", tmp_path / "nothing")
-    assert (status, out, len(err)) == (1, [], 1)
+@pytest.mark.parametrize("name", ["nothing", "file"])
+@pytest.mark.parametrize("command", [("serve", "--port", 0), ("models",), ("encode", "a.png", "-o", "x")])
+def test_a_folder_that_is_none_cannot_be_meant(run, tmp_path, command, name):
+    (tmp_path / "file").touch()
+    status, out, err = run(*command, "--models", f"{tmp_path}:{tmp_path / name}")
+    assert (status, out, len(err)) == (2, [], 1)
+    assert re.match(f"latentd: setting models: .*{name} (is no folder|does not exist)$", err[0])
+
+
+def test_every_option_has_its_help():
+    commands = next(each for each in parser()._actions if isinstance(each, argparse._SubParsersAction)).choices
+    assert commands
+    for name, command in commands.items():
+        assert [each.dest for each in command._actions if not each.help] == [], name
 
 
 def test_inspect_says_what_a_file_is(run, models):
@@ -317,12 +472,30 @@ def test_convert_there_and_back(run, models, tmp_path):
     source = models / "VAE" / "kl.safetensors"
     status, out, err = run("convert", source, tmp_path / "folder", "--layout", "diffusers", "--dtype", "bf16")
     there = tmp_path / "folder" / "diffusion_pytorch_model.safetensors"
-    assert (status, err, len(out)) == (0, [], 1)
-    assert out[0].startswith(f"{there}: sd1 (config), bf16, sha256 ")
+    assert (status, len(err), len(out)) == (0, 1, 1)
+    assert out[0].startswith(f"{there}: sd1 (default), bf16, sha256 ")
+    assert "warning: the family sd1 is a guess" in err[0]
     assert run("convert", tmp_path / "folder", tmp_path / "b.safetensors", "--layout", "ldm", "--dtype", "fp32")[0] == 0
     back, state = load_file(tmp_path / "b.safetensors"), state_of("sd1")
     assert set(back) == set(state)
     assert all(torch.equal(back[key], value.bfloat16().float()) for key, value in state.items())
+
+
+def test_a_family_is_settled_by_a_word(run, models, tmp_path):
+    source = models / "VAE" / "kl.safetensors"
+    status, out, err = run("inspect", source, "--family", "sdxl", "--json")
+    facts = json.loads("\n".join(out))
+    assert (status, facts["family"], facts["family_source"], err) == (0, "sdxl", "operator", [])
+    assert "is a guess" in run("inspect", source)[2][0]
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    status, out, err = run("convert", source, a, "--family", "sdxl")
+    assert (status, "sdxl (config)" in out[0], err) == (0, True, [])
+    assert run("merge", a, source, "-o", b)[0] == 1  # the guess is another
+    status, out, err = run("merge", a, source, "-o", b, "--family", "sdxl")
+    assert (status, "sdxl (config)" in out[0], err) == (0, True, [])
+    status, _, err = run("inspect", source, "--family", "sd9")
+    assert (status, len(err)) == (2, 1)
+    assert "latentd-small" in err[0]
 
 
 def test_convert_names_what_is_in_the_way(run, models, tmp_path):
@@ -376,7 +549,7 @@ def test_compare_is_given_what_was_asked_for(run, monkeypatch, tmp_path):
     monkeypatch.setattr("app.tools.compare.compare_models", compare_models)
     assert run("compare", "a.png", "--models", "a, b,", "--folder", tmp_path, "--json")[0] == 0
     ((image, names, output, settings), options) = calls.pop()
-    assert (str(image), names, str(output), settings.models) == ("a.png", ["a", "b"], "compare.png", tmp_path)
+    assert (str(image), names, str(output), settings.models) == ("a.png", ["a", "b"], "compare.png", (tmp_path,))
     assert options == {"url": None, "key": None, "as_json": True}
     assert run("compare", "a.png", "-o", "x.png", "--url", "http://x", "--key", "k", "--device", "cpu")[0] == 0
     ((_, names, output, settings), options) = calls.pop()

@@ -1,7 +1,9 @@
 """The main job through the real server process, on real files."""
 
 import io
+import re
 import shutil
+import subprocess
 
 import httpx
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.demo import ROOT, psnr, service, wait_until_ready
+from tests.store.weights import state_of, write
 
 PICTURE = ROOT / "tests" / "pictures" / "astronaut.png"
 EMBEDDED = ROOT / "models" / "VAE" / "latentd-small.safetensors"
@@ -115,3 +118,34 @@ def test_a_corrupt_file_in_the_folder_is_listed_with_its_error(client, folder):
     broken.unlink()
     assert "broken" not in names(client)
     assert round_trip(client, model="latentd-small")[1] > 22
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not there")
+def test_the_curl_lines_of_the_readme_do_what_they_say(client, folder, tmp_path):
+    lines = re.findall("^curl .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    shutil.copy(PICTURE, tmp_path / "picture.png")
+    for half in TAEF2:  # of the test above
+        (folder / "VAE" / half.name).unlink(missing_ok=True)
+    write(folder / "VAE" / "my-vae.safetensors", state_of("sd1"))
+    try:
+        for line in lines:
+            command = line.replace("localhost:8000", str(client.base_url).rstrip("/"))
+            done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, check=False)
+            assert (done.returncode, done.stderr) == (0, b""), line
+    finally:
+        (folder / "VAE" / "my-vae.safetensors").unlink()
+    assert len(lines) == 4
+    assert np.load(tmp_path / "latent.npy").shape == (1, 4, 64, 64)
+    for kind in ("png", "jpg"):
+        with Image.open(tmp_path / f"decoded.{kind}") as decoded:
+            assert decoded.size == (512, 512)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not there")
+def test_an_error_does_not_become_a_latent(client, tmp_path):
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if "latent.npy localhost" in line)
+    (tmp_path / "picture.png").write_text("no picture")
+    command = line.replace("localhost:8000", str(client.base_url).rstrip("/"))
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, check=False)
+    assert (done.returncode, b"415" in done.stderr) == (22, True)
+    assert not (tmp_path / "latent.npy").exists()

@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import json
 import logging
 import shutil
@@ -9,14 +10,17 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
+from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 from prometheus_client import CollectorRegistry
 
-from app.main import JsonFormatter, Server, TextFormatter, build_engine, create_app
+from app.api.connection import Connection
+from app.engine.memory import host_memory
+from app.main import JsonFormatter, Server, TextFormatter, build_engine, create_app, server_of
 from app.settings import InvalidSetting, Settings
 from app.store.digests import digest_of
 from tests.fakes import total
@@ -226,6 +230,21 @@ def test_what_does_not_end_in_time_is_told_to_come_back(models):
         assert answer.headers["Retry-After"]
 
 
+def test_a_second_interrupt_answers_what_is_in_flight_with_a_503_and_no_traceback(models, caplog):
+    with listening(models, default_model="kl", drain_seconds=60) as (server, port), ThreadPoolExecutor(8) as pool:
+        url = f"http://127.0.0.1:{port}/encode"
+        assert httpx.post(url, content=picture(), timeout=60).status_code == 200  # started
+        with occupied(server.engine):
+            waiting = [pool.submit(httpx.post, url, content=picture(), timeout=60) for _ in range(8)]
+            asyncio.run(until(lambda: server.engine.open_requests == 8))
+            server.handle_exit(signal.SIGINT, None)
+            server.handle_exit(signal.SIGINT, None)
+            answers = [answer.result() for answer in waiting]
+    for answer in answers:
+        assert "shutting down" in refused(answer, 503, "unavailable")
+    assert not any(record.exc_info for record in caplog.records)
+
+
 def test_a_large_folder_is_read_while_the_service_serves(models, tmp_path, monkeypatch):
     shutil.copytree(models, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
     (tmp_path / "VAE" / "kl.safetensors").rename(tmp_path / "VAE" / "unread.safetensors")
@@ -257,13 +276,15 @@ def test_a_large_folder_is_read_while_the_service_serves(models, tmp_path, monke
         assert client.post("/encode?model=unread", content=picture()).status_code == 200
 
 
-def test_a_signal_turns_readiness_red_and_a_second_interrupt_forces(models):
+def test_a_signal_turns_readiness_red_and_a_third_interrupt_forces(models):
     app = create_app(Settings(models=models, device="cpu"))
     engine = app.state.context.engine
     server = Server(uvicorn.Config(app), engine, 30)
     server.handle_exit(signal.SIGTERM, None)
     assert (engine.draining, server.should_exit, server.force_exit) == (True, True, False)
     server.handle_exit(signal.SIGTERM, None)
+    assert not server.force_exit
+    server.handle_exit(signal.SIGINT, None)
     assert not server.force_exit
     server.handle_exit(signal.SIGINT, None)
     assert server.force_exit
@@ -277,6 +298,29 @@ async def test_a_lost_device_ends_the_server(models):
     assert await server.on_tick(1) is False
     engine.workers[0]._runner.lost = "gone"
     assert await server.on_tick(2) is True
+
+
+async def test_that_no_file_can_be_opened_is_logged_once_a_minute(models, caplog):
+    app = create_app(Settings(models=models, device="cpu"))
+    server = Server(uvicorn.Config(app), app.state.context.engine, 30)
+    loop = asyncio.get_running_loop()
+    for _ in range(2048):  # as asyncio says it for each of its attempts to accept
+        server.note(loop, {"message": "socket.accept()", "exception": OSError(errno.EMFILE, "Too many open files")})
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert caplog.records[0].exc_info is None
+    server.note(loop, {"message": "something else", "exception": OSError(errno.EIO, "an error")})
+    assert len(caplog.records) == 2
+
+
+def test_more_connections_than_files_are_no_storm(models):
+    """With room for 1 connection and `SPARE` more, of which the silent give way; health answers all along."""
+    with listening(models, max_connections=1) as (_, port), ExitStack() as silent:
+        url = f"http://127.0.0.1:{port}/healthz/live"
+        for _ in range(100):
+            silent.enter_context(closing(socket.create_connection(("127.0.0.1", port), timeout=60)))
+        at = time.perf_counter()
+        assert httpx.get(url, timeout=60).status_code == 200
+        assert time.perf_counter() - at < 10
 
 
 @pytest.mark.parametrize(
@@ -302,7 +346,7 @@ async def test_every_setting_reaches_its_reader(tmp_path):
     )
     engine = build_engine(settings, CollectorRegistry())
     options, limits = engine.options, engine.options.limits
-    assert (engine.store.folder, options.default_model, options.precision) == (tmp_path, "a", "bf16")
+    assert (engine.store.folders, options.default_model, options.precision) == ((tmp_path,), "a", "bf16")
     assert (limits.items, limits.pixels, limits.batch_pixels) == (3, 4, 5)
     assert (options.cache_bytes, options.memory_limit_bytes) == (1, 2 << 20)
     assert [worker.name for worker in engine.workers] == ["cpu:0", "cpu:1"]
@@ -310,6 +354,14 @@ async def test_every_setting_reaches_its_reader(tmp_path):
     assert app.state.context.limits.body_bytes == 6
     assert app.state.context.limits.picture_pixels == 7
     assert app.state.context.limits.pixels == 7  # one picture may always come
+    assert app.state.context.room.total == min(2 << 30, host_memory() // 6)
+    app = create_app(Settings(models=tmp_path, device="cpu", buffer_bytes=8, max_connections=9))
+    assert app.state.context.room.total == 8
+    server = server_of(app, Settings(max_connections=9, drain_seconds=3), "127.0.0.2", 1)
+    assert (server.config.host, server.config.port, server.drain_seconds) == ("127.0.0.2", 1, 3)
+    http: Any = server.config.http
+    made = http(config=server.config, server_state=server.server_state, app_state={})
+    assert (type(made), made.most) == (Connection, 9)
 
 
 async def test_the_default_family_stands_in_where_nothing_says(models):

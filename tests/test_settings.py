@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from app.settings import Settings
+from app.settings import InvalidSetting, Settings, check_folders, unknown_variables
 
 DEFAULTS = {
-    "models": Path("models"),
+    "models": (Path("models"),),
     "default_model": None,
     "default_family": "sd1",
     "device": "auto",
@@ -17,6 +17,8 @@ DEFAULTS = {
     "queue_pixels": 512 << 20,
     "batch_pixels": 4 << 20,
     "max_body_bytes": 256 << 20,
+    "buffer_bytes": None,
+    "max_connections": 1000,
     "max_pixels": 64 << 20,
     "drain_seconds": 30.0,
     "api_keys": None,
@@ -33,7 +35,8 @@ def test_these_are_the_settings_and_their_defaults():
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [
-        ("models", "/srv/models", Path("/srv/models")),
+        ("models", "/srv/models", (Path("/srv/models"),)),
+        ("models", "/a/models:/b", (Path("/a/models"), Path("/b"))),
         ("default_model", "sdxl", "sdxl"),
         ("default_family", "sdxl", "sdxl"),
         ("device", "cuda:0, cuda:1", "cuda:0, cuda:1"),
@@ -44,6 +47,11 @@ def test_these_are_the_settings_and_their_defaults():
         ("queue_pixels", "2", 2),
         ("batch_pixels", "2", 2),
         ("max_body_bytes", "2", 2),
+        ("max_body_bytes", "64KiB", 64 << 10),
+        ("memory_limit_bytes", "512 MiB", 512 << 20),
+        ("cache_bytes", "1.5gib", 3 << 29),
+        ("buffer_bytes", "2", 2),
+        ("max_connections", "2", 2),
         ("max_pixels", "2", 2),
         ("drain_seconds", "0.5", 0.5),
         ("api_keys", "a,b", SecretStr("a,b")),
@@ -72,6 +80,13 @@ def test_every_setting_is_in_the_test_above():
         ("max_body_bytes", 0),
         ("max_pixels", 0),
         ("cache_bytes", 0),
+        ("cache_bytes", "2GB"),
+        ("cache_bytes", "-2GiB"),
+        ("cache_bytes", "0.0000001KiB"),
+        ("max_body_bytes", "many"),
+        ("memory_limit_bytes", "9" * 400),
+        ("models", ":"),
+        ("models", ()),
         ("memory_limit_bytes", 0),
         ("drain_seconds", -1),
         ("drain_seconds", float("nan")),
@@ -107,3 +122,22 @@ def test_settings_do_not_change_and_do_not_show_their_secrets():
     with pytest.raises(ValidationError, match="frozen"):
         settings.queue_size = 1  # type: ignore[misc]
     assert "hush" not in repr(settings)
+
+
+def test_folders_must_be_there(tmp_path):
+    (tmp_path / "file").touch()
+    check_folders(Settings(models=[tmp_path]))
+    for name, reason in (("nothing", "does not exist"), ("file", "is no folder")):
+        with pytest.raises(InvalidSetting, match=f"^models: .*{name} {reason}$"):
+            check_folders(Settings(models=[tmp_path, tmp_path / name]))
+
+
+def test_variables_that_are_no_settings_are_named():
+    known = [f"LATENTD_{name.upper()}" for name in Settings.model_fields]
+    others = ["PATH", "LATENTD_URL", "LATENTD_KEY", "latentd_device"]
+    kubernetes = ["LATENTD_SERVICE_HOST", "LATENTD_SERVICE_PORT_HTTP", "LATENTD_PORT", "LATENTD_PORT_8000_TCP_ADDR"]
+    assert unknown_variables([*known, *others, *kubernetes]) == []
+    assert unknown_variables(["LATENTD_MODLES", "LATENTD_XYZZY"]) == [
+        "LATENTD_MODLES is no setting; LATENTD_MODELS is one",
+        "LATENTD_XYZZY is no setting",
+    ]

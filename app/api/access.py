@@ -11,15 +11,13 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.errors import BUG, CLIENT_GONE
-from app.api.health import PROBES
+from app.api.errors import BUG, CLIENT_GONE, LONGEST, REMOTE
+from app.api.health import OFTEN
 from app.metrics import Metrics
 from app.text import one_line
 
 log = logging.getLogger("app.access")
 OPS = {"/encode": "encode", "/decode": "decode", "/compare": "compare"}
-LONGEST = 500
-"""Characters of a reason in the log."""
 SAFE_ID = re.compile(rb"[A-Za-z0-9._:+/=-]{1,128}")
 
 
@@ -56,7 +54,7 @@ class Access:
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         path, state = scope["path"], scope["state"]
         model = state.get("model", "")
-        if op := OPS.get(path):
+        if op := OPS.get(path) or _remote(path):
             self.metrics.requests.labels(op, model, str(status)).inc()
             self.metrics.request_seconds.labels(op, model).observe(seconds)
         if status == 413:
@@ -65,7 +63,7 @@ class Access:
             self.metrics.cancelled.labels("request").inc()
         facts = {
             "method": scope["method"],
-            "path": quote(path),  # decoded, it may hold line breaks
+            "path": quote(path[:LONGEST]),  # decoded, it may hold line breaks
             "status": status,
             "ms": round(seconds * 1000, 1),
             "model": model,
@@ -79,5 +77,10 @@ class Access:
         if found := state.get("problem"):
             facts |= {"code": found[0], "reason": one_line(found[1])[:LONGEST]}
             words.append(f"{facts['code']}: {facts['reason']}")
-        level = logging.DEBUG if path in PROBES else logging.WARNING if status >= BUG.status else logging.INFO
+        level = logging.DEBUG if path in OFTEN else logging.WARNING if status >= BUG.status else logging.INFO
         log.log(level, "%s", " ".join(words), extra={"facts": facts})
+
+
+def _remote(path: str) -> str | None:
+    op = path.rpartition("/")[2]
+    return op if path.startswith(REMOTE) and op in ("encode", "decode") else None

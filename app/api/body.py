@@ -1,71 +1,54 @@
-"""Getting a request's body: bounded in bytes and in time, raw or multipart; and noticing that its client has gone."""
+"""Getting a request's body: bounded in bytes and in time, raw or a form; and noticing that its client has gone."""
 
 import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any, TypeVar
 
 from fastapi import Request
-from starlette.datastructures import Headers, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 
+from app.api.context import Context
 from app.api.errors import ClientGone, SlowBody
-from app.errors import InvalidParameter, MalformedBody, TooLarge
+from app.api.form import Part, parts_of
+from app.api.room import Held
+from app.errors import InvalidParameter, TooLarge, TooManyBytes
+from app.wire.scan import Body
 
 BODY_SECONDS = 60.0
 """A body must have arrived this long after its headers."""
 
-MAX_PARTS = 256
+SILENT_SECONDS = 15.0
+"""Its next bytes must come so soon: until it is whole, it keeps others out of the room that it was promised."""
+
+CHUNK = 1 << 16
+"""Bytes of the least buffer."""
+
 DAY_MS = 86_400_000
 
 T = TypeVar("T")
 
 
-class _Form(MultiPartParser):
-    """starlette's parser, which would take what has come of a truncated form for the whole."""
+async def read_body(request: Request, shared: Context) -> Body:
+    """The whole body, in one buffer that is counted until the request has its answer.
 
-    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], **limits: int) -> None:
-        super().__init__(headers, self._to_its_end(stream), **limits)
-        self.ended = False
-
-    def on_end(self) -> None:
-        self.ended = True
-
-    async def _to_its_end(self, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-        async for chunk in stream:
-            yield chunk
-        if not self.ended:
-            raise MultiPartException("its last boundary is missing")
+    Raises TooLarge, by its announced or its real length, TooManyBytes, SlowBody and ClientGone.
+    """
+    try:
+        return await _received(request, shared.limits.body_bytes, request.state.held)
+    except TooManyBytes:
+        shared.metrics.rejected.labels("too_many_bytes").inc()
+        raise
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body. Raises TooLarge, by its announced or its real length, SlowBody and ClientGone."""
-    return await _in_time(_join(_chunks(request, limit)))
-
-
-async def read_pictures(request: Request, limit: int) -> list[bytes]:
+async def read_pictures(request: Request, shared: Context) -> list[Part]:
     """The files of a request: its body, or the parts named `image` of a multipart form. Raises as `read_body`."""
     content_type = request.headers.get("content-type", "")
+    body = await read_body(request, shared)
     if not content_type.lower().startswith("multipart/form-data"):
-        return [await read_body(request, limit)]
-    # A part without a file name is text to the parser: in Latin-1, which keeps every byte.
-    headers = Headers({"content-type": f"{content_type}; charset=latin-1"})
-    parser = _Form(headers, _chunks(request, limit), max_files=MAX_PARTS, max_fields=MAX_PARTS, max_part_size=limit)
-    parser.spool_max_size = limit + 1  # never to disk: there may be none to write to
-    try:
-        form = await _in_time(parser.parse())
-    except MultiPartException as error:
-        raise MalformedBody(f"the form cannot be read: {error.message}") from None
-    try:
-        parts = form.multi_items()
-        if others := sorted({name for name, _ in parts} - {"image"}):
-            raise InvalidParameter(f"form parts are named image; this form has {', '.join(others)[:200]!r}")
-        if not parts:
-            raise InvalidParameter("the form has no part named image")
-        return [await part.read() if isinstance(part, UploadFile) else part.encode("latin-1") for _, part in parts]
-    finally:
-        await form.close()
+        return [Part(body)]
+    return await asyncio.to_thread(parts_of, body, content_type)
 
 
 def deadline_of(request: Request) -> float | None:
@@ -93,32 +76,41 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({working, leaving})
 
 
-async def _chunks(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
-    announced = request.headers.get("content-length", "0")
-    if len(announced) > 18 or int(announced) > limit:  # digits: the server has seen to that
-        raise TooLarge(f"the body has {announced[:40]} bytes; at most {limit} are accepted")
-    received, more = 0, True
-    while more:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone("the client closed the connection before its body ended")
-        chunk = message.get("body", b"")
-        received += len(chunk)
-        if received > limit:
-            raise TooLarge(f"the body has more than {limit} bytes")
-        yield chunk
-        more = message.get("more_body", False)
-
-
-async def _join(chunks: AsyncGenerator[bytes, None]) -> bytes:
-    return b"".join([chunk async for chunk in chunks])
-
-
-async def _in_time(reading: Coroutine[Any, Any, T]) -> T:
+async def _received(request: Request, limit: int, held: Held) -> Body:
+    header = request.headers.get("content-length", "0")
+    if len(header) > 18 or int(header) > limit:  # digits: the server has seen to that
+        raise TooLarge(f"the body has {header[:40]} bytes; at most {limit} are accepted")
+    counted = int(header)  # 0: it comes in chunks, counted as they come
+    held.take(counted)
+    # Pages of the system's own: there when they are written to, never copied as it grows, gone with the request.
+    buffer = mmap(-1, max(counted, CHUNK), MAP_PRIVATE | MAP_ANONYMOUS)
+    size = 0
+    clock = asyncio.get_running_loop()
+    end = clock.time() + BODY_SECONDS
     try:
-        return await asyncio.wait_for(reading, BODY_SECONDS)
+        async with asyncio.timeout_at(end) as patience:
+            more = True
+            while more:
+                patience.reschedule(min(end, clock.time() + SILENT_SECONDS))
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone("the client closed the connection before its body ended")
+                chunk = message.get("body", b"")
+                start, size = size, size + len(chunk)
+                if size > limit:
+                    raise TooLarge(f"the body has more than {limit} bytes")
+                if size > counted:
+                    held.take(size - counted)
+                    counted = size
+                if size > len(buffer):
+                    buffer.resize(max(size, 2 * len(buffer)))
+                buffer[start:size] = chunk
+                more = message.get("more_body", False)
     except TimeoutError:
-        raise SlowBody(f"the body did not arrive within {BODY_SECONDS:g} s") from None
+        raise SlowBody(
+            f"the body did not arrive within {BODY_SECONDS:g} s, or stopped for {SILENT_SECONDS:g} s"
+        ) from None
+    return memoryview(buffer)[:size]
 
 
 async def _disconnected(request: Request) -> None:

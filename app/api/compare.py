@@ -30,14 +30,18 @@ from app.errors import (
     UnsupportedCheckpoint,
 )
 from app.store.checkpoint import Checkpoint
+from app.text import reason
 from app.wire.difference import difference
 from app.wire.fit import fit, fitted_size
-from app.wire.images import image_size, read_image, write_image
+from app.wire.headers import read_header
+from app.wire.images import read_image, write_image
 from app.wire.npz import write_zip
 from app.wire.sheet import Cell, contact_sheet, shrunk
 
 MOST = 64
 """Models in one comparison: a sheet of more is not looked at."""
+MEASURING = 16  # bytes that the measures take for each of a picture's: Lab and SSIM in floats
+SHEET_BYTES = 256 << 20  # a sheet of `MOST` cells, written
 WRAP = 40  # characters of an error in a line below a cell
 
 OWN_FAULTS = (UnknownModel, UnsupportedCheckpoint, OutOfMemory, NonFiniteOutput)
@@ -82,26 +86,32 @@ async def compare(request: Request, query: Annotated[CompareQuery, Query()], sha
     clock, deadline = Clock("compare", shared.metrics), deadline_of(request)
     media = negotiate(accepted(request), (PNG, JSON, ZIP))
     trips = await _models(query, shared)
-    bodies = await read_pictures(request, shared.limits.body_bytes)
-    if len(bodies) != 1:
-        raise InvalidParameter(f"one picture is compared at a time; the form has {len(bodies)}")
+    for trip in trips:
+        if isinstance(trip.model, Checkpoint):
+            shared.engine.check_open(trip.model)
+    files = await read_pictures(request, shared)
+    if len(files) != 1:
+        raise InvalidParameter(f"one picture is compared at a time; the form has {len(files)}")
+    body = files[0].content
     with clock.stage("read"):
-        size = image_size(bodies[0])  # its header alone
+        header = await asyncio.to_thread(read_header, body)
+    size = header.shown
     # All see the same picture: what is cropped or resized must suit every one; padding is cut off again.
     multiple = math.lcm(*(trip.model.family.size_multiple for trip in trips if isinstance(trip.model, Checkpoint)))
     seen = size if query.fit == "pad" else fitted_size(*size, multiple, query.fit)
     _check_size(size, seen, len(trips), shared.limits)
 
     def read() -> np.ndarray:
-        image = read_image(bodies[0], background=query.rgb, max_pixels=shared.limits.picture_pixels)
+        image = read_image(body, header, background=query.rgb, max_pixels=shared.limits.picture_pixels)
         return image if query.fit == "pad" else fit(image, multiple, query.fit)
 
     picture: list[np.ndarray] = []  # read once there is room for all of it
 
     async def work(runs: list[tuple[_Trip, Run]]) -> tuple[list[Compared], list[Cell]]:
         with clock.stage("read"):
-            picture.append(await asyncio.to_thread(read))
-            first = Cell(await asyncio.to_thread(shrunk, picture[0]), ("original", f"{seen[0]}x{seen[1]}"))
+            picture.append(await shared.codecs.run(header.work, read))
+            small = await shared.codecs.run(picture[0].nbytes, partial(shrunk, picture[0]))
+            first = Cell(small, ("original", f"{seen[0]}x{seen[1]}"))
         done: list[Row] = []
         errors: list[ServiceError] = []
         for trip, run in runs:  # one after the other: each model is loaded once, however few the device holds
@@ -120,13 +130,15 @@ async def compare(request: Request, query: Annotated[CompareQuery, Query()], sha
         rows, cells = await while_connected(request, work(runs))
     with clock.stage("write"):
         numbers = Comparison(image_size=f"{seen[0]}x{seen[1]}", models=rows)
-        content = await asyncio.to_thread(_body, media, numbers, cells)
+        content = await shared.codecs.run(SHEET_BYTES, partial(_body, media, numbers, cells))
     headers = {"X-Image-Size": f"{size[0]}x{size[1]}", "Server-Timing": clock.finish()}
     return Response(content, media_type=content_type(accepted(request), media), headers=headers)
 
 
 async def _models(query: CompareQuery, shared: Context) -> list[_Trip]:
     """The models that are named, or all usable ones. Raises UnknownModel, and InvalidParameter for none or too many."""
+    if query.names is not None and len(query.names) > MOST:
+        raise _too_many(len(query.names))
     trips: list[_Trip] = []
     if query.names is None:
         trips += [_Trip(item.name, item) for item in await shared.engine.entries() if isinstance(item, Checkpoint)]
@@ -142,8 +154,12 @@ async def _models(query: CompareQuery, shared: Context) -> list[_Trip]:
     if not trips:
         raise InvalidParameter(f"models is a list of names, A,B,...; got {str(query.models)[:80]!r}")
     if len(trips) > MOST:
-        raise InvalidParameter(f"{len(trips)} models; at most {MOST} are compared: name them, models=A,B,...")
+        raise _too_many(len(trips))
     return trips
+
+
+def _too_many(models: int) -> InvalidParameter:
+    return InvalidParameter(f"{models} models; at most {MOST} are compared: name them, models=A,B,...")
 
 
 def _check_size(size: Size, seen: Size, models: int, limits: Limits) -> None:
@@ -178,13 +194,15 @@ async def _admitted(
         decode = replace(encode, op="decode")
 
         async def round_trip(there: Admission, back: Admission) -> Row:
-            latents = await there.run([await asyncio.to_thread(fit, picture[0], multiple, "pad")])
+            padded = await shared.codecs.run(picture[0].nbytes, partial(fit, picture[0], multiple, "pad"))
+            latents = await there.run([padded])
             pictures = await back.run([latents[0].array])
             clock.add(latents)
             clock.add(pictures)
             with clock.stage("write"):
                 row, plan = _Trip(trip.asked, checkpoint).row, pictures[0].plan
-                return await asyncio.to_thread(_measured, row, plan, picture[0], pictures[0].array)
+                measure = partial(_measured, row, plan, picture[0], pictures[0].array)
+                return await shared.codecs.run(MEASURING * picture[0].nbytes, measure)
 
         parts = [(encode, [picture_shape(padded)]), (decode, [latent_shape_of(padded, decode)])]
         return Work(parts, round_trip)
@@ -221,7 +239,7 @@ def _measured(row: Compared, plan: str, original: np.ndarray, padded: np.ndarray
 
 
 def _failure(row: Compared, error: ServiceError) -> Row:
-    text = " ".join(str(error).split())
+    text = reason(error)
     return row.model_copy(update={"error": text}), Cell(None, (row.model, *textwrap.wrap(text, WRAP)[:3]))
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 from base64 import b64decode
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, cast
@@ -10,7 +11,9 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
+from app.api.codecs import Codecs
 from app.api.errors import Forbidden, Unauthorized
+from app.api.room import Room
 from app.engine.engine import Engine
 from app.errors import InvalidParameter, TooLarge
 from app.metrics import Metrics
@@ -25,17 +28,24 @@ class Limits:
     items: int
     pixels: int
 
-    def check(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """Raises TooLarge for pictures of these sizes (width, height) that are too large, too many or both."""
+    def check(self, sizes: Sequence[tuple[int, int]], times: int = 1) -> None:
+        """Raises TooLarge for pictures of these sizes (width, height), so many `times`: too large, too many or both.
+
+        What a header claims is a number here; nothing of that length is made before this.
+        """
         for width, height in sizes:
             if width * height > self.picture_pixels:
                 raise TooLarge(
                     f"{width}x{height} are {width * height} pixels; at most {self.picture_pixels} are accepted"
                 )
-        if len(sizes) > self.items:
-            raise TooLarge(f"{len(sizes)} pictures in one request; at most {self.items} are accepted")
-        if (total := sum(width * height for width, height in sizes)) > self.pixels:
+        self.check_items(len(sizes) * times)
+        if (total := times * sum(width * height for width, height in sizes)) > self.pixels:
             raise TooLarge(f"{total} pixels in one request; at most {self.pixels} are accepted")
+
+    def check_items(self, count: int) -> None:
+        """Raises TooLarge for more pictures than a request may bring."""
+        if count > self.items:
+            raise TooLarge(f"{count} pictures in one request; at most {self.items} are accepted")
 
 
 @dataclass(frozen=True)
@@ -45,12 +55,17 @@ class Context:
     engine: Engine
     metrics: Metrics
     limits: Limits
+    room: Room
+    codecs: Codecs
     api_keys: frozenset[str] = frozenset()
     admin_key: str | None = None
     metrics_public: bool = True
 
 
-def context(request: Request) -> Context:
+# All of these are coroutines: FastAPI would run functions in a pool of threads, and health with them.
+
+
+async def context(request: Request) -> Context:
     """The app's context."""
     return cast(Context, request.app.state.context)
 
@@ -61,7 +76,7 @@ Shared = Annotated[Context, Depends(context)]
 BEARER = HTTPBearer(auto_error=False, description="An API key; as the password of Basic it is taken too.")
 
 
-def require_key(request: Request, shared: Shared) -> None:
+async def require_key(request: Request, shared: Shared) -> None:
     """Lets a request pass that brings an API key or the admin key, or any request where no API keys are set."""
     if not shared.api_keys:
         return
@@ -74,7 +89,7 @@ def require_key(request: Request, shared: Shared) -> None:
         raise Forbidden("this key is not known")
 
 
-def require_admin(request: Request, shared: Shared) -> None:
+async def require_admin(request: Request, shared: Shared) -> None:
     """Lets a request pass that brings the admin key."""
     if shared.admin_key is None:
         raise Forbidden("admin routes are off: set LATENTD_ADMIN_KEY to use them")
@@ -85,20 +100,21 @@ def require_admin(request: Request, shared: Shared) -> None:
         raise Forbidden("this is not the admin key")
 
 
-def require_metrics_key(request: Request, shared: Shared) -> None:
+async def require_metrics_key(request: Request, shared: Shared) -> None:
     """As `require_key`, unless the metrics are public."""
     if not shared.metrics_public:
-        require_key(request, shared)
+        await require_key(request, shared)
 
 
-def each_once(request: Request) -> None:
+async def each_once(request: Request) -> None:
     """Refuses a query that says one thing twice."""
-    names = [name for name, _ in request.query_params.multi_items()]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    names = Counter(name for name, _ in request.query_params.multi_items())
+    if twice := sorted(name for name, times in names.items() if times > 1):
         raise InvalidParameter(f"given more than once: {', '.join(twice)[:200]}")
 
 
-GUARD = [Depends(BEARER), Depends(require_key), Depends(each_once)]
+KEYED = [Depends(BEARER), Depends(require_key)]
+GUARD = [*KEYED, Depends(each_once)]
 ADMIN = [Depends(BEARER), Depends(require_admin), Depends(each_once)]
 
 

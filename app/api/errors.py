@@ -19,6 +19,10 @@ from app.text import one_line
 log = logging.getLogger("app.api")
 
 MEDIA = "application/problem+json"
+REMOTE = "/remote/"
+"""Below it errors look as Hugging Face's clients read them: `{"error": "..."}`."""
+LONGEST = 1000
+"""Characters of a detail or a path in an answer; either may quote what came."""
 CLIENT_GONE = 499  # nginx's number: in the log and the metrics only, nobody is there to read it
 
 
@@ -68,6 +72,7 @@ STATUS: dict[type[errors.ServiceError], Kind] = {
     errors.NonFiniteOutput: Kind(500, "non_finite_output"),
     errors.ServiceError: Kind(500, "internal_error"),
     CheckpointChanged: Kind(503, "model_changed", retryable=True),  # between the look at the folder and the load
+    errors.TooManyBytes: Kind(503, "too_many_bytes", retryable=True),
     errors.Unavailable: Kind(503, "unavailable", retryable=True),
     errors.DeadlineExceeded: Kind(504, "deadline_exceeded", retryable=True),
     errors.OutOfMemory: Kind(507, "out_of_memory"),
@@ -81,20 +86,41 @@ def kind_of(error: errors.ServiceError) -> Kind:
     return next(STATUS[base] for base in type(error).__mro__ if base in STATUS)
 
 
-def problem(request: Request, kind: Kind, detail: str, headers: dict[str, str] | None = None) -> Response:
-    """The answer to a request that failed; its line in the log says the same."""
+def problem(request: Request, error: errors.ServiceError, more: dict[str, str] | None = None) -> Response:
+    """The answer to a request that failed with this error; `more` headers than it asks for by itself."""
+    kind = kind_of(error)
+    headers = dict(more or {})
+    if isinstance(error, errors.Overloaded):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    elif kind.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["Retry-After"] = "1"
+    elif kind.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = 'Bearer, Basic realm="latentd"'
+    return _problem(request, kind, str(error), headers)
+
+
+def _problem(request: Request, kind: Kind, detail: str, headers: dict[str, str] | None = None) -> Response:
+    """The same of a kind and a text, problem+json but below REMOTE; its line in the log says them too."""
     request.scope.setdefault("state", {})["problem"] = kind.code, detail
+    if str(request.scope["path"]).startswith(REMOTE):
+        return JSONResponse({"error": one_line(detail)}, kind.status, headers)
     body = Problem(
         type=f"urn:latentd:problem:{kind.code}",
         title="Client Closed Request" if kind.status == CLIENT_GONE else HTTPStatus(kind.status).phrase,
         status=kind.status,
-        detail=one_line(detail),
-        instance=quote(request.scope["path"]),  # request.url would parse the Host header, whatever is in it
+        detail=_cut(one_line(detail[: 2 * LONGEST])),
+        instance=_cut(
+            quote(request.scope["path"][:LONGEST])
+        ),  # request.url would parse the Host header, whatever is in it
         code=kind.code,
         request_id=request_id(request),
         retryable=kind.retryable,
     )
     return JSONResponse(body.model_dump(), kind.status, headers, media_type=MEDIA)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def request_id(request: Request) -> str:
@@ -104,15 +130,7 @@ def request_id(request: Request) -> str:
 
 async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.ServiceError)
-    kind = kind_of(error)
-    headers: dict[str, str] = {}
-    if isinstance(error, errors.Overloaded):
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    elif kind.status == HTTPStatus.SERVICE_UNAVAILABLE:
-        headers["Retry-After"] = "1"
-    elif kind.status == HTTPStatus.UNAUTHORIZED:
-        headers["WWW-Authenticate"] = 'Bearer, Basic realm="latentd"'
-    return problem(request, kind, str(error), headers)
+    return problem(request, error)
 
 
 async def _invalid_query(request: Request, error: Exception) -> Response:
@@ -124,14 +142,14 @@ async def _invalid_query(request: Request, error: Exception) -> Response:
             details.append(f"{name}: there is no such parameter")
         else:
             details.append(f"{name}: {found['msg']}, got {str(found['input'])[:80]!r}")
-    return problem(request, STATUS[errors.InvalidParameter], "; ".join(details))
+    return _problem(request, STATUS[errors.InvalidParameter], "; ".join(details))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
     headers = dict(error.headers) if error.headers else None
-    return problem(request, Kind(error.status_code, code), str(error.detail), headers)
+    return _problem(request, Kind(error.status_code, code), str(error.detail), headers)
 
 
 async def _bug(request: Request, error: Exception) -> Response:
@@ -141,7 +159,7 @@ async def _bug(request: Request, error: Exception) -> Response:
     log.error("unexpected error, request=%s model=%s", found_by, quote(model), exc_info=error, extra={"facts": facts})
     # starlette answers from outside `Access`, which sets this header on everything else
     headers = {"X-Request-Id": found_by}
-    return problem(request, BUG, "an unexpected error: the log has it under this request_id", headers)
+    return _problem(request, BUG, "an unexpected error: the log has it under this request_id", headers)
 
 
 def install(app: FastAPI) -> None:

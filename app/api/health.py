@@ -2,7 +2,6 @@
 
 from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
-from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.api.context import BEARER, Shared, require_metrics_key
@@ -11,6 +10,17 @@ from app.api.schemas import Health
 
 router = APIRouter(tags=["health"])
 FAILING: Responses = {503: {"description": "Failing, in the same form.", "model": Health}}
+
+PROBES = frozenset(
+    {
+        *("/healthz/live", "/healthz/ready", "/healthz/startup", "/health", "/livez", "/readyz"),
+        *("/v2/health/live", "/v2/health/ready"),
+    }
+)
+"""Answered however crowded it is. Nothing that they depend on may wait for a thread."""
+
+OFTEN = PROBES | {"/metrics"}
+"""Paths that machines ask for every few seconds."""
 
 
 def _answer(good: bool, **facts: object) -> JSONResponse:
@@ -30,9 +40,18 @@ async def live(shared: Shared) -> JSONResponse:
 @router.get("/readyz", include_in_schema=False)
 @router.get("/v2/health/ready", include_in_schema=False)
 async def ready(shared: Shared) -> JSONResponse:
-    """Red before the first scan of the folder, while draining, and without a working device."""
+    """Red before the first scan of the folder, while draining, and without a working device.
+
+    A default model that is not there is told and no more: its file may come.
+    """
     engine = shared.engine
-    return _answer(engine.ready, scanned=engine.scanned, device=engine.lost is None, draining=engine.draining)
+    return _answer(
+        engine.ready,
+        scanned=engine.scanned,
+        device=engine.lost is None,
+        draining=engine.draining,
+        default_model=engine.default_found,
+    )
 
 
 @router.get("/healthz/startup", response_model=Health, responses=FAILING)
@@ -49,8 +68,5 @@ async def startup(shared: Shared) -> JSONResponse:
 )
 async def metrics(shared: Shared) -> Response:
     """Prometheus text."""
+    shared.engine.forget_gone()
     return Response(generate_latest(shared.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-PROBES = frozenset(route.path for route in router.routes if isinstance(route, APIRoute))
-"""Paths that machines ask for every few seconds."""

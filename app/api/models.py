@@ -45,7 +45,9 @@ async def _row(name: str, shared: Context) -> Model:
 @router.get("", responses=problems(503))
 async def list_models(_: Nothing, shared: Shared) -> Models:
     """Every model file of the folder, unreadable ones with their error."""
-    return Models(models=[model_row(entry, shared) for entry in await shared.engine.entries()])
+    rows = [model_row(entry, shared) for entry in await shared.engine.entries()]
+    meant = shared.engine.meant()
+    return Models(models=rows, default=meant.name if meant else None)
 
 
 @router.get("/{name:path}/plan", operation_id="plan_model", responses=problems(404, 503))
@@ -103,4 +105,12 @@ async def unpin(name: Name, _: Nothing, shared: Shared) -> Model:
     """Lets the model be evicted again."""
     checkpoint = await shared.engine.resolve(name)
     shared.engine.pin(checkpoint, pinned=False)
+    return await _row(checkpoint.name, shared)
+
+
+@admin.post("/{name:path}/retest", operation_id="retest_model", responses=problems(404, 503))
+async def retest(name: Name, _: Nothing, shared: Shared) -> Model:
+    """Lets the model begin in fp16 again, whatever overflowed there before."""
+    checkpoint = await shared.engine.resolve(name)
+    shared.engine.forget_overflow(checkpoint)
     return await _row(checkpoint.name, shared)

@@ -25,7 +25,7 @@ ANSWER_HEADERS = {
     "X-Plan": "Precision and execution, like fp16/whole.",
     "X-Plan-Reason": "Why it is not the first choice: low_memory, non_finite, oom or requested.",
     "X-Latents": "scaled or raw.",
-    "X-Warning": "What looks wrong, in one line, the work being done all the same; absent when nothing does.",
+    "X-Warning": "What looks wrong, or is a guess, in one line; the work is done all the same. Else absent.",
     "Server-Timing": "Milliseconds of read, queue, load, compute and write.",
 } | REQUEST_ID_HEADER
 

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -24,20 +25,23 @@ from app.api.answer import (
     pictures_body,
 )
 from app.api.body import deadline_of, read_body, read_pictures
-from app.api.context import GUARD, Shared
+from app.api.context import GUARD, Limits, Shared
+from app.api.form import Part, naming
 from app.api.mismatch import check_family, convention_of, warning
 from app.api.openapi import DECODED, ENCODED, LATENTS_FAMILY, PROBLEM, WORK, answers, problems, takes
 from app.api.restoring import WayBack, way_back
 from app.api.schemas import DecodeQuery, EncodeQuery
-from app.api.work import Clock, Done, Given, Size, decoding, encoding, finished, picture_size, resolved
+from app.api.work import Clock, Done, Given, Size, decoding, encoding, finished, picture_size, resolved, writing
 from app.engine.jobs import Task, Work
 from app.errors import InvalidParameter, NotAcceptable
 from app.store.checkpoint import Checkpoint
 from app.wire.arrays import LatentShape, latent_shape, read_latents
-from app.wire.fit import fit, fitted_size
+from app.wire.fit import Fit, fit, fitted_size
 from app.wire.images import check_sides
 from app.wire.origin import origin_of, restore
-from app.wire.pixels import picture_sizes, read_pixels
+from app.wire.pixels import PixelsHeader, pixels_header, read_pixels
+
+NAMED = 4  # animated pictures that a warning tells of
 
 router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
 
@@ -60,18 +64,19 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     if moments and "latents" in query.model_fields_set and query.latents == "scaled":
         raise InvalidParameter("posterior=moments are raw; latents=scaled are a mode or a sample")
     checkpoint = await resolved(request, query.model, shared)
-    bodies = await read_pictures(request, shared.limits.body_bytes)
+    shared.engine.check_open(checkpoint)
+    files = await read_pictures(request, shared)
     with clock.stage("read"):
-        parts = await asyncio.to_thread(lambda: [picture_sizes(body) for body in bodies])  # their headers alone
-    sizes = [size for part in parts for size in part]
-    shared.limits.check(sizes)
+        headers = await asyncio.to_thread(_headers, files, shared.limits)
+    sizes = [header.size for header in headers for _ in range(header.count)]
     seed = None
     if query.posterior == "sample":
         seed = query.seed if query.seed is not None else secrets.randbits(63)
 
     def prepare(checkpoint: Checkpoint) -> Work[Done]:
         multiple = checkpoint.family.size_multiple
-        fitted = [fitted_size(*size, multiple, query.fit) for size in sizes]
+        pairs = zip(files, headers, strict=True)
+        fitted = [size for file, header in pairs for size in _fitted(file, header, multiple, query.fit)]
         _latents_type(request, fitted)  # refused now or never
         task = Task(
             "encode",
@@ -85,13 +90,16 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
             numbers=query.dtype,
         )
 
-        def read(body: bytes) -> list[np.ndarray]:
-            pictures = read_pixels(body, background=query.rgb, max_pixels=shared.limits.picture_pixels)
+        def read(file: Part, header: PixelsHeader) -> list[np.ndarray]:
+            most = shared.limits.picture_pixels
+            with naming(file):
+                pictures = read_pixels(file.content, header, background=query.rgb, max_pixels=most)
             return [fit(picture, multiple, query.fit) for picture in pictures]
 
         async def read_all() -> Given:
-            parts = await asyncio.gather(*(asyncio.to_thread(read, body) for body in bodies))
-            return Given([picture for part in parts for picture in part])
+            work = [(header.work, partial(read, file, header)) for file, header in zip(files, headers, strict=True)]
+            found = await shared.codecs.run_all(work)
+            return Given([picture for pictures in found for picture in pictures], _animated(files, headers))
 
         return encoding(task, fitted, read_all, clock)
 
@@ -100,7 +108,8 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     media = _latents_type(request, [array.shape for array in arrays])
     with clock.stage("write"):
         origin = origin_of(sizes, done.task.checkpoint.family.size_multiple, query.fit)
-        content = await asyncio.to_thread(latents_body, media, arrays, done.task, origin)
+        write = partial(latents_body, media, arrays, done.task, origin)
+        content = await shared.codecs.run(writing(arrays), write)
     return answer(content, content_type(accepted(request), media), done, clock, origin)
 
 
@@ -109,33 +118,39 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     response_class=Response,
     responses=answers("A picture; several as zip or npy, (N, H, W, 3)", (PNG, JPEG, WEBP, ZIP, NPY), DECODED)
     | problems(409, *WORK),
-    openapi_extra=takes("Latents, (C, h, w) or (N, C, h, w).", (NPY, NPZ, SAFETENSORS), headers=[LATENTS_FAMILY]),
+    openapi_extra=takes(
+        "Latents, (C, h, w) or (N, C, h, w); a .npz may hold several shapes.",
+        (NPY, NPZ, SAFETENSORS),
+        headers=[LATENTS_FAMILY],
+    ),
 )
 async def decode(request: Request, query: Annotated[DecodeQuery, Query()], shared: Shared) -> Response:
     """Latents to pictures. Body: .npy, .npz or safetensors, (C, h, w) or (N, C, h, w)."""
     clock, deadline = Clock("decode", shared.metrics), deadline_of(request)
     checkpoint = await resolved(request, query.model, shared)
-    body = await read_body(request, shared.limits.body_bytes)
+    shared.engine.check_open(checkpoint)
+    body = await read_body(request, shared)
     with clock.stage("read"):
         header = await asyncio.to_thread(latent_shape, body)
     latents = convention_of(query, header)
+    shared.limits.check_items(header.batch)  # nothing of a claimed length is made before
 
     def prepare(checkpoint: Checkpoint) -> Work[Done]:
         family = checkpoint.family
         check_family(request, header, checkpoint.name, family, latents)
         task = Task("decode", checkpoint, latents, query.precision, query.tiling, query.deterministic, query.output)
-        shared.limits.check([picture_size(header, task)] * header.batch)
+        shared.limits.check([picture_size(shape, task) for shape in header.shapes])
         back = _way_back(query, header, task)
         media = _picture_type(request, query, back.result.sizes)  # refused now or never
         for size in set(back.result.sizes):
             check_sides(*size, media)
 
         def read() -> Given:
-            items = list(read_latents(body, max_bytes=shared.limits.body_bytes * 4).array)
+            items = read_latents(body, max_bytes=shared.limits.body_bytes * 4).items
             found = [text for text in (warning(items, family, latents), back.warning) if text]
             return Given(items, "; ".join(found) or None)
 
-        return decoding(task, header, lambda: asyncio.to_thread(read), clock)
+        return decoding(task, header, lambda: shared.codecs.run(len(body) + header.work, read), clock)
 
     done = await finished(request, checkpoint, query.model, prepare, deadline, shared)
     back = _way_back(query, header, done.task)
@@ -146,8 +161,34 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
         return pictures_body(media, [restore(each.array, size, back.change) for each, size in pairs], query.quality)
 
     with clock.stage("write"):
-        content = await asyncio.to_thread(write)
+        content = await shared.codecs.run(writing([each.array for each in done.results]), write)
     return answer(content, content_type(accepted(request), media), done, clock, back.result)
+
+
+def _headers(files: Sequence[Part], limits: Limits) -> list[PixelsHeader]:
+    headers = []
+    for file in files:
+        with naming(file):
+            headers.append(pixels_header(file.content))
+            limits.check([headers[-1].size], headers[-1].count)
+    limits.check_items(sum(header.count for header in headers))  # nothing of a claimed length is made before
+    limits.check([header.size for header in headers for _ in range(header.count)])
+    return headers
+
+
+def _fitted(file: Part, header: PixelsHeader, multiple: int, mode: Fit) -> list[Size]:
+    with naming(file):
+        return [fitted_size(*header.size, multiple, mode)] * header.count
+
+
+def _animated(files: Sequence[Part], headers: Sequence[PixelsHeader]) -> str | None:
+    """What is to be said of pictures that move."""
+    said = [
+        f"{file.label or 'the picture'} has {header.frames} frames: the first is encoded"
+        for file, header in zip(files, headers, strict=True)
+        if header.frames > 1
+    ]
+    return "; ".join(said[:NAMED]) + ("; .." if len(said) > NAMED else "") or None
 
 
 def _latents_type(request: Request, shapes: Sequence[tuple[int, ...]]) -> str:
@@ -155,7 +196,7 @@ def _latents_type(request: Request, shapes: Sequence[tuple[int, ...]]) -> str:
 
 
 def _way_back(query: DecodeQuery, header: LatentShape, task: Task) -> WayBack:
-    decoded = [picture_size(header, task)] * header.batch
+    decoded = [picture_size(shape, task) for shape in header.shapes]
     return way_back(query, header, decoded, task.checkpoint.family.size_multiple)
 
 

@@ -206,6 +206,7 @@ class Models(BaseModel):
     """GET /models."""
 
     models: list[Model]
+    default: str | None = None  # what a request without `model` means now; null where it must say
 
 
 class Plan(BaseModel):

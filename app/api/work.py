@@ -79,8 +79,8 @@ def encoding(task: Task, sizes: Sequence[Size], read: Read, clock: Clock) -> Wor
 
 
 def decoding(task: Task, shape: LatentShape, read: Read, clock: Clock) -> Work[Done]:
-    """A batch of latents to pictures."""
-    return _work(task, [(shape.channels, shape.height, shape.width)] * shape.batch, read, clock)
+    """Latents to pictures."""
+    return _work(task, shape.shapes, read, clock)
 
 
 def picture_shape(size: Size) -> tuple[int, int, int]:
@@ -94,10 +94,15 @@ def latent_shape_of(size: Size, task: Task) -> tuple[int, int, int]:
     return family.channels(task.latents), size[1] // side, size[0] // side
 
 
-def picture_size(shape: LatentShape, task: Task) -> Size:
-    """Of the picture that a latent decodes to, in pixels."""
+def picture_size(shape: tuple[int, int, int], task: Task) -> Size:
+    """Of the picture that a latent (C, h, w) decodes to, in pixels."""
     side = task.checkpoint.family.side(task.latents)
-    return shape.width * side, shape.height * side
+    return shape[2] * side, shape[1] * side
+
+
+def writing(arrays: Sequence[np.ndarray]) -> int:
+    """Bytes of memory that writing these into a file takes: a batch of them, rows made ready, the file, its copy."""
+    return 4 * sum(array.nbytes for array in arrays)
 
 
 async def resolved(request: Request, model: str | None, shared: Context) -> Checkpoint:
@@ -128,6 +133,7 @@ def _work(task: Task, shapes: Sequence[tuple[int, ...]], read: Read, clock: Cloc
             given = await read()
         results = await admission.run(given.arrays)
         clock.add(results)
-        return Done(task, results, given.warning)
+        doubts = [line for line in (task.checkpoint.doubt, given.warning) if line]
+        return Done(task, results, "; ".join(doubts) or None)
 
     return Work([(task, shapes)], do)

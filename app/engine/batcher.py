@@ -66,15 +66,8 @@ class Batcher:
         """
         if items > self.limits.items:
             raise TooLarge(f"{items} items in one request: the queue holds {self.limits.items}")
+        self.check_room(items, pixels)
         wait = self.wait_seconds()
-        needs = min(pixels, self.limits.pixels // 2)
-        if self._items + items > self.limits.items or self._pixels + needs > self.limits.pixels:
-            self._metrics.rejected.labels("queue_full").inc()
-            raise Overloaded(
-                f"the queue is full: {self._items} of {self.limits.items} items, "
-                f"{self._pixels} of {self.limits.pixels} pixels",
-                retry_after=max(1.0, wait),
-            )
         if deadline is not None and wait > 0 and time.monotonic() + wait + seconds > deadline:
             self._metrics.rejected.labels("deadline").inc()
             raise Overloaded(
@@ -86,6 +79,19 @@ class Batcher:
         ticket = Ticket(items, pixels)
         self._unread[ticket] = seconds
         return ticket
+
+    def check_room(self, items: int = 1, pixels: int = 1) -> None:
+        """Raises Overloaded when so much more is not taken; the least that a request brings is one of each."""
+        full = self._items + items > self.limits.items or (
+            self._pixels + pixels > self.limits.pixels and self._items > 0
+        )
+        if full:
+            self._metrics.rejected.labels("queue_full").inc()
+            raise Overloaded(
+                f"the queue is full: {self._items} of {self.limits.items} items, "
+                f"{self._pixels} of {self.limits.pixels} pixels",
+                retry_after=max(1.0, self.wait_seconds()),
+            )
 
     def give_back(self, ticket: Ticket) -> None:
         """The request failed before its jobs were put: its room is free again."""

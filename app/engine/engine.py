@@ -11,14 +11,15 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 
 from app.engine.batcher import Admission, QueueLimits
+from app.engine.devices import device_names, torch_device
 from app.engine.forecast import Forecaster
 from app.engine.jobs import Prepare, Result, Shape, Task, Work, check_shape, picture_pixels
 from app.engine.memory import memory_of
 from app.engine.planner import PlanAnswer
 from app.engine.planning import dtypes
 from app.engine.verdicts import Verdicts
-from app.engine.worker import Load, Worker, device_names, torch_device
-from app.errors import Unavailable
+from app.engine.worker import Load, Worker
+from app.errors import ServiceError, Unavailable
 from app.metrics import Metrics
 from app.store.checkpoint import Checkpoint, CheckpointChanged, load_autoencoder
 from app.store.follow import FIRST_SECONDS, Follower
@@ -80,6 +81,7 @@ class Engine:
         self.metrics = metrics
         self.draining = False
         self.self_tested = False
+        self._named: set[str] = set()  # models that the metrics may know
         self.open_requests = 0  # admitted requests that have not ended
         self._idle = asyncio.Event()
         self._idle.set()
@@ -135,6 +137,13 @@ class Engine:
         """The checkpoint of a name, a hash prefix or None (the default, or the only one)."""
         return await self.folder.find(model, self.options.default_model)
 
+    def meant(self, model: str | None = None) -> Checkpoint | None:
+        """What `resolve` finds among the models that have been read, without a look at the folder; None: nothing."""
+        try:
+            return self.store.resolve(model, self.options.default_model)
+        except ServiceError:
+            return None
+
     async def entries(self) -> list[Entry]:
         """All models of the folder as it is now, unreadable ones included."""
         return await self.folder.entries()
@@ -156,6 +165,13 @@ class Engine:
     def fp16(self, checkpoint: Checkpoint) -> Fp16:
         """What is known of the checkpoint in half precision, runs of this process included."""
         return self._verdicts.of(checkpoint)
+
+    def forget_gone(self) -> None:
+        """Drops the metrics of models that the folder no longer has: names come and go, and labels would only come."""
+        names = {entry.name for entry in self.store.entries()}
+        for name in self._named - names:
+            self.metrics.forget(name)
+        self._named = names
 
     def forget_overflow(self, checkpoint: Checkpoint) -> None:
         """Lets a checkpoint begin in fp16 again, whatever this process saw of it there."""
@@ -236,6 +252,16 @@ class Engine:
         admissions = [await room.enter_async_context(part) for part in parts]
         return lambda: work.do(*admissions)
 
+    def check_open(self, checkpoint: Checkpoint) -> None:
+        """Refuses now what `admit` would refuse whatever its shapes: asked before a body is read."""
+        self._check_draining()
+        self._worker_for(checkpoint).batcher.check_room()
+
+    def _check_draining(self) -> None:
+        if self.draining:
+            self.metrics.rejected.labels("draining").inc()
+            raise Unavailable("the service is shutting down")
+
     @asynccontextmanager
     async def admit(
         self, task: Task, shapes: Sequence[Shape], deadline: float | None, origin: str = ""
@@ -245,13 +271,11 @@ class Engine:
         Raises Unavailable while draining, Overloaded when the queue is full or the deadline cannot be met, and
         InvalidLatent or InvalidImage when the shapes do not fit the model.
         """
-        if self.draining:
-            self.metrics.rejected.labels("draining").inc()
-            raise Unavailable("the service is shutting down")
+        self._check_draining()
         for shape in shapes:
             check_shape(task, shape)
         pixels = sum(picture_pixels(task, shape) for shape in shapes)
-        worker = self._worker_for(task)
+        worker = self._worker_for(task.checkpoint)
         sha256, op = task.checkpoint.sha256, task.op
         seconds = worker.rate.seconds(sha256, op, pixels) if worker.rate.knows(sha256, op) else 0.0
         ticket = worker.batcher.admit(len(shapes), pixels, deadline, seconds)
@@ -269,17 +293,17 @@ class Engine:
     async def plan(self, task: Task, shape: tuple[int, ...]) -> PlanAnswer:
         """What the device that would get such a job would do with it now."""
         check_shape(task, shape)
-        worker = self._worker_for(task)
+        worker = self._worker_for(task.checkpoint)
         return await worker.answer(task, shape)
 
-    def _worker_for(self, task: Task) -> Worker:
+    def _worker_for(self, checkpoint: Checkpoint) -> Worker:
         """The device that would come to the job first; one that must load the model comes later."""
         working = [worker for worker in self.workers if worker.lost is None]
         if not working:
             raise Unavailable("every device is lost")
 
         def begin(worker: Worker) -> tuple[float, bool, int]:
-            resident = worker.cache.holds(task.checkpoint)
+            resident = worker.cache.holds(checkpoint)
             load = 0.0 if resident else LOAD_SECONDS
             return (worker.batcher.wait_seconds() + load, not resident, worker.batcher.items)
 
@@ -301,6 +325,11 @@ class Engine:
     def scanned(self) -> bool:
         """Whether every file that lay in the folder at the start has been read."""
         return self.folder.scanned
+
+    @property
+    def default_found(self) -> bool:
+        """Whether the default model, where one is configured, is there and usable."""
+        return self.options.default_model is None or self.meant() is not None
 
     @property
     def ready(self) -> bool:

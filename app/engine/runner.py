@@ -22,6 +22,7 @@ from app.allocator import GAPS
 from app.engine import compute
 from app.engine.cache import ModelCache, Resident
 from app.engine.compute import Failure
+from app.engine.devices import on
 from app.engine.jobs import Job, Result
 from app.engine.memory import DeviceMemory, Level
 from app.engine.planner import Planner, shape_of
@@ -46,11 +47,6 @@ class Staged:
     inputs: dict[Job, Tensor]
     resident: Resident | None
     """In use by this batch; None where it had to make room for the batch before, and must be loaded again."""
-
-
-async def on(thread: ThreadPoolExecutor, function: Callable[..., T], *args: object) -> T:
-    """The result of a blocking call on one thread."""
-    return await asyncio.get_running_loop().run_in_executor(thread, function, *args)
 
 
 class Runner:

@@ -6,27 +6,26 @@ Three threads: one computes, one brings arrays to the device, one weights. Every
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from app.engine import compute
 from app.engine.batcher import Batcher, QueueLimits
 from app.engine.cache import ModelCache, Resident
+from app.engine.devices import on, to_device, torch_device
 from app.engine.forecast import Forecaster
 from app.engine.jobs import Job, Task
 from app.engine.memory import DeviceMemory
 from app.engine.planner import PlanAnswer, Planner
 from app.engine.planning import TORCH_DTYPES
 from app.engine.rate import Rate
-from app.engine.runner import Runner, Staged, on
+from app.engine.runner import Runner, Staged
 from app.engine.verdicts import Verdicts
-from app.errors import OutOfMemory, Unavailable
+from app.errors import OutOfMemory, Overloaded, Unavailable
 from app.metrics import DeviceMetrics, Gauge, Metrics
 from app.store.checkpoint import Checkpoint, load_autoencoder
 from app.terms import Dtype, Precision
@@ -37,6 +36,9 @@ log = logging.getLogger("app.engine")
 
 STALL_SECONDS = 120.0
 """A batch may show no progress for so long, or for ten times its expected time, before liveness turns red."""
+
+MOST_ASKED = 8
+"""Questions for a plan that wait at once: each costs the processor about as much as the plan of a new shape does."""
 
 STOP_SECONDS = 10.0
 """A device thread that does not come back for so long after everybody has gone hangs in its driver."""
@@ -81,6 +83,8 @@ class Worker:
         self._load_module = load
         self._stage_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-stage")
         self._load_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-load")
+        self._plan_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-plan")  # of questions, one at a time
+        self._asked = 0
         self.planner = Planner(self.device.type, memory, self.cache, forecaster, verdicts, precision)
         self._runner = Runner(
             name,
@@ -124,7 +128,7 @@ class Worker:
             if not self._running.done():
                 self._runner.lost = "its thread hangs"
         self._runner.thread.shutdown(wait=False, cancel_futures=True)
-        for thread in (self._stage_thread, self._load_thread):
+        for thread in (self._stage_thread, self._load_thread, self._plan_thread):
             thread.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -144,9 +148,15 @@ class Worker:
         return self.lost is None and not stalled
 
     async def answer(self, task: Task, shape: tuple[int, ...]) -> PlanAnswer:
-        """What would be planned now for one item of `shape`."""
+        """What would be planned now for one item of `shape`. Raises Overloaded where many ask."""
+        if self._asked >= MOST_ASKED:
+            raise Overloaded(f"{self._asked} plans are being worked out already", retry_after=1.0)
         free, available = self.cache.free, self.planner.prospect(task)
-        return await asyncio.to_thread(self.planner.answer, self.name, task, shape, free, available)
+        self._asked += 1
+        try:
+            return await on(self._plan_thread, self.planner.answer, self.name, task, shape, free, available)
+        finally:
+            self._asked -= 1
 
     def gauges(self) -> Iterator[Gauge]:
         """The device's state as Prometheus gauges: (name, help, labels, value)."""
@@ -242,7 +252,7 @@ class Worker:
             resident = await self.cache.acquire(jobs[0].task.checkpoint, turn.dtypes[0], self._runner.reserved)
         loaded = time.monotonic() - turn.began
         try:
-            tensors = await on(self._stage_thread, _to_device, [job.array for job in jobs], self.device, self._stream)
+            tensors = await on(self._stage_thread, to_device, [job.array for job in jobs], self.device, self._stream)
         except BaseException:
             self.cache.release(resident)
             raise
@@ -301,36 +311,3 @@ class Worker:
 
 def _stopping() -> Unavailable:
     return Unavailable("the service is shutting down")
-
-
-def torch_device(name: str) -> torch.device:
-    """The torch device of a worker's name; cpu:0, cpu:1 ... are all the one CPU."""
-    return torch.device("cpu" if name.startswith("cpu") else name)
-
-
-def device_names(devices: Sequence[str]) -> list[str]:
-    """One name per device: several "cpu" become cpu:0, cpu:1, so that each has its own worker and label."""
-    if list(devices) == ["auto"]:
-        devices = ["cuda:0" if torch.cuda.is_available() else "cpu"]
-    counts: dict[str, int] = {}
-    names = []
-    for device in devices:
-        name = "cuda:0" if device == "cuda" else device
-        if list(devices).count("cpu") > 1 and name == "cpu":
-            counts[name] = counts.get(name, 0) + 1
-            name = f"cpu:{counts[name] - 1}"
-        names.append(name)
-    return names
-
-
-def _to_device(arrays: list[np.ndarray], device: torch.device, stream: torch.cuda.Stream | None) -> list[Tensor]:
-    """Copies host arrays to the device; on CUDA on a stream of their own, so that a running batch goes on."""
-    tensors = [torch.tensor(array) for array in arrays]
-    if stream is None:
-        return tensors
-    with torch.cuda.stream(stream):
-        on_device = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
-    stream.synchronize()
-    for tensor in on_device:  # their blocks are this stream's, and are read by the one that computes
-        tensor.record_stream(torch.cuda.default_stream(device))
-    return on_device

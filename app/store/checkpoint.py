@@ -12,6 +12,7 @@ from torch import Tensor
 
 from app.errors import UnsupportedCheckpoint
 from app.store.declared import FamilySource
+from app.store.family import doubt_of
 from app.store.tree import Stamp, stamp
 from app.terms import Fp16
 from app.text import short
@@ -48,6 +49,11 @@ class Checkpoint:
     baked: bool  # inside a full checkpoint
     stamps: tuple[Stamp, ...] = field(repr=False)
     copy_of: str | None = None  # the name of the model in the same folder whose weights these are
+
+    @property
+    def doubt(self) -> str | None:
+        """One line where its family is a guess, else None."""
+        return doubt_of(self.family, self.family_source, self.path.stem)
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the loaded module in this dtype."""

@@ -13,6 +13,7 @@ from app.vae.families import FAMILIES
 from app.vae.latent_format import Constant
 
 FamilySource = Literal["config", "checkpoint", "hash", "operator", "default"]
+"""Who says it; `default` is a guess: nothing but the setting does, or did when the file was written."""
 
 KEYS = ("family", "norm_num_groups", "scaling_factor", "shift_factor")
 LIMIT = 1e6  # of a scale or shift
@@ -22,7 +23,7 @@ LIMIT = 1e6  # of a scale or shift
 class Declared:
     """What a sidecar, a diffusers config or a file's metadata says; None where it says nothing."""
 
-    source: FamilySource
+    source: FamilySource  # `default`: what was a guess when it was written down
     origin: str  # for messages: the file's name, or "metadata"
     family: str | None = None
     norm_num_groups: int | None = None
@@ -63,7 +64,9 @@ def from_config(path: Path) -> Declared:
         content["family"] = content.pop("_family")  # as `latentd convert` writes it: diffusers skips the underscore
     if not _is_family(content.get("family")):
         content.pop("family", None)  # not a key of diffusers: ours, or somebody else's
-    return replace(_declared(content, "config", path.name), default_scaling_factor=default)
+    return replace(
+        _declared(content, _source(content.get("_family_source")), path.name), default_scaling_factor=default
+    )
 
 
 def from_metadata(metadata: Mapping[str, str]) -> Declared:
@@ -74,12 +77,17 @@ def from_metadata(metadata: Mapping[str, str]) -> Declared:
         content = {key: value for key, value in content.items() if not isinstance(value, str)}
     else:
         content["family"] = metadata["family"]
-    return _declared(content, "config", "metadata")
+    return _declared(content, _source(metadata.get("family_source")), "metadata")
 
 
 def norm_groups(declared: Iterable[Declared]) -> int | None:
     """The group count of the norms, which no shape tells, where it is declared."""
     return next((item.norm_num_groups for item in declared if item.norm_num_groups is not None), None)
+
+
+def _source(said: object) -> FamilySource:
+    """Of a family that `latentd convert` or `merge` wrote down: a guess stays one, all else is the file's word."""
+    return "default" if said == "default" else "config"
 
 
 def _declared(content: Mapping[str, object], source: FamilySource, origin: str) -> Declared:

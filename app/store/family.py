@@ -1,7 +1,8 @@
 """Which family an autoencoder is of, and who says so; weights alone cannot tell SD 1.x from SDXL, or SD3 from FLUX.1.
 
 In this order: the operator's sidecar, the diffusers config or the file's own metadata, the other keys of a full
-checkpoint, the sha256 in the known table, the shapes, and last the configured default. Reads no tensor.
+checkpoint, the sha256 in the known table, the shapes; last, as guesses, the configured default and what was a guess
+when the file was written. A file's name decides nothing, it is a hint. Reads no tensor.
 """
 
 from collections.abc import Mapping
@@ -51,7 +52,8 @@ def family_of(config: Config, hints: Hints) -> tuple[Family, FamilySource]:
     Raises UnsupportedCheckpoint when a declaration contradicts the shapes, or when nothing decides.
     """
     rows = candidates(config)
-    for item in hints.declared:
+    facts = [item for item in hints.declared if item.source != "default"]
+    for item in facts:
         if family := _declared_family(item, config, rows, hints):
             return family, item.source
     if same := [row for row in rows if row.name in _pipeline_families(hints.pipeline)]:
@@ -63,7 +65,36 @@ def family_of(config: Config, hints: Hints) -> tuple[Family, FamilySource]:
     default = FAMILIES.get(hints.default_family or "")
     if default is not None and _fits(default, config):
         return default, "default"
-    raise UnsupportedCheckpoint(_undecided(config, rows))
+    for item in hints.declared:
+        if family := _declared_family(item, config, rows, hints):
+            return family, "default"
+    raise UnsupportedCheckpoint(_undecided(config, rows, hints.stem))
+
+
+def doubt_of(family: Family, source: FamilySource, stem: str) -> str | None:
+    """One line where a family is a guess: what its file's name hints at, and how to settle it; else None."""
+    if source != "default":
+        return None
+    hint = _hinted(stem, [row for row in FAMILIES.values() if _alike(row, family)])
+    told = f" (the file's name hints at {hint})" if hint else ""
+    return (
+        f"the family {family.name} is a guess, nothing in the file tells it{told}: "
+        f'{{"family": "{hint or family.name}"}} in a NAME.json beside the file settles it'
+    )
+
+
+def _alike(row: Family, family: Family) -> bool:
+    """Whether weights of one may be of the other."""
+    return (*_kind(row), row.latent_channels, row.spatial_factor) == (
+        *_kind(family),
+        family.latent_channels,
+        family.spatial_factor,
+    )
+
+
+def _hinted(stem: str, rows: list[Family]) -> str | None:
+    """The row whose name a file's name has in it, the longest; a hint and no more."""
+    return max((row.name for row in rows if row.name in stem.lower()), key=len, default=None)
 
 
 def _kind(row: Family) -> tuple[str, bool]:
@@ -145,10 +176,11 @@ def _describe(config: Config) -> str:
     return f"{_kind_of(config)[0]}, {config.latent_channels} latent channels at 1/{config.spatial_factor}"
 
 
-def _undecided(config: Config, rows: list[Family]) -> str:
+def _undecided(config: Config, rows: list[Family], stem: str) -> str:
     if rows:
-        names = " or ".join(row.name for row in rows)
-        hint = f'put {{"family": "{rows[0].name}"}} (or the other) into a NAME.json beside the file'
-        return f"could be {names}: the weights do not tell; {hint}"
+        names, hinted = [row.name for row in rows], _hinted(stem, rows)
+        told = f", the file's name hints at {hinted}" if hinted else ""
+        hint = f'put {{"family": "{hinted or names[0]}"}} (or the other) into a NAME.json beside the file'
+        return f"could be {' or '.join(names)}: the weights do not tell{told}; {hint}"
     hint = 'a NAME.json beside the file with {"scaling_factor": ...} makes it usable'
     return f"no known family is {_describe(config)}; {hint}"

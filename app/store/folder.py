@@ -4,7 +4,7 @@ Knows names; opens nothing but `config.json`.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +36,8 @@ class Source:
         return (*self.files, *(path for path in (self.config, self.sidecar, self.owner) if path))
 
 
-def sources(stamps: Iterable[Stamp], folder: Path) -> list[Source]:
-    """The models that these files make, in order of their paths."""
+def sources(stamps: Iterable[Stamp], folders: Collection[Path]) -> list[Source]:
+    """The models that these files of the models folders make, in order of their paths."""
     places: dict[Path, set[str]] = {}
     for item in stamps:
         places.setdefault(item.path.parent, set()).add(item.path.name)
@@ -51,7 +51,7 @@ def sources(stamps: Iterable[Stamp], folder: Path) -> list[Source]:
             chosen = _chosen(weights)
             own = {name for name in weights if name == chosen or name.startswith("diffusion_pytorch_model")}
             if own or not weights:
-                found.append(_diffusers(place, chosen, folder, places))
+                found.append(_diffusers(place, chosen, folders, places))
             weights -= own
         found += _files(place, weights, names)
     return sorted(found, key=lambda source: source.path)
@@ -70,9 +70,7 @@ def source_of(path: Path) -> Source:
         names = {entry.name for entry in place.iterdir()}
         chosen = _chosen(_weights(names))
         beside = {place.parent, place.parent.parent}
-        return _diffusers(
-            place, chosen, None, {folder: {entry.name for entry in folder.iterdir()} for folder in beside}
-        )
+        return _diffusers(place, chosen, (), {folder: {entry.name for entry in folder.iterdir()} for folder in beside})
     if not path.is_file():
         raise OSError(f"{path.name} is no regular file")
     names = {entry.name for entry in path.parent.iterdir()}
@@ -126,8 +124,8 @@ def _owner(place: Path, stem: str, names: set[str]) -> Path | None:
     return next((place / f"{name}{suffix}" for suffix in SUFFIXES if f"{name}{suffix}" in names), None)
 
 
-def _diffusers(place: Path, weights: str | None, folder: Path | None, places: dict[Path, set[str]]) -> Source:
-    inside_pipeline = place.name == "vae" and place.parent != folder
+def _diffusers(place: Path, weights: str | None, folders: Collection[Path], places: dict[Path, set[str]]) -> Source:
+    inside_pipeline = place.name == "vae" and place.parent not in folders
     home = place.parent if inside_pipeline else place
     sidecar = home.parent / f"{home.name}.json"
     return Source(

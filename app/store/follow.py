@@ -101,8 +101,13 @@ class Follower:
     async def find(self, model: str | None, default: str | None) -> Checkpoint:
         """As `ModelStore.resolve`; what is not there is looked for, and waited for where a file is just coming.
 
-        Raises Unavailable instead of UnknownModel while the folder is being read for the first time.
+        Raises Unavailable instead of UnknownModel while the folder is being read for the first time, and where nothing
+        is named then: what is to be read may be the one that is meant.
         """
+        if model is None and default is None:
+            await self._until(lambda: self.scanned, PATIENCE_SECONDS)
+            if not self.scanned:
+                raise Unavailable("the models folder is still being read: name a model, or come back")
         with suppress(UnknownModel):
             found = self.store.resolve(model, default)
             if not await asyncio.to_thread(found.changed):  # a removed model is unknown from the next request on
@@ -134,7 +139,7 @@ class Follower:
             looking = asyncio.create_task(self.look())
             await asyncio.wait([looking])
             if (error := looking.exception()) is not None:
-                log.error("a bug met in looking at %s", self.store.folder, exc_info=error)
+                log.error("a bug met in looking at %s", _names(self.store), exc_info=error)
             pause = SETTLING_SECONDS if self._settling else IDLE_SECONDS
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._poked.wait(), pause * max(1.0, self._cost / CHEAP_SECONDS))
@@ -192,6 +197,10 @@ class Follower:
             async with asyncio.timeout(seconds):
                 while not true() and not self._stopping:
                     await self._news.wait()
+
+
+def _names(store: ModelStore) -> str:
+    return ", ".join(map(str, store.folders))
 
 
 def _large(size: int) -> bool:

@@ -29,18 +29,20 @@ def identify_source(
     default_family: str | None,
     digest: Callable[[tuple[WeightFile, ...]], Digest],
     twin: Callable[[str], Known | None] = lambda tensors: None,
+    said: Declared | None = None,
 ) -> Checkpoint:
     """Finds out what a source is, from headers and shapes; `digest` is asked last, as it reads every byte.
 
     `stamps` are those of its watched files, taken before; it is named after its stem.
-    `twin` is asked for the known file that has the same tensors, where these bytes are not known themselves.
+    `twin` is asked for the known file that has the same tensors, where these bytes are not known themselves. `said` is
+    believed before all that the files declare.
     Raises UnsupportedCheckpoint with the reason.
     """
     whole = tuple(item for item in stamps if item is not None)
     if len(whole) < len(stamps):
         raise UnsupportedCheckpoint(f"{source.watched[stamps.index(None)].name} cannot be read")
     weights = _weights(source)
-    declared = _declarations(source, weights.metadata)
+    declared = (*((said,) if said else ()), *_declarations(source, weights.metadata))
     config = _config(weights, declared)
     hashed = digest(weights.files)
     row = lookup(hashed.sha256, hashed.halves) or twin(hashed.tensors)

@@ -81,6 +81,7 @@ def names_of(found: Iterable[Source]) -> dict[Source, str]:
 def resolve(entries: Mapping[str, Entry], model: str | None, default: str | None = None) -> Checkpoint:
     """The checkpoint of a name or of a sha256 prefix; without one the default, else the only model there is.
 
+    A demonstration steps back: it is meant only where it is alone.
     Raises UnknownModel, InvalidParameter when several models could be meant, UnsupportedCheckpoint for a file that is
     there but cannot be used.
     """
@@ -101,8 +102,9 @@ def _choice(source: Source, choice: int) -> str:
 
 def _only(entries: Mapping[str, Entry]) -> Entry:
     usable = [entry for entry in entries.values() if isinstance(entry, Checkpoint)]
-    if len(usable) == 1:
-        return usable[0]
+    meant = [entry for entry in usable if not entry.family.demonstration] or usable
+    if len(meant) == 1:
+        return meant[0]
     if not usable:
         raise UnknownModel(f"the models folder holds no usable model{_listing(entries, ' (unusable: {})')}")
     names = _listing({entry.name: entry for entry in usable}, "{}")

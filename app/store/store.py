@@ -1,18 +1,19 @@
-"""The models folder: names -> checkpoints, kept up to date with what lies there."""
+"""The models folders: names -> checkpoints, kept up to date with what lies there."""
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 
 from app.errors import Unavailable, UnsupportedCheckpoint
 from app.store.checkpoint import Checkpoint
+from app.store.declared import Declared
 from app.store.digests import Digest, DigestCache, digest_of
 from app.store.folder import Source, source_of, sources
 from app.store.identity import identify_source
-from app.store.known import lookup
+from app.store.known import Known, lookup
 from app.store.names import Entry, Finding, Unreadable, listed, resolve
 from app.store.tree import DOUBT_SECONDS, OLD_AT_FIRST, OLD_SECONDS, QUIET_SECONDS, Rest, Stamp, stamps_of, walk
 from app.weights.files import WeightFile
@@ -30,16 +31,16 @@ class Look:
 
 
 class ModelStore:
-    """What the models folder holds, and what was found out of it; safe to use from several threads.
+    """What the models folders hold, under names that are unique over all; safe to use from several threads.
 
     `scan`, or `look` and then `identify` for what it left unread, touch the disk. What is listed is one snapshot,
     replaced whole.
     """
 
-    def __init__(self, folder: Path, default_family: str | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folders: Sequence[Path], default_family: str | None = None) -> None:
+        self.folders = tuple(folders)
         self._default_family = default_family
-        self._digests = DigestCache(folder)
+        self._digests = {folder: DigestCache(folder) for folder in folders}
         self._lock = threading.Lock()  # of all below; never held while a file is read
         self._rest = Rest()
         self._tree: Mapping[str, Stamp] = {}  # of the last look
@@ -66,11 +67,11 @@ class ModelStore:
         While a file is being written, what was listed for it before stays, and a new one is not listed.
         """
         before = self._tree
-        tree = walk(self.folder, before)
+        tree = walk(self.folders, before)
         with self._lock:
             if self._calm and tree == before and before is self._tree:
                 return Look({}, settling=False)
-        found = self._sources if _same_models(tree, before) else sources(tree.values(), self.folder)
+        found = self._sources if _same_models(tree, before) else sources(tree.values(), self.folders)
         with self._lock:
             self._tree, self._sources = tree, found
             old = OLD_SECONDS if self._rest.looks else OLD_AT_FIRST
@@ -114,12 +115,12 @@ class ModelStore:
         digest: list[Digest] = []
 
         def take(files: tuple[WeightFile, ...]) -> Digest:
-            digest.append(self._digest(files, before))
+            digest.append(self._digest(source, files, before))
             return digest[0]
 
         entry: Entry
         try:
-            entry = identify_source(source, before, self._default_family, take, self._digests.twin)
+            entry = identify_source(source, before, self._default_family, take, self._twin)
         except UnsupportedCheckpoint as error:
             reason = " ".join(str(error).split())  # keys and values of the file are in it, halves of surrogates too
             reason = reason.encode(errors="backslashreplace").decode()
@@ -132,7 +133,8 @@ class ModelStore:
             if due := not more or time.monotonic() >= self._due:
                 self._publish()
         if due:
-            self._digests.save()
+            for digests in self._digests.values():
+                digests.save()
         return decided
 
     def give_up(self, source: Source) -> None:
@@ -198,14 +200,23 @@ class ModelStore:
         self._unlisted = False
         self._due = now + LISTING * (now - begun)
 
-    def _digest(self, files: tuple[WeightFile, ...], watched: tuple[Stamp | None, ...]) -> Digest:
+    def _digest(self, source: Source, files: tuple[WeightFile, ...], watched: tuple[Stamp | None, ...]) -> Digest:
         stamps = tuple(item for item in watched[: len(files)] if item is not None)  # those of the weights come first
-        digest = self._digests.get(stamps)
+        digests = self._digests_beside(source)
+        digest = digests.get(stamps)
         if digest is None:
             digest = digest_of(files, self._check)
             if stamps == stamps_of(file.path for file in files):
-                self._digests.put(stamps, digest)
+                digests.put(stamps, digest)
         return digest
+
+    def _digests_beside(self, source: Source) -> DigestCache:
+        """Those of the folder that the source lies in."""
+        return next(digests for folder, digests in self._digests.items() if source.path.is_relative_to(folder))
+
+    def _twin(self, tensors: str) -> Known | None:
+        """The known file of any of the folders that has these tensors."""
+        return next((known for digests in self._digests.values() if (known := digests.twin(tensors))), None)
 
     def _check(self) -> None:
         if self._closing.is_set():
@@ -219,13 +230,15 @@ def _same_models(tree: Mapping[str, Stamp], before: Mapping[str, Stamp]) -> bool
     )
 
 
-def open_checkpoint(path: Path, default_family: str | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, default_family: str | None = None, family: str | None = None) -> Checkpoint:
     """The checkpoint at a path: a file, with its other half if it is one of a pair, or a diffusers folder.
 
-    Raises UnsupportedCheckpoint, also when there is nothing at the path.
+    `family` is somebody's word, over all that the files say. Raises UnsupportedCheckpoint, also when nothing is at
+    the path.
     """
     try:
         source = source_of(path)
     except OSError as error:
         raise UnsupportedCheckpoint(f"{path} cannot be read: {error.strerror or error}") from error
-    return identify_source(source, stamps_of(source.watched), default_family, digest_of)
+    said = None if family is None else Declared("operator", "--family", family)
+    return identify_source(source, stamps_of(source.watched), default_family, digest_of, said=said)

@@ -1,4 +1,4 @@
-"""The files of a models folder, how they are, and for how long: names and stamps alone, nothing is opened.
+"""The files of the models folders, how they are, and for how long: names and stamps alone, nothing is opened.
 
 The layout is the WebUI's and ComfyUI's.
 """
@@ -54,23 +54,24 @@ def stamps_of(paths: Iterable[Path]) -> tuple[Stamp | None, ...]:
     return tuple(found)
 
 
-def walk(folder: Path, before: Mapping[str, Stamp]) -> dict[str, Stamp]:
-    """The stamps by path of every regular file under the model folders that could matter; opens none.
+def walk(folders: Iterable[Path], before: Mapping[str, Stamp]) -> dict[str, Stamp]:
+    """The stamps by path of every regular file under these models folders that could matter; opens none.
 
-    Those that are as they were `before` are the same objects. Links are followed; a directory that was seen already is
-    not entered again. Hidden names are skipped, and so are partial downloads, whose last suffix is none of ours.
+    Those that are as they were `before` are the same objects. Links are followed; a directory that was seen already,
+    under another folder too, is not entered again. Hidden names are skipped, and so are partial downloads, whose last
+    suffix is none of ours.
     """
     stamps: dict[str, Stamp] = {}
     seen: set[tuple[int, int]] = set()
-    for root in _roots(folder):
-        for top, folders, names in os.walk(root, followlinks=True):
+    for root in [root for folder in folders for root in _roots(folder)]:
+        for top, inside, names in os.walk(root, followlinks=True):
             place = _place(top)
             if place is None or place in seen:
-                folders.clear()
+                inside.clear()
                 continue
             seen.add(place)
             deepest = len(Path(top).parts) - len(root.parts) >= DEEPEST
-            folders[:] = [] if deepest else sorted(name for name in folders if not name.startswith("."))
+            inside[:] = [] if deepest else sorted(name for name in inside if not name.startswith("."))
             there = set(names)
             for name in sorted(names):
                 if name.startswith(".") or not name.lower().endswith(WANTED) or name + DOWNLOADING in there:

@@ -14,7 +14,7 @@ from app.api.schemas import Comparison
 from app.errors import InvalidInput, ServiceError
 from app.settings import Settings
 from app.text import one_line
-from app.tools.folders import connect, content_of, replace_file
+from app.tools.service import connect, content_of, replace_file
 
 ZIP = "application/zip"
 COLUMNS = ("MODEL", "FAMILY", "PLAN", "PSNR dB", "SSIM", "LUMINANCE", "SATURATION", "HUE deg")
@@ -35,7 +35,7 @@ def compare_models(
         raise InvalidInput(f"cannot write the contact sheet to {output}: expected a file in a folder that exists")
     body = image.read_bytes()
     query = {"models": ",".join(models)} if models else {}
-    answer = asyncio.run(_ask(body, query, settings.model_copy(update={"api_keys": None}), url, key))
+    answer = asyncio.run(_ask(body, query, settings, url, key))
     try:
         with zipfile.ZipFile(io.BytesIO(answer)) as archive:
             sheet = archive.read("sheet.png")

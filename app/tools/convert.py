@@ -196,6 +196,8 @@ def config_json(checkpoint: Checkpoint) -> dict[str, object]:
     family = checkpoint.family
     if family.name in FAMILIES:
         content["_family"] = family.name
+    if checkpoint.family_source == "default":
+        content["_family_source"] = "default"  # a guess: its constants are read back as one
     form = family.latent_format
     # Numbers per channel are built into its classes; no key of a config.json that we read says them.
     if not form.statistics and not isinstance(form.scaling_factor, tuple):

@@ -1,6 +1,7 @@
 """What a file is, as plain values and as the lines of a table: what `latentd inspect` and `latentd models` print."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from app.store.checkpoint import Checkpoint
 from app.store.names import Entry
@@ -40,9 +41,9 @@ def file_layout(checkpoint: Checkpoint) -> Layout:
     return "ldm" if layouts == {"ldm"} else "diffusers"
 
 
-def table(entries: Iterable[Entry]) -> list[str]:
-    """One line each, under a line of headings, in columns."""
-    rows = [COLUMNS, *(tuple(map(one_line, _row(entry))) for entry in entries)]
+def table(models: Iterable[Mapping[str, Any]]) -> list[str]:
+    """One line for each row of `GET /models`, under a line of headings, in columns."""
+    rows = [COLUMNS, *(tuple(map(one_line, _row(model))) for model in models)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS) - 1)]
     return [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
@@ -56,13 +57,13 @@ def lines(facts: Mapping[str, object]) -> list[str]:
     return [f"{key.ljust(width)}  {_cell(value)}" for key, value in facts.items()]
 
 
-def _row(entry: Entry) -> tuple[str, ...]:
-    if not isinstance(entry, Checkpoint):
-        return (entry.name, "-", "-", entry.format or "-", "-", "-", f"ERROR: {entry.error}")
-    family, source = entry.family.name, entry.family_source
-    told = [entry.known_as] if entry.known_as else []
-    told += [f"(a copy of {entry.copy_of})"] if entry.copy_of else []
-    return (entry.name, family, source, entry.format, entry.sha256[:10], entry.fp16, " ".join(told))
+def _row(model: Mapping[str, Any]) -> tuple[str, ...]:
+    if model.get("error") is not None:
+        return (model["name"], "-", "-", model["format"] or "-", "-", "-", f"ERROR: {model['error']}")
+    told = [model["known_as"]] if model["known_as"] else []
+    told += [f"(a copy of {model['copy_of']})"] if model["copy_of"] else []
+    columns = (model[name] for name in ("name", "family", "family_source", "format"))
+    return (*columns, model["sha256"][:10], model["fp16"], " ".join(told))
 
 
 def _cell(value: object) -> str:

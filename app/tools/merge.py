@@ -55,6 +55,8 @@ def merge(a: Checkpoint, b: Checkpoint, blend: Blend, output: Output) -> Path:
                 raise UnsupportedCheckpoint(f"{name} is not finite in the result: nothing was written")
             yield cast(name, value, dtypes[name])
 
+    guessed = "default" in (a.family_source, b.family_source)
+    a = replace(a, family_source="default") if guessed else a  # of the result, half of which is B
     metadata = source_metadata(a) | {
         "merge_sha256": b.sha256,
         "merge_name": shown(b.name if b.path.is_dir() else b.path.name),

@@ -34,9 +34,11 @@ class Family:
     spatial_factor: int = 8  # pixels per raw latent position
     pixel_range: tuple[float, float] = (-1.0, 1.0)
     by_name: bool = False  # only where a file names it: neither shapes nor constants lead here
-    # The two below tell nothing about which family weights are of, so rows that differ in them alone are equal.
+    # The three below tell nothing about which family weights are of, so rows that differ in them alone are equal.
     space: str = field(default="", compare=False)  # the diffusion models' latent space, by its first family's name
     usual: tuple[float, float] = field(default=USUAL, compare=False)
+    # A request that names no model means one of these only where there is nothing else.
+    demonstration: bool = field(default=False, compare=False)
 
     @property
     def size_multiple(self) -> int:
@@ -69,7 +71,7 @@ FAMILIES: dict[str, Family] = {
         _kl("sd3", 16, LatentFormat(1.5305, 0.0609), "sd3"),
         _kl("flux", 16, LatentFormat(0.3611, 0.1159), "flux", usual=NEAR),
         _kl("flux2", 32, LatentFormat(patch=2, statistics=True), "flux2"),
-        _kl("latentd-small", 4, LatentFormat(), "latentd-small", by_name=True),
+        _kl("latentd-small", 4, LatentFormat(), "latentd-small", by_name=True, demonstration=True),
         _tiny("taesd", 4, "sd1"),
         _tiny("taesdxl", 4, "sdxl"),
         _tiny("taesd3", 16, "sd3"),

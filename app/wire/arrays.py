@@ -1,5 +1,6 @@
-"""Latents out of a body: .npy, .npz or safetensors, always as a batch of finite numbers."""
+"""Latents out of a body: .npy, .npz or safetensors, of one shape or of several, always finite numbers."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -10,6 +11,7 @@ from app.terms import Convention
 from app.wire.npy import npy_spec
 from app.wire.npz import npz_headers, read_npz
 from app.wire.origin import Origin, read_origin
+from app.wire.scan import Body
 from app.wire.sniff import ARRAYS, sniff
 from app.wire.spec import ArraySpec, Values, values
 from app.wire.tensors import safetensors_header
@@ -19,10 +21,8 @@ from app.wire.tensors import safetensors_header
 class LatentShape:
     """What a body declares of its latents before their data is touched."""
 
-    batch: int
-    channels: int
-    height: int
-    width: int
+    parts: tuple[tuple[int, int, int, int], ...]
+    """(N, C, h, w) of each array, in order."""
     dtype: str
     """`float16` or `float32`, as they are read."""
     family: str | None = None
@@ -30,76 +30,94 @@ class LatentShape:
     origin: Origin | None = None
     """These three as a safetensors file says; None where it does not, and for .npy and .npz."""
 
+    @property
+    def batch(self) -> int:
+        """How many latents there are said to be."""
+        return sum(part[0] for part in self.parts)
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """(C, h, w) of each latent. As many as the body claims: check `batch` first."""
+        return [part[1:] for part in self.parts for _ in range(part[0])]
+
+    @property
+    def work(self) -> int:
+        """Bytes of memory that reading and judging the latents take at most: a few float64 copies of one item."""
+        return 32 * sum(math.prod(part) for part in self.parts)
+
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """A batch of latents (N, C, h, w), float16 or float32, finite, in memory of its own.
+    """Latents (C, h, w), all float16 or all float32, finite, in memory of their own.
 
     The rest is what a safetensors file says of them: None where it does not, and for .npy and .npz.
     """
 
-    array: Values
+    items: list[Values]
     family: str | None = None
     convention: Convention | None = None
     origin: Origin | None = None
 
 
-def latent_shape(body: bytes) -> LatentShape:
+def latent_shape(body: Body) -> LatentShape:
     """The shape of the latents in a body, from its headers alone.
 
     Raises as `read_latents` does, except TooLarge and for values that are not finite.
     """
     match sniff(body, ARRAYS):
         case "npy":
-            return _batch([npy_spec(body)])
+            return _shape([npy_spec(body)])
         case "npz":
-            return _batch(npz_headers(body))
+            return _shape(npz_headers(body))
         case _:
             spec, metadata = safetensors_header(body)
             convention = _convention(metadata.get("convention"))
             origin = read_origin(metadata)
-            return replace(_batch([spec]), family=metadata.get("family"), convention=convention, origin=origin)
+            return replace(_shape([spec]), family=metadata.get("family"), convention=convention, origin=origin)
 
 
-def read_latents(body: bytes, *, max_bytes: int) -> Latents:
+def read_latents(body: Body, *, max_bytes: int) -> Latents:
     """The latents of a .npy, .npz or safetensors body: (C, h, w) or (N, C, h, w), float16, float32, or bfloat16.
 
-    The arrays of a .npz must share a shape and are joined in name order. Raises UnsupportedMedia for other formats,
-    MalformedBody where header and data disagree, TooLarge where a .npz would inflate to more than `max_bytes`, and
-    InvalidLatent for other dtypes and shapes, for values that are not finite, and for unreadable metadata.
+    The arrays of a .npz follow each other in name order, and may differ in shape. Raises UnsupportedMedia for other
+    formats, MalformedBody where header and data disagree, TooLarge where a .npz would inflate to more than `max_bytes`,
+    and InvalidLatent for other dtypes and shapes, for values that are not finite, and for unreadable metadata.
     """
     match sniff(body, ARRAYS):
         case "npy":
-            return Latents(_finite(values(npy_spec(body), body)))
+            return Latents(finite_items([values(npy_spec(body), body)]))
         case "npz":
-            _batch(npz_headers(body))
-            return Latents(_finite(np.concatenate(read_npz(body, max_bytes))))
+            return Latents(finite_items(read_npz(body, max_bytes)))
         case _:
             spec, metadata = safetensors_header(body)
             return Latents(
-                _finite(values(spec, body)),
+                finite_items([values(spec, body)]),
                 metadata.get("family"),
                 _convention(metadata.get("convention")),
                 read_origin(metadata),
             )
 
 
-def _batch(parts: list[ArraySpec]) -> LatentShape:
-    shapes = sorted({part.shape for part in parts})
-    if len(shapes) > 1:
-        raise InvalidLatent(f"expected arrays of one shape in the .npz, got {shapes[0]} and {shapes[1]}")
-    batch, channels, height, width = shapes[0]
+def _shape(parts: list[ArraySpec]) -> LatentShape:
     dtype = "float32" if any(part.dtype == "float32" for part in parts) else "float16"
-    return LatentShape(batch * len(parts), channels, height, width, dtype)
+    return LatentShape(tuple(part.shape for part in parts), dtype)
 
 
-def _finite(array: Values) -> Values:
-    finite = np.isfinite(array)
-    if not finite.all():
-        first = tuple(int(index) for index in np.unravel_index(np.argmin(finite), array.shape))
-        bad = array.size - np.count_nonzero(finite)
-        raise InvalidLatent(f"{bad} of {array.size} values are NaN or infinite, the first at (n, c, y, x) = {first}")
-    return array
+def finite_items(arrays: list[Values]) -> list[Values]:
+    """The latents of arrays (N, C, h, w), in the wider dtype of all. Raises InvalidLatent unless they are finite."""
+    bad, first, index = 0, None, 0
+    for array in arrays:
+        finite = np.isfinite(array)
+        if not finite.all():
+            bad += array.size - int(np.count_nonzero(finite))
+            n, *at = (int(each) for each in np.unravel_index(np.argmin(finite), array.shape))
+            first = first or (index + n, *at)
+        index += len(array)
+    if bad:
+        total = sum(array.size for array in arrays)
+        raise InvalidLatent(f"{bad} of {total} values are NaN or infinite, the first at (n, c, y, x) = {first}")
+    dtype = np.result_type(*arrays)
+    return [item for array in arrays for item in array.astype(dtype, copy=False)]
 
 
 def _convention(text: str | None) -> Convention | None:

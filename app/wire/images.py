@@ -7,18 +7,19 @@ sizes against a limit that is global to the process, and the limit here is an ar
 import io
 import struct
 from collections.abc import Callable
-from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from app.errors import InvalidParameter, MalformedBody, NotAcceptable, TooLarge
-from app.wire.headers import PictureHeader, read_header
-from app.wire.png import Pixels, check_chunks, inflate_profile, write_png
+from app.wire.colour import curve, gamma_of, profile_of, to_srgb
+from app.wire.headers import PictureHeader
+from app.wire.png import Pixels, check_chunks, write_png
+from app.wire.scan import Body
 
 DEFAULT_QUALITY = 90
 
@@ -38,31 +39,27 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _OPAQUE = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}
-_PROFILE_MODES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK"}
 _LOSSY = {"image/jpeg": ("JPEG", 65500), "image/webp": ("WEBP", 16383)}  # the longest side of each format
 
 
-def image_size(body: bytes) -> tuple[int, int]:
-    """(width, height) in pixels of a PNG, JPEG or WebP file as it is shown, from its header alone.
-
-    Raises UnsupportedMedia for other formats, and MalformedBody where no size is found.
-    """
-    return read_header(body).shown
-
-
-def read_image(body: bytes, *, background: tuple[int, int, int], max_pixels: int) -> npt.NDArray[np.uint8]:
+def read_image(
+    body: Body, header: PictureHeader, *, background: tuple[int, int, int], max_pixels: int
+) -> npt.NDArray[np.uint8]:
     """The first frame of a PNG, JPEG or WebP file as uint8 (H, W, 3) sRGB, upright, over `background` (r, g, b).
 
-    Raises UnsupportedMedia for other formats, TooLarge above `max_pixels` before any pixel is decoded, and
+    `header` is what `read_header` says of the body. Raises TooLarge above `max_pixels` before any pixel is decoded, and
     MalformedBody for a truncated or corrupt file.
     """
-    header = read_header(body)
     if header.width * header.height > max_pixels:
         raise TooLarge(f"the picture has {header.width}x{header.height} pixels, more than the limit of {max_pixels}")
+    gamma = gamma_of(header.colour)
     image = _decode(body, header)
-    profile = inflate_profile(body[header.png_profile]) if header.png_profile else image.info.get("icc_profile")
-    image, alpha = _split(image)
-    image = _to_srgb(image, profile)
+    profile = profile_of(header.colour, image.info.get("icc_profile"))
+    try:
+        image, alpha, gamma = _split(image, gamma)
+    except _DECODE_ERRORS as error:  # a palette, or a colour that is transparent, that Pillow only looks at here
+        raise _corrupt(header, error) from error
+    image = to_srgb(image, profile, gamma)
     if alpha is not None:
         image = Image.composite(image, Image.new("RGB", image.size, background), alpha)
     if header.orientation in _UPRIGHT:
@@ -102,7 +99,7 @@ def check_sides(width: int, height: int, media_type: str) -> None:
         raise NotAcceptable(f"{media_type} ends at {longest} pixels a side, the picture has {width}x{height}")
 
 
-def _decode(body: bytes, header: PictureHeader) -> Image.Image:
+def _decode(body: Body, header: PictureHeader) -> Image.Image:
     view = memoryview(body)
     parts = [view[part] for part in header.kept]
     if header.format == "PNG":
@@ -116,31 +113,23 @@ def _decode(body: bytes, header: PictureHeader) -> Image.Image:
     except Image.DecompressionBombError as error:  # Pillow's own limit, on WebP alone
         raise TooLarge(f"a WebP file of {header.width}x{header.height} pixels is not decoded") from error
     except _DECODE_ERRORS as error:
-        raise MalformedBody(f"the {header.format} file is truncated or corrupt: {error}") from error
+        raise _corrupt(header, error) from error
     return image
 
 
-def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The picture as L, RGB or CMYK, 8 bits each, and its alpha as L where it has one."""
+def _corrupt(header: PictureHeader, error: Exception) -> MalformedBody:
+    return MalformedBody(f"the {header.format} file is truncated or corrupt: {str(error)[:100]}")
+
+
+def _split(image: Image.Image, gamma: float | None) -> tuple[Image.Image, Image.Image | None, float | None]:
+    """The picture as L, RGB or CMYK, 8 bits each; its alpha as L where it has one; the gamma that it still has."""
     key = image.info.get("transparency")
     if image.mode == "I;16":  # Pillow's convert clips at 255
         deep = np.asarray(image).astype(np.uint32)
         alpha = None if key is None else Image.fromarray(np.where(deep == key, 0, 255).astype(np.uint8))
-        return Image.fromarray(((deep * 255 + 32767) // 65535).astype(np.uint8)), alpha
+        grey = ((deep * 255 + 32767) // 65535).astype(np.uint8) if gamma is None else curve(gamma, 65536)[deep]
+        return Image.fromarray(grey), alpha, None
     if key is not None:
         image = image.convert("LA" if image.mode in ("1", "L") else "RGBA")
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
-    return image.convert(_OPAQUE[image.mode]), alpha
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB in sRGB; a profile that is broken, or of another colour space than the picture's, is ignored."""
-    with suppress(ImageCms.PyCMSError, OSError, ValueError):
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
-        mode = _PROFILE_MODES.get(source.profile.xcolor_space)
-        if mode == "RGB" and image.mode == "L":  # grey files often carry the profile of an RGB screen
-            image = image.convert("RGB")
-        if mode == image.mode:
-            transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-            return transform.apply(image)
-    return image.convert("RGB")
+    return image.convert(_OPAQUE[image.mode]), alpha, gamma

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.errors import MalformedBody
+from app.wire.scan import Body
 from app.wire.spec import LATENTS, ArraySpec, Purpose, array_spec, check_size
 
 MAX_HEADER = 4096
@@ -18,14 +19,14 @@ _ORDER = re.compile(rb"""['"]fortran_order['"]\s*:\s*(True|False)""")
 _SHAPE = re.compile(rb"""['"]shape['"]\s*:\s*\(([0-9,\s]*)\)""")
 
 
-def npy_header(body: bytes, purpose: Purpose = LATENTS) -> ArraySpec:
+def npy_header(body: Body, purpose: Purpose = LATENTS) -> ArraySpec:
     """What a .npy file, or the first `MAX_HEADER` bytes of one, declares.
 
     Raises MalformedBody where the header is not one, and the purpose's error for a dtype or shape that it doesn't have.
     """
     width = {1: 2, 2: 4, 3: 4}.get(body[6] if len(body) > 6 else 0, 0)  # of the header's length, by version
     start = 8 + width + int.from_bytes(body[8 : 8 + width], "little")
-    if not body.startswith(b"\x93NUMPY") or not width or start > min(len(body), MAX_HEADER):
+    if body[:6] != b"\x93NUMPY" or not width or start > min(len(body), MAX_HEADER):
         raise MalformedBody(f"the .npy header is truncated, of an unknown version, or longer than {MAX_HEADER} bytes")
     header = body[8 + width : start]
     descr, order, shape = _DESCR.search(header), _ORDER.search(header), _SHAPE.search(header)
@@ -35,7 +36,7 @@ def npy_header(body: bytes, purpose: Purpose = LATENTS) -> ArraySpec:
     return array_spec(sides, descr[1].decode("latin-1"), start, fortran=order[1] == b"True", purpose=purpose)
 
 
-def npy_spec(body: bytes, purpose: Purpose = LATENTS) -> ArraySpec:
+def npy_spec(body: Body, purpose: Purpose = LATENTS) -> ArraySpec:
     """What a whole .npy file declares; raises as `npy_header`, and MalformedBody where its data are not that long."""
     spec = npy_header(body, purpose)
     check_size(spec, len(body))

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from app.errors import InvalidLatent, MalformedBody, TooLarge
 from app.wire.npy import MAX_HEADER, npy_header, write_npy
+from app.wire.scan import Body, count
 from app.wire.spec import ArraySpec, Values, check_size, values
 
 MAX_MEMBERS = 1024
@@ -22,7 +23,7 @@ _READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others cannot be i
 _DECODE_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, OverflowError, NotImplementedError)
 
 
-def npz_headers(body: bytes) -> list[ArraySpec]:
+def npz_headers(body: Body) -> list[ArraySpec]:
     """What the arrays of a .npz file declare, in name order; their data stays compressed.
 
     Raises MalformedBody, TooLarge above `MAX_MEMBERS` arrays, and InvalidLatent as `npy_header` does.
@@ -31,7 +32,7 @@ def npz_headers(body: bytes) -> list[ArraySpec]:
         return [_header(archive, member) for member in _members(archive)]
 
 
-def read_npz(body: bytes, max_bytes: int) -> list[Values]:
+def read_npz(body: Body, max_bytes: int) -> list[Values]:
     """The arrays (N, C, h, w) of a .npz file in name order, numbers by value: `arr_2` before `arr_10`.
 
     Raises TooLarge where they are more than `max_bytes` uncompressed, before any is inflated; else as `npz_headers`.
@@ -62,9 +63,9 @@ def write_zip(files: list[tuple[str, bytes]]) -> bytes:
 
 
 @contextmanager
-def _archive(body: bytes) -> Iterator[zipfile.ZipFile]:
+def _archive(body: Body) -> Iterator[zipfile.ZipFile]:
     # ZipFile parses the whole directory at once, so its length is bounded first.
-    if body.count(_ENTRY) > MAX_MEMBERS:
+    if count(_ENTRY, body) > MAX_MEMBERS:
         raise TooLarge(f"the archive holds more than {MAX_MEMBERS} files")
     try:
         with zipfile.ZipFile(io.BytesIO(body)) as archive:

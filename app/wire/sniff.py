@@ -3,6 +3,7 @@
 import re
 
 from app.errors import UnsupportedMedia
+from app.wire.scan import Body
 
 PICTURES = ("PNG", "JPEG", "WebP")
 ARRAYS = ("npy", "npz", "safetensors")
@@ -24,10 +25,10 @@ _FIRST_BYTES = {
 _FORMATS = {name: re.compile(first_bytes, re.DOTALL) for name, first_bytes in _FIRST_BYTES.items()}
 
 
-def sniff(body: bytes, expected: tuple[str, ...]) -> str:
+def sniff(body: Body, expected: tuple[str, ...]) -> str:
     """The format's name, one of `expected`; UnsupportedMedia names the expected ones and what came."""
     found = next((name for name, first_bytes in _FORMATS.items() if first_bytes.match(body)), None)
     if found in expected:
         return found
-    got = found or (f"bytes that begin with {body[:12]!r}" if body else "an empty body")
+    got = found or (f"bytes that begin with {bytes(body[:12])!r}" if len(body) else "an empty body")
     raise UnsupportedMedia(f"expected {', '.join(expected[:-1])} or {expected[-1]}, got {got}")

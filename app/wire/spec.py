@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.errors import InvalidImage, InvalidInput, InvalidLatent, MalformedBody
+from app.wire.scan import Body
 
 Values = npt.NDArray[np.float16 | np.float32]
 
@@ -85,7 +86,7 @@ def check_size(spec: ArraySpec, size: int) -> None:
         raise MalformedBody(f"the header declares {spec.nbytes} bytes of data, {size - spec.start} are there")
 
 
-def values(spec: ArraySpec, body: bytes) -> Values:
+def values(spec: ArraySpec, body: Body) -> Values:
     """The data in the spec's shape: native byte order, contiguous, writable, a copy that does not hold the body."""
     count = math.prod(spec.shape)
     if spec.code == "bf16":  # the upper half of a float32

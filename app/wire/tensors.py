@@ -4,6 +4,7 @@ import numpy as np
 
 from app.errors import MalformedBody
 from app.weights.header import PREFIX, Entry, Header, format_header, header_length, parse_header
+from app.wire.scan import Body
 from app.wire.spec import LATENTS, ArraySpec, Purpose, Values, array_spec, check_size
 
 MAX_HEADER = 1 << 20
@@ -15,17 +16,17 @@ _CODES = {"F16": "<f2", "F32": "<f4", "BF16": "bf16", "F64": "<f8", "U8": "|u1"}
 _DTYPES = {"float16": "F16", "float32": "F32"}
 
 
-def safetensors_header(body: bytes, purpose: Purpose = LATENTS) -> tuple[ArraySpec, dict[str, str]]:
+def safetensors_header(body: Body, purpose: Purpose = LATENTS) -> tuple[ArraySpec, dict[str, str]]:
     """What a safetensors file declares of its only tensor, or of the one that is named as latents are; its metadata.
 
     Raises MalformedBody where the header, its offsets and the body's length disagree, and the purpose's error where no
     tensor is meant, or where it has a dtype or shape that the purpose doesn't have.
     """
-    start = PREFIX + header_length(body)
+    start = PREFIX + header_length(bytes(body[:PREFIX]))
     if start > min(len(body), PREFIX + MAX_HEADER):
         raise MalformedBody(f"the safetensors header is truncated, or longer than {MAX_HEADER} bytes")
     try:
-        header = parse_header(body[PREFIX:start])
+        header = parse_header(bytes(body[PREFIX:start]))
     except ValueError as error:
         raise MalformedBody(f"not a safetensors file: {error}") from error
     latents = header.entries[_meant(list(header.entries), purpose)]

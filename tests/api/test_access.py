@@ -69,7 +69,7 @@ async def test_the_line_of_a_bug_has_the_code_too(service, caplog, monkeypatch):
     def broken(_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("app.api.routes.picture_sizes", broken)
+    monkeypatch.setattr("app.api.routes.pixels_header", broken)
     with caplog.at_level(logging.INFO):
         await service.post("/encode", content=picture(), headers={"X-Request-Id": "me"})
     (record,) = lines(caplog)

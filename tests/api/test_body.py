@@ -111,12 +111,12 @@ async def test_forms_that_are_none(service, content, headers, status, code):
     refused(answer, status, code)
 
 
-async def test_large_parts_stay_in_memory(service, monkeypatch):
+async def test_parts_stay_in_memory(service, monkeypatch):
     def spool(*_, **__):
         raise OSError("a read-only container")
 
-    monkeypatch.setattr("tempfile.SpooledTemporaryFile.rollover", spool)
-    monkeypatch.setattr("app.api.body.MultiPartParser.spool_max_size", 10)
+    for name in ("SpooledTemporaryFile.__init__", "TemporaryFile", "NamedTemporaryFile"):
+        monkeypatch.setattr(f"tempfile.{name}", spool)
     array_of(await service.post("/encode", files=[("image", ("a.png", picture()))]))
 
 
@@ -155,9 +155,9 @@ async def test_a_deadline_that_cannot_be_met_is_a_429_with_the_wait(models):
             answer = await service.post("/encode", content=picture(), headers=headers)
             assert "s of work" in refused(answer, 429, "overloaded")
             assert int(answer.headers["Retry-After"]) >= 5
+        assert {(await task).status_code for task in waiting} == {200}
         # An idle device refuses nothing for a deadline: only what runs can show how long it takes.
         assert (await service.post("/encode", content=picture(), headers=headers)).status_code == 200
-        assert {(await task).status_code for task in waiting} == {200}
 
 
 async def test_a_full_queue_is_a_429_with_the_wait(models):
@@ -173,3 +173,69 @@ async def test_a_full_queue_is_a_429_with_the_wait(models):
         statuses = [(await task).status_code for task in waiting]
         assert set(statuses) == {200, 429}
         assert service.count("vae_rejected_total", reason="queue_full") == statuses.count(429)
+
+
+async def test_bodies_over_the_room_of_all_are_refused_before_they_are_read(models):
+    body = npy(latent())
+    async with serving(models, default_model="kl", buffer_bytes=3 * len(body)) as service:
+        room = service.app.state.context.room
+        gate, read = asyncio.Event(), asyncio.Event()
+
+        async def held():
+            yield body[:50]
+            await gate.wait()
+            yield body[50:]
+
+        async def unread():
+            read.set()
+            yield body
+
+        length = {"Content-Length": str(len(body))}
+        waiting = [asyncio.ensure_future(service.post("/decode", content=held(), headers=length)) for _ in range(3)]
+        await until(lambda: room.used == 3 * len(body))
+        for headers in (length, {}):  # announced, and as it comes
+            answer = await service.post("/decode", content=body if not headers else unread(), headers=headers)
+            assert "too many bytes in flight" in refused(answer, 503, "too_many_bytes")
+            assert (answer.headers["Retry-After"], answer.json()["retryable"]) == ("1", True)
+        assert not read.is_set()
+        assert service.count("vae_rejected_total", reason="too_many_bytes") == 2
+        gate.set()
+        assert [(await answer).status_code for answer in waiting] == [200] * 3
+        await until(lambda: room.used == 0)
+        assert (await service.post("/decode", content=body)).status_code == 200
+
+
+async def test_what_is_refused_leaves_nothing_in_the_room(service):
+    room = service.app.state.context.room
+    for content in (bytes(100_001), bytes(5000), chunks(200_000), picture()):
+        await service.post("/encode", content=content)
+    await until(lambda: room.used == 0)
+
+
+async def test_a_body_that_stops_is_given_up_early(service, monkeypatch):
+    monkeypatch.setattr(body, "SILENT_SECONDS", 0.05)
+
+    async def stops():
+        yield picture()[:9]
+        await asyncio.Event().wait()
+
+    refused(await service.post("/encode", content=stops(), headers={"Content-Length": "50000"}), 408, "slow_body")
+    assert service.app.state.context.room.used == 0
+
+
+async def test_a_full_queue_is_told_before_the_body_is_read(models):
+    async with serving(models, default_model="kl", queue_size=1) as service:
+        batcher = service.engine.workers[0].batcher
+        ticket = batcher.admit(1, 1, None, 0.0)
+        read = asyncio.Event()
+
+        async def unread():
+            read.set()
+            yield picture()
+
+        for path in ("/encode", "/decode", "/compare?models=kl"):
+            answer = await service.post(path, content=unread())
+            assert "queue is full" in refused(answer, 429, "overloaded")
+        assert not read.is_set()
+        batcher.give_back(ticket)
+        assert (await service.post("/encode", content=picture())).status_code == 200

@@ -277,3 +277,13 @@ async def test_it_is_counted_and_described(service):
     assert {parameter["name"] for parameter in document["parameters"]} == {
         *("models", "precision", "tiling", "fit", "background", "X-Request-Timeout-Ms", "X-Request-Id")
     }
+
+
+async def test_a_list_of_models_is_counted_before_any_is_looked_for(service, monkeypatch):
+    async def look(*_):
+        raise AssertionError("one was looked for")
+
+    monkeypatch.setattr(service.engine, "resolve", look)
+    names = ",".join(map(str, range(65)))
+    answer = await service.post(f"/compare?models={names}", content=picture())
+    assert "65 models; at most 64" in refused(answer, 422, "invalid_parameter")

@@ -3,6 +3,9 @@ from base64 import b64encode
 import pytest
 from fastapi.routing import APIRoute
 
+from app.api.context import Limits
+from app.api.errors import REMOTE
+from app.errors import TooLarge
 from tests.service import array_of, picture, refused, serving
 
 HEALTH = {
@@ -40,10 +43,13 @@ async def test_every_route_but_health_is_guarded(service):
         answer = await service.request(method, path)
         if path in HEALTH:
             assert answer.status_code == 200
+            continue
+        wrong = await service.request(method, path, headers={"Authorization": "Bearer wrong"})
+        if path.startswith(REMOTE):  # errors of another form: see test_remote
+            assert (answer.status_code, wrong.status_code) == (401, 403)
         else:
             refused(answer, 401, "unauthorized")
             assert answer.headers["WWW-Authenticate"] == 'Bearer, Basic realm="latentd"'
-            wrong = await service.request(method, path, headers={"Authorization": "Bearer wrong"})
             refused(wrong, 403, "forbidden")
 
 
@@ -106,3 +112,15 @@ async def test_metrics_are_public_unless_they_are_not(models):
 
 def test_no_route_is_fastapis_own(service):
     assert all(hasattr(route, "original_router") for route in service.app.routes)
+
+
+def test_claims_are_checked_as_numbers():
+    limits = Limits(body_bytes=1, picture_pixels=100, items=4, pixels=150)
+    limits.check([(10, 10)], times=1)
+    for size, times, match in [
+        ((10, 11), 1, "10x11"),
+        ((1, 1), 10**15, f"{10**15} pictures"),
+        ((10, 10), 2, "200 pixels"),
+    ]:
+        with pytest.raises(TooLarge, match=match):
+            limits.check([size], times)

@@ -1,6 +1,9 @@
 import io
 import json
+import struct
+import tracemalloc
 import zipfile
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ PNG, JPEG, WEBP, ZIP = "image/png", "image/jpeg", "image/webp", "application/zip
 
 
 def safetensors(body: bytes) -> np.ndarray:
-    return read_latents(body, max_bytes=1 << 20).array
+    return np.stack(read_latents(body, max_bytes=1 << 20).items)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,40 @@ async def test_npz_and_safetensors_are_sniffed(service):
         pictures = array_of(await service.post("/decode", content=body, headers=headers))
         assert pictures.shape == (2, SIDE, SIDE, 3)
         assert pictures.dtype == np.uint8
+
+
+async def test_what_encode_writes_of_different_sizes_decode_reads(service):
+    parts = [("image", ("a.png", picture(32, 32))), ("image", ("b.png", picture(64, 32, 1)))]
+    encoded = await service.post("/encode", files=parts)
+    assert encoded.headers["content-type"] == NPZ
+    answer = await service.post("/decode", content=encoded.content, headers={"Accept": "*/*"})
+    assert (answer.status_code, answer.headers["content-type"]) == (200, ZIP)
+    assert answer.headers["X-Image-Size"] == "32x32, 64x32"
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        sizes = [Image.open(io.BytesIO(archive.read(name))).size for name in archive.namelist()]
+    assert sizes == [(32, 32), (64, 32)]
+    for accept in (PNG, NPY):  # pictures of two sizes are no array either
+        told = refused(
+            await service.post("/decode", content=encoded.content, headers={"Accept": accept}), 406, "not_acceptable"
+        )
+        assert ZIP in told
+    small = await service.post("/decode?size=32x30", content=encoded.content)
+    assert small.headers["X-Image-Size"] == "32x30"
+    assert "32x32" in refused(
+        await service.post("/decode?size=64x32", content=encoded.content), 422, "invalid_parameter"
+    )
+
+
+async def test_one_latent_that_does_not_fit_refuses_all(service):
+    file = io.BytesIO()
+    np.savez(file, a=latent(), b=latent(1, 16, 4, 4))
+    assert "16" in refused(await service.post("/decode", content=file.getvalue()), 422, "invalid_latent")
+
+
+async def test_a_guessed_family_is_told_on_use(service):
+    for path, body in (("/encode", picture()), ("/decode", npy(latent()))):
+        assert "the family sd1 is a guess" in unquote((await service.post(path, content=body)).headers["X-Warning"])
+        assert "X-Warning" not in (await service.post(f"{path}?model=tiny", content=body)).headers
 
 
 async def test_bfloat16_in_safetensors(service):
@@ -360,3 +397,25 @@ async def test_floats_are_npy_or_refused(service):
     assert "one size" in refused(answer, 422, "invalid_parameter")
     answer = await service.post("/decode?dtype=float16&bits=16", content=npy(latent()))
     assert "bits=16" in refused(answer, 422, "invalid_parameter")
+
+
+@pytest.mark.parametrize("claimed", [300, 2_000_000, 400_000_000])
+async def test_a_batch_that_is_only_claimed_is_refused_as_a_number(service, claimed):
+    """As a list of so many shapes the largest took 15 s and 3.3 GB."""
+    array = io.BytesIO()
+    header = {"descr": "<f2", "fortran_order": False, "shape": (claimed, 1, 1, 1)}
+    np.lib.format.write_array_header_1_0(array, header)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.npy", array.getvalue())
+    body = bytearray(file.getvalue())
+    size = len(array.getvalue()) + 2 * claimed
+    for at in (22, body.index(b"PK\x01\x02") + 24):
+        struct.pack_into("<I", body, at, size)
+    tracemalloc.start()
+    try:
+        answer = await service.post("/decode", content=bytes(body))
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    assert f"{claimed} pictures" in refused(answer, 413, "too_large")

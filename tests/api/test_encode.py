@@ -1,5 +1,8 @@
+import asyncio
 import io
 import json
+import os
+import threading
 
 import numpy as np
 import pytest
@@ -9,7 +12,9 @@ from PIL import Image
 from app.execution.primitive import Whole
 from app.store.checkpoint import load_autoencoder
 from app.wire.arrays import read_latents
-from tests.service import SIDE, array_of, latent, npy, picture, pixels, refused, serving
+from app.wire.headers import read_header
+from app.wire.images import read_image
+from tests.service import SIDE, array_of, latent, npy, picture, pixels, refused, serving, until
 
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
 
@@ -374,9 +379,96 @@ async def test_moments_in_safetensors_say_what_they_are(service):
 async def test_latents_may_be_float32(service, accept):
     async def latents(query):
         body = (await service.post(f"/encode?{query}", content=picture(), headers={"Accept": accept})).content
-        return read_latents(body, max_bytes=1 << 20).array
+        return np.stack(read_latents(body, max_bytes=1 << 20).items)
 
     wide, half = await latents("dtype=float32"), await latents("dtype=float16")
     assert (wide.dtype, half.dtype) == (np.float32, np.float16)
     np.testing.assert_array_equal(wide.astype(np.float16), half)
     assert (wide != half).any()
+
+
+def animated(kind: str, frames: int = 3) -> bytes:
+    file = io.BytesIO()
+    others = [Image.fromarray(pixels(seed=seed)) for seed in range(1, frames)]
+    Image.fromarray(pixels()).save(file, kind, save_all=True, append_images=others, lossless=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WebP"])
+async def test_the_first_frame_of_an_animation_is_encoded_with_a_warning(service, kind):
+    answer = await service.post("/encode", content=animated(kind))
+    assert answer.headers["X-Warning"].endswith("the picture has 3 frames: the first is encoded")
+    still = await service.post("/encode", content=picture())
+    assert "frames" not in still.headers.get("X-Warning", "")
+    np.testing.assert_allclose(array_of(answer), array_of(still), atol=2e-3)
+    formed = await service.post("/encode", files=form(picture(), animated(kind), *[animated(kind)] * 5))
+    said = formed.headers["X-Warning"]
+    assert "part 1 (1.png) has 3 frames: the first is encoded; part 2 (2.png) has" in said
+    assert said.endswith("; ..")
+
+
+@pytest.mark.parametrize(
+    ("bad", "status", "code", "query"),
+    [
+        (b"no picture", 415, "unsupported_media", ""),
+        (picture()[:-30], 400, "malformed_body", ""),
+        (picture(SIDE + 1, SIDE), 422, "invalid_image", "?fit=error"),
+        (picture(3, 3), 422, "invalid_image", "?fit=crop"),
+    ],
+)
+async def test_an_error_names_the_part_that_it_is_about(service, bad, status, code, query):
+    answer = await service.post(f"/encode{query}", files=form(picture(), picture(), bad))
+    assert refused(answer, status, code).startswith("part 2 (2.png): ")
+    alone = await service.post(f"/encode{query}", content=bad)
+    assert "part" not in refused(alone, status, code)
+
+
+async def test_a_part_that_is_too_large_is_named(models):
+    async with serving(models, default_model="kl", max_pixels=SIDE * SIDE) as service:
+        answer = await service.post("/encode", files=form(picture(), picture(SIDE, SIDE + 1)))
+        assert refused(answer, 413, "too_large").startswith("part 1 (1.png): ")
+
+
+@pytest.fixture
+def reading(monkeypatch):
+    """Holds every decoder until its gate opens; how many there are at once."""
+    gate, at_once = threading.Event(), []
+
+    def hold(*arguments, **options):
+        at_once.append(1)
+        assert gate.wait(60)
+        return read_image(*arguments, **options)
+
+    monkeypatch.setattr("app.wire.pixels.read_image", hold)
+    yield gate, at_once
+    gate.set()
+
+
+async def test_small_work_waits_for_no_decoder(service, reading):
+    gate, at_once = reading
+    waiting = [asyncio.ensure_future(service.post("/encode", content=picture())) for _ in range(60)]
+    await until(lambda: len(at_once) >= (os.cpu_count() or 1))
+    refused(await service.post("/encode", content=b"no picture"), 415, "unsupported_media")
+    assert (await service.get("/models/kl/plan")).status_code == 200
+    assert (await service.get("/models")).status_code == 200
+    for request in waiting[30:]:
+        request.cancel()
+    await asyncio.wait(waiting[30:])
+    gate.set()
+    assert {(await request).status_code for request in waiting[:30]} == {200}
+    assert len(at_once) == 30  # what nobody waits for any more has not begun
+
+
+async def test_pictures_are_decoded_as_many_at_once_as_there_is_memory(models, reading):
+    gate, at_once = reading
+    work = read_header(picture()).work
+    async with serving(models, default_model="kl", buffer_bytes=work + 20_000) as service:
+        room = service.app.state.context.room
+        waiting = [asyncio.ensure_future(service.post("/encode", content=picture())) for _ in range(3)]
+        await until(lambda: len(at_once) == 1 and room.used >= work)
+        assert room.used < room.total
+        assert (await service.get("/models/kl/plan")).status_code == 200
+        assert len(at_once) == 1
+        gate.set()
+        assert {(await request).status_code for request in waiting} == {200}
+        await until(lambda: room.used == 0)

@@ -6,6 +6,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from app.api.health import PROBES
 from app.main import create_app
 from app.settings import Settings
 from tests.service import SIDE, occupied, picture, refused, serving
@@ -121,3 +122,19 @@ async def test_the_metrics_keep_the_rules_of_prometheus(models, tmp_path):
     ):
         assert line in text, line
     assert complaints(text) == ""
+
+
+async def test_health_and_its_guards_need_no_thread(models, monkeypatch):
+    """FastAPI runs whatever is no coroutine in a pool of 40 threads, which slow requests can fill."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a thread is needed")
+
+    monkeypatch.setattr("fastapi.dependencies.utils.run_in_threadpool", refuse)
+    monkeypatch.setattr("fastapi.routing.run_in_threadpool", refuse)
+    async with serving(models, default_model="kl", api_keys="a", admin_key="b", metrics_public=False) as service:
+        assert {*LIVE, *READY, "/healthz/startup"} == PROBES
+        for path in (*PROBES, "/metrics", "/models"):
+            assert (await service.get(path, headers={"Authorization": "Bearer a"})).status_code == 200
+        answer = await service.post("/models/kl/pin", headers={"Authorization": "Bearer b"})
+        assert answer.status_code == 200

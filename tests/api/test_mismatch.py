@@ -1,4 +1,5 @@
 import io
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,11 @@ ASTRONAUT = Path(__file__).resolve().parents[1] / "pictures" / "astronaut.png"
 
 
 @pytest.fixture(scope="module")
-async def service(models):
-    async with serving(models, default_model="kl") as service:
+async def service(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("settled")  # a guessed family would be a warning of its own
+    shutil.copytree(models / "VAE", folder / "VAE")
+    (folder / "VAE" / "kl.json").write_text('{"family": "sd1"}')
+    async with serving(folder, default_model="kl") as service:
         yield service
 
 

@@ -2,6 +2,7 @@ import asyncio
 import hashlib
 import json
 import shutil
+import threading
 from pathlib import Path
 from urllib.parse import quote
 
@@ -10,6 +11,8 @@ import pytest
 from safetensors.torch import save_file
 
 from app.api.schemas import Model
+from app.engine.planner import Planner
+from app.engine.worker import MOST_ASKED
 from tests.service import array_of, latent, npy, occupied, picture, picture_of, refused, serving, until
 from tests.store.weights import state_of
 
@@ -55,9 +58,19 @@ def test_numbers_per_channel_are_a_list():
     assert json.loads(row.model_dump_json())["scaling_factor"] == [0.5, 2.0]
 
 
+async def test_the_list_says_what_a_request_without_a_model_means(models, tmp_path):
+    shutil.copytree(models / "VAE", tmp_path / "VAE")
+    async with serving(tmp_path) as service:
+        assert (await service.get("/models")).json()["default"] is None
+        (tmp_path / "VAE" / "kl.safetensors").unlink()
+        assert (await service.get("/models")).json()["default"] == "tiny"
+    async with serving(models, default_model="kl") as service:
+        assert (await service.get("/models")).json()["default"] == "kl"
+
+
 async def test_a_row_has_these_fields_exactly(service, models):
     answer = await service.get("/models")
-    assert set(answer.json()) == {"models"}
+    assert set(answer.json()) == {"models", "default"}
     found = await rows(service)
     assert list(found) == ["kl", "tiny"]
     assert all(set(row) == FIELDS for row in found.values())
@@ -350,3 +363,55 @@ async def test_a_model_in_use_is_not_unloaded(folder):
 async def test_unknown_parameters_are_refused_here_too(service):
     for path in ("/models", "/models/kl"):
         assert "x: there is no" in refused(await service.get(f"{path}?x=1"), 422, "invalid_parameter")
+
+
+async def test_a_verdict_is_taken_back_by_the_admin(models):
+    async with serving(models, admin_key="root", headers={"Authorization": "Bearer root"}) as service:
+        checkpoint = await service.engine.resolve("kl")
+        service.engine._verdicts.overflowed(checkpoint)
+        assert (await service.get("/models/kl")).json()["fp16"] == "overflows"
+        assert (await service.post("/models/kl/retest")).json()["fp16"] == "unknown"
+        assert (await service.get("/models/kl")).json()["fp16"] == "unknown"
+
+
+async def test_questions_for_plans_are_bounded_and_hold_up_nobody(models, monkeypatch):
+    """Sixty of new sizes made a decode wait for 25 s."""
+    gate = threading.Event()
+    answer = Planner.answer
+
+    def slow(planner, *args):
+        assert gate.wait(60)
+        return answer(planner, *args)
+
+    monkeypatch.setattr(Planner, "answer", slow)
+    async with serving(models, default_model="kl") as service:
+        asked = [
+            asyncio.ensure_future(service.get(f"/models/kl/plan?width={64 + 8 * index}&height=64"))
+            for index in range(MOST_ASKED + 12)
+        ]
+        await until(lambda: sum(each.done() for each in asked) == 12)
+        refusals = [each.result() for each in asked if each.done()]
+        assert {refusal.status_code for refusal in refusals} == {429}
+        assert refusals[0].headers["Retry-After"]
+        assert (await service.post("/decode", content=npy(latent()))).status_code == 200
+        gate.set()
+        assert sorted(answer.status_code for answer in await asyncio.gather(*asked)) == [200] * MOST_ASKED + [429] * 12
+
+
+async def test_the_metrics_forget_models_that_have_gone(models, tmp_path):
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    async with serving(tmp_path) as service:
+        for name in ("kl", "tiny"):
+            assert (await service.post(f"/encode?model={name}", content=picture())).status_code == 200
+        assert 'model="kl"' in (await service.get("/metrics")).text
+        (tmp_path / "VAE" / "kl.safetensors").unlink()
+        await until_gone(service, "kl")
+        text = (await service.get("/metrics")).text
+        assert 'vae_requests_total{model="kl"' not in text.replace('op="encode",', "")
+        assert "tiny" in text
+
+
+async def until_gone(service, name):
+    async with asyncio.timeout(30):
+        while name in [row["name"] for row in (await service.get("/models")).json()["models"]]:
+            pass

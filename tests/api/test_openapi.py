@@ -137,7 +137,17 @@ def test_operations_have_names_of_their_own(document):
     assert len(set(names)) == len(names)
     assert set(names) == {
         *("encode", "decode", "compare", "list_models", "get_model", "plan_model"),
-        *("load_model", "unload_model", "pin_model", "unpin_model", "live", "ready", "startup", "metrics"),
+        *(
+            "load_model",
+            "unload_model",
+            "pin_model",
+            "unpin_model",
+            "retest_model",
+            "live",
+            "ready",
+            "startup",
+            "metrics",
+        ),
     }
 
 

@@ -47,6 +47,15 @@ async def test_a_batch_is_the_head_and_all_of_its_key_up_to_the_pixel_budget(bat
     assert (batcher.items, batcher.pixels) == (0, 0)
 
 
+async def test_pictures_in_bytes_and_in_floats_share_no_batch(batcher):
+    loop, jobs = asyncio.get_running_loop(), []
+    for dtype in (np.uint8, np.float32, np.uint8, np.float16):
+        jobs.append(Job(Task("encode", A), np.zeros((16, 16, 3), dtype), None, loop.create_future()))
+    batcher.put(batcher.admit(4, 4 * 256, None, 0.0), jobs)
+    assert await batcher.take() == jobs[::2]
+    assert await batcher.take() == jobs[1::2]
+
+
 async def test_the_head_is_served_even_when_it_is_over_the_budget(batcher):
     big = put(batcher, side=64)
     put(batcher, side=64)

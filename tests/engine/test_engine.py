@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from app.engine.batcher import QueueLimits
+from app.engine.devices import device_names
 from app.engine.jobs import Task
-from app.engine.worker import device_names
 from app.errors import InvalidImage, InvalidLatent, OutOfMemory, Unavailable, UnsupportedCheckpoint
 from app.execution import banded as strips
 from tests.fakes import (

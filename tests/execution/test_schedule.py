@@ -2,7 +2,6 @@
 
 from itertools import combinations
 
-import pytest
 from torch import nn
 from torch.nn import functional as F
 
@@ -10,25 +9,6 @@ from app.execution.footprint import peak_elements, working_set
 from app.execution.passes import passes_between
 from app.execution.program import record
 from app.execution.schedule import plans
-
-
-def conv(c_in, c_out):
-    return nn.Conv2d(c_in, c_out, 3, padding=1)
-
-
-@pytest.fixture
-def chain():
-    """Input - a - b (reads norm of a) - c (reads norm of b) - output: every node a cut."""
-    convs = [conv(4, 8), conv(8, 8), conv(8, 8), conv(8, 4)]
-    norm = nn.GroupNorm(2, 8)
-
-    def network(run, x):
-        x = run.conv(x, convs[0])
-        x = run.conv(x, convs[1], norm=norm)
-        x = run.conv(x, convs[2], norm=norm)
-        return run.conv(x, convs[3])
-
-    return record(network, (1, 4, 64, 16))
 
 
 def test_frontier_is_the_best_of_all_subsets(chain):
@@ -47,7 +27,7 @@ def test_frontier_is_the_best_of_all_subsets(chain):
 
 
 def test_without_norms_nothing_is_kept_or_done_twice():
-    convs = [conv(4, 4) for _ in range(6)]
+    convs = [nn.Conv2d(4, 4, 3, padding=1) for _ in range(6)]
 
     def network(run, x):
         for i in range(0, 6, 2):

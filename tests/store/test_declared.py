@@ -91,6 +91,15 @@ def test_metadata():
     assert said == Declared("config", "metadata", "latentd-small", 8, 0.5)
 
 
+def test_a_guess_that_was_written_down_is_read_as_one(tmp_path):
+    said = from_metadata({"family": "sd1", "family_source": "default"})
+    assert said == Declared("default", "metadata", "sd1")
+    assert from_metadata({"family": "sd1", "family_source": "operator"}).source == "config"
+    content = {"_class_name": "AutoencoderKL", "scaling_factor": 0.18215, "_family_source": "default"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert from_config(tmp_path / "config.json").source == "default"
+
+
 def test_metadata_of_other_programs_is_ignored():
     assert from_metadata({"family": "portraits", "norm_num_groups": "many"}) == Declared("config", "metadata")
 

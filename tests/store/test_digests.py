@@ -174,7 +174,7 @@ def reads(monkeypatch):
 
 
 def scanned(folder: Path) -> dict[str, str]:
-    store = ModelStore(folder, "sd1")
+    store = ModelStore([folder], "sd1")
     store.scan()
     return {entry.name: entry.sha256 for entry in store.entries() if isinstance(entry, Checkpoint)}
 
@@ -197,7 +197,7 @@ def test_a_changed_time_or_size_is_read_again(folder, reads):
 
 
 def test_a_renamed_file_is_not_read_again(folder, reads):
-    store = ModelStore(folder, "sd1")
+    store = ModelStore([folder], "sd1")
     store.scan()
     (folder / "VAE" / "a.safetensors").rename(folder / "VAE" / "c.safetensors")
     reads.clear()
@@ -209,7 +209,7 @@ def test_a_renamed_file_is_not_read_again(folder, reads):
 
 def test_another_file_of_the_same_size_and_time_is_read_while_the_service_runs(folder, reads):
     path = folder / "VAE" / "a.safetensors"
-    store = ModelStore(folder, "sd1")
+    store = ModelStore([folder], "sd1")
     store.scan()
     before, status = store.resolve("a").sha256, path.stat()
     new = write(folder / "new.safetensors", state_of("taesd", seed=3))

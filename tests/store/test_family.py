@@ -6,7 +6,7 @@ import pytest
 
 from app.errors import UnsupportedCheckpoint
 from app.store.declared import Declared
-from app.store.family import CUSTOM, Hints, candidates, family_of
+from app.store.family import CUSTOM, Hints, candidates, doubt_of, family_of
 from app.vae.families import FAMILIES
 from tests.store.weights import kl_config, tiny_config
 
@@ -131,6 +131,39 @@ def test_the_default():
     assert found(SD, default_family="sd1") == ("sd1", "default")
     assert found(SD3, default_family="flux") == ("flux", "default")
     assert found(SD, default_family="latentd-small") == ("latentd-small", "default")
+
+
+def test_what_was_a_guess_when_it_was_written_stays_one():
+    guess = Declared("default", "metadata", "sdxl")
+    assert found(SD, declared=(guess,)) == ("sdxl", "default")
+    assert found(SD, declared=(guess,), default_family="sd1") == ("sd1", "default")  # as if it had not been written
+    assert found(SD, declared=(guess,), default_family="flux") == ("sdxl", "default")
+    assert found(SD, declared=(guess,), known_family="sd2") == ("sd2", "hash")
+    assert found(SD, declared=(guess, operator(family="sd2"))) == ("sd2", "operator")
+    assert found(SD, declared=(guess,), pipeline={UNET: (320, 768)}) == ("sd1", "checkpoint")
+    constants = Declared("default", "config.json", scaling_factor=0.18215)
+    assert found(SD, declared=(constants,), default_family="sdxl") == ("sdxl", "default")
+
+
+def test_a_guess_is_told_with_what_the_file_s_name_hints_at():
+    sd1 = FAMILIES["sd1"]
+    assert doubt_of(sd1, "config", "sdxl_vae") is None
+    told = doubt_of(sd1, "default", "My-SDXL_vae")
+    assert told is not None
+    assert "family sd1 is a guess" in told
+    assert "the file's name hints at sdxl" in told
+    assert '{"family": "sdxl"} in a NAME.json' in told
+    for name in ("vae", "flux-ae", "taesd"):  # these two could not be what the shapes are
+        told = doubt_of(sd1, "default", name)
+        assert told is not None
+        assert "hints" not in told
+        assert '{"family": "sd1"}' in told
+
+
+def test_a_name_is_a_hint_and_decides_nothing():
+    assert found(SD, stem="sdxl_vae", default_family="sd1") == ("sd1", "default")
+    with pytest.raises(UnsupportedCheckpoint, match=r"the file's name hints at flux; put .*flux"):
+        found(SD3, stem="flux-ae", default_family="sd1")
 
 
 def test_undecided_names_the_candidates_and_the_way_out():

@@ -20,7 +20,7 @@ def put(folder: Path, *names: str, text: str = "") -> None:
 
 
 def found(folder: Path) -> list[Source]:
-    return sources(walk(folder, {}).values(), folder)
+    return sources(walk([folder], {}).values(), [folder])
 
 
 def names(folder: Path) -> dict[str, tuple[str, ...]]:

@@ -244,3 +244,12 @@ def test_networks_beyond_measure_are_refused(tmp_path, shapes, reason, monkeypat
 def test_the_number_of_a_layer_has_an_end(tmp_path, key):
     path = sparse(tmp_path / "x_encoder.safetensors", {key.format("1" * 5000): [1], "decoder.1.weight": [1]})
     assert "is no key of an autoencoder: its number is too long" in refusal(path)
+
+
+def test_somebody_s_word_goes_over_all_that_the_files_say(tmp_path):
+    path = write(tmp_path / "a.safetensors", state_of(), {"family": "sd2"})
+    (tmp_path / "a.json").write_text('{"family": "sd1"}')
+    checkpoint = open_checkpoint(path, "sd1", "sdxl")
+    assert (checkpoint.family.name, checkpoint.family_source) == ("sdxl", "operator")
+    with pytest.raises(UnsupportedCheckpoint, match="--family says family flux"):
+        open_checkpoint(path, "sd1", "flux")

@@ -26,11 +26,11 @@ from tests.store.weights import as_diffusers, state_of, under, write, write_fold
 @pytest.fixture
 def store(tmp_path):
     (tmp_path / "VAE").mkdir()
-    return ModelStore(tmp_path, "sd1")
+    return ModelStore([tmp_path], "sd1")
 
 
 def put(store: ModelStore, name: str, seed: int = 0, family: str = "taesd") -> Path:
-    return write(store.folder / name, state_of(family, seed))
+    return write(store.folders[0] / name, state_of(family, seed))
 
 
 def listed(store: ModelStore) -> dict[str, str]:
@@ -49,7 +49,7 @@ def test_an_empty_folder(store):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    store = ModelStore(tmp_path / "nothing", "sd1")
+    store = ModelStore([tmp_path / "nothing"], "sd1")
     store.scan()
     assert store.entries() == []
 
@@ -57,12 +57,12 @@ def test_a_folder_that_is_not_there(tmp_path):
 def test_good_and_bad_files_are_listed(store):
     put(store, "VAE/good.safetensors")
     put(store, "VAE/b.pt", family="sd1")
-    (store.folder / "VAE/empty.ckpt").touch()
-    (store.folder / "VAE/text.safetensors").write_text("hello, this is text")
-    write(store.folder / "VAE/unet.safetensors", {"model.diffusion_model.out.2.weight": torch.zeros(3)})
-    write(store.folder / "VAE/lone_encoder.pth", {"0.weight": torch.zeros(3)})
+    (store.folders[0] / "VAE/empty.ckpt").touch()
+    (store.folders[0] / "VAE/text.safetensors").write_text("hello, this is text")
+    write(store.folders[0] / "VAE/unet.safetensors", {"model.diffusion_model.out.2.weight": torch.zeros(3)})
+    write(store.folders[0] / "VAE/lone_encoder.pth", {"0.weight": torch.zeros(3)})
     put(store, "VAE/odd.pt")
-    (store.folder / "VAE/odd.json").write_text('{"family": "sd9"}')
+    (store.folders[0] / "VAE/odd.json").write_text('{"family": "sd9"}')
     store.scan()
     entries = listed(store)
     assert list(entries) == sorted(entries)
@@ -76,7 +76,7 @@ def test_good_and_bad_files_are_listed(store):
 
 
 def test_a_reason_is_one_line(store):
-    write(store.folder / "VAE/x.pt", state_of("sd1") | {"a\nb" * 1000: torch.zeros(1)})
+    write(store.folders[0] / "VAE/x.pt", state_of("sd1") | {"a\nb" * 1000: torch.zeros(1)})
     store.scan()
     entry = store.entries()[0]
     assert isinstance(entry, Unreadable)
@@ -95,10 +95,32 @@ def test_by_name_by_hash_and_alone(store):
             store.resolve(model)
 
 
+def test_a_demonstration_steps_back_where_others_are(store):
+    demo = write(store.folders[0] / "VAE/demo.safetensors", state_of(), {"family": "latentd-small"})
+    store.scan()
+    assert store.resolve(None).name == "demo"
+    (store.folders[0] / "VAE/broken.pt").write_text("no")
+    store.scan()
+    assert store.resolve(None).name == "demo"  # what cannot be used is no other
+    put(store, "VAE/mine.safetensors")
+    store.scan()
+    assert store.resolve(None).name == "mine"
+    assert store.resolve("demo").path == demo
+    assert store.resolve(None, "demo").path == demo
+    put(store, "VAE/other.safetensors", seed=1)
+    store.scan()
+    with pytest.raises(InvalidParameter, match=r"there are several: demo, mine, other$"):
+        store.resolve(None)
+    for name in ("mine", "other"):
+        (store.folders[0] / f"VAE/{name}.safetensors").unlink()
+    store.scan()
+    assert store.resolve(None).name == "demo"
+
+
 def test_several_models(store):
     put(store, "VAE/a.safetensors")
     put(store, "VAE/b.safetensors", seed=1)
-    (store.folder / "VAE/broken.pt").touch()
+    (store.folders[0] / "VAE/broken.pt").touch()
     store.scan()
     with pytest.raises(InvalidParameter, match=r"model is required, as there are several: a, b$"):
         store.resolve(None)
@@ -112,14 +134,14 @@ def test_several_models(store):
 
 def test_a_broken_file_does_not_make_the_only_model_ambiguous(store):
     put(store, "VAE/a.safetensors")
-    (store.folder / "VAE/broken.pt").touch()
+    (store.folders[0] / "VAE/broken.pt").touch()
     store.scan()
     assert store.resolve(None).name == "a"
 
 
 def test_the_names_in_an_error_are_capped(store):
     for index in range(25):
-        (store.folder / f"VAE/{index:02}.pt").touch()
+        (store.folders[0] / f"VAE/{index:02}.pt").touch()
     store.scan()
     with pytest.raises(UnknownModel, match=r"19 and 5 more$"):
         store.resolve("nothing")
@@ -128,7 +150,7 @@ def test_the_names_in_an_error_are_capped(store):
 def test_a_prefix_of_two_models_is_ambiguous_but_not_of_two_copies(store, monkeypatch):
     monkeypatch.setattr("app.store.names.PREFIX", 0)
     put(store, "VAE/a.pt")
-    shutil.copy(store.folder / "VAE/a.pt", store.folder / "VAE/copy.pt")
+    shutil.copy(store.folders[0] / "VAE/a.pt", store.folders[0] / "VAE/copy.pt")
     store.scan()
     assert store.resolve("").name == "a"
     put(store, "VAE/b.pt", seed=1)
@@ -142,9 +164,9 @@ def test_pairs_and_folders(store):
     total = hashlib.sha256()
     for half in ("encoder", "decoder"):
         bare = {key.removeprefix(f"{half}."): value for key, value in state.items() if key.startswith(half)}
-        total.update(write(store.folder / f"VAE/tiny_{half}.pth", bare).read_bytes())
+        total.update(write(store.folders[0] / f"VAE/tiny_{half}.pth", bare).read_bytes())
     config = {"_class_name": "AutoencoderKL", "scaling_factor": 0.13025}
-    folder = write_folder(store.folder / "VAE/xl", state_of("sdxl"), config)
+    folder = write_folder(store.folders[0] / "VAE/xl", state_of("sdxl"), config)
     store.scan()
     assert listed(store) == {"tiny": "taesd", "xl": "sdxl"}
     assert store.resolve("tiny").sha256 == total.hexdigest()
@@ -185,17 +207,17 @@ def test_a_sidecar_takes_effect_and_lets_go(store):
     put(store, "VAE/a.safetensors", family="sd1")
     store.scan()
     assert listed(store) == {"a": "sd1"}
-    (store.folder / "VAE/a.json").write_text('{"family": "sdxl"}')
+    (store.folders[0] / "VAE/a.json").write_text('{"family": "sdxl"}')
     store.scan()
     assert store.resolve("a").family_source == "operator"
-    (store.folder / "VAE/a.json").unlink()
+    (store.folders[0] / "VAE/a.json").unlink()
     store.scan()
     assert listed(store) == {"a": "sd1"}
 
 
 def test_a_file_being_copied_in_heals(store):
     whole = put(store, "outside.safetensors").read_bytes()
-    path = store.folder / "VAE/a.safetensors"
+    path = store.folders[0] / "VAE/a.safetensors"
     path.write_bytes(whole[: len(whole) // 2])
     store.scan()
     assert "truncated" in listed(store)["a"]
@@ -228,7 +250,7 @@ def test_a_collision_renames_both_and_one_gone_renames_back(store):
     store.scan()
     assert listed(store).keys() == {"VAE/a", "checkpoints/a"}
     assert store.resolve("VAE/a").name == "VAE/a"
-    (store.folder / "checkpoints/a.safetensors").unlink()
+    (store.folders[0] / "checkpoints/a.safetensors").unlink()
     store.scan()
     assert listed(store).keys() == {"a"}
 
@@ -249,7 +271,7 @@ def test_linked_models(store, tmp_path_factory):
     write(elsewhere / "blob", as_diffusers(state_of("taesd")))
     (elsewhere / "blob").rename(elsewhere / "data.safetensors.blob")
     write(elsewhere / "a.safetensors", state_of("taesd"))
-    (store.folder / "VAE/linked.safetensors").symlink_to(elsewhere / "a.safetensors")
+    (store.folders[0] / "VAE/linked.safetensors").symlink_to(elsewhere / "a.safetensors")
     store.scan()
     assert listed(store) == {"linked": "taesd"}
     write(elsewhere / "a.safetensors", state_of("taesd", seed=3))
@@ -259,7 +281,7 @@ def test_16_channels_need_a_word(store):
     put(store, "VAE/ae.safetensors", family="flux")
     store.scan()
     assert "could be sd3 or flux" in listed(store)["ae"]
-    (store.folder / "VAE/ae.json").write_text('{"family": "flux"}')
+    (store.folders[0] / "VAE/ae.json").write_text('{"family": "flux"}')
     store.scan()
     assert listed(store) == {"ae": "flux"}
 
@@ -272,7 +294,7 @@ def copies(store: ModelStore) -> dict[str, str | None]:
 
 
 def halved(store: ModelStore, name: str, family: str = "sd1") -> Path:
-    return write(store.folder / name, {key: value.half() for key, value in state_of(family).items()})
+    return write(store.folders[0] / name, {key: value.half() for key, value in state_of(family).items()})
 
 
 @pytest.fixture
@@ -289,11 +311,11 @@ def test_copies_name_the_shortest_path(store):
     put(store, "VAE/b.ckpt", family="sd1")
     put(store, "VAE/other.pt", seed=1, family="sd1")
     baked = under("first_stage_model.")(state_of()) | {"model.diffusion_model.out.2.weight": torch.zeros(3)}
-    write(store.folder / "checkpoints/full.safetensors", baked)
+    write(store.folders[0] / "checkpoints/full.safetensors", baked)
     halved(store, "VAE/a-half.pt")
     store.scan()
     assert copies(store) == {"a-half": "b", "b": None, "full": "b", "long-name": "b", "other": None}
-    (store.folder / "VAE/b.ckpt").unlink()
+    (store.folders[0] / "VAE/b.ckpt").unlink()
     store.scan()
     assert copies(store) == {"a-half": None, "full": "a-half", "long-name": "a-half", "other": None}
 
@@ -302,7 +324,7 @@ def test_copies_name_the_shortest_path(store):
 def test_a_converted_copy_is_known_by_its_tensors_whichever_is_read_first(store, famous, names):
     known, copy = names
     halved(store, f"{copy}.pt")
-    shutil.copy(famous, store.folder / f"{known}.safetensors")
+    shutil.copy(famous, store.folders[0] / f"{known}.safetensors")
     store.scan()
     rows = {entry.name: entry for entry in store.entries() if isinstance(entry, Checkpoint)}
     original, twin = (rows[Path(name).name] for name in names)
@@ -315,10 +337,10 @@ def test_a_converted_copy_is_known_by_its_tensors_whichever_is_read_first(store,
 
 
 def test_a_known_file_that_was_here_once_is_remembered(store, famous):
-    shutil.copy(famous, store.folder / "VAE/known.safetensors")
+    shutil.copy(famous, store.folders[0] / "VAE/known.safetensors")
     store.scan()
-    (store.folder / "VAE/known.safetensors").unlink()
-    again = ModelStore(store.folder, "sd1")
+    (store.folders[0] / "VAE/known.safetensors").unlink()
+    again = ModelStore([store.folders[0]], "sd1")
     halved(store, "VAE/half.pt")
     again.scan()
     assert again.resolve("half").known_as == "a famous one"
@@ -332,7 +354,7 @@ def test_a_copy_of_a_known_file_that_nothing_else_identifies_becomes_usable(stor
     halved(store, "VAE/a.safetensors", family="flux")
     store.scan()
     assert "could be sd3 or flux" in listed(store)["a"]
-    shutil.copy(path, store.folder / "VAE/known.safetensors")
+    shutil.copy(path, store.folders[0] / "VAE/known.safetensors")
     store.scan()
     assert listed(store) == {"a": "flux", "known": "flux"}
 
@@ -380,9 +402,12 @@ def test_the_least_bytes_are_read_first(store):
 
 
 def test_what_the_webui_and_others_leave_in_the_folders_is_an_error_in_one_line(store):
-    write(store.folder / "VAE-approx/model.pt", {"conv1.weight": torch.zeros(8, 4, 7, 7), "conv1.bias": torch.zeros(8)})
-    write(store.folder / "checkpoints/unet.safetensors", {"model.diffusion_model.out.2.weight": torch.zeros(3)})
-    write(store.folder / "checkpoints/lora.safetensors", {"lora_unet_x.lora_down.weight": torch.zeros(3)})
+    write(
+        store.folders[0] / "VAE-approx/model.pt",
+        {"conv1.weight": torch.zeros(8, 4, 7, 7), "conv1.bias": torch.zeros(8)},
+    )
+    write(store.folders[0] / "checkpoints/unet.safetensors", {"model.diffusion_model.out.2.weight": torch.zeros(3)})
+    write(store.folders[0] / "checkpoints/lora.safetensors", {"lora_unet_x.lora_down.weight": torch.zeros(3)})
     store.scan()
     assert all(reason.startswith("no VAE inside") for reason in listed(store).values())
     assert len(listed(store)) == 3
@@ -404,14 +429,14 @@ def test_what_follows_at_once_may_be_listed_together_and_the_last_lists_all(stor
         put(store, f"VAE/{index}.pt", seed=index)
     first, *others, last = store.look(patient=False).unread
     assert store.identify(first, patient=False, more=True)  # nothing was listed before: no reason to wait
-    written = (store.folder / CACHE).stat().st_mtime_ns
+    written = (store.folders[0] / CACHE).stat().st_mtime_ns
     for source in others:
         assert store.identify(source, patient=False, more=True)
     assert len(store.entries()) == 1
-    assert (store.folder / CACHE).stat().st_mtime_ns == written
+    assert (store.folders[0] / CACHE).stat().st_mtime_ns == written
     assert store.identify(last, patient=False)
     assert len(store.entries()) == 4
-    assert len(json.loads((store.folder / CACHE).read_text())["rows"]) == 4
+    assert len(json.loads((store.folders[0] / CACHE).read_text())["rows"]) == 4
 
 
 def test_what_was_not_listed_yet_is_by_the_next_look(store, monkeypatch):
@@ -427,7 +452,7 @@ def test_what_was_not_listed_yet_is_by_the_next_look(store, monkeypatch):
 
 def test_a_config_that_says_something_else_makes_other_models_of_the_same_names(store):
     config = {"_class_name": "AutoencoderKL", "scaling_factor": 0.13025}
-    folder = write_folder(store.folder / "VAE/xl", state_of("sdxl"), config)
+    folder = write_folder(store.folders[0] / "VAE/xl", state_of("sdxl"), config)
     store.scan()
     assert listed(store) == {"xl": "sdxl"}
     (folder / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
@@ -449,3 +474,35 @@ def test_a_header_is_read_once_to_identify_and_once_to_load(store, monkeypatch, 
     assert read[reader] == 1
     load_autoencoder(store.resolve(None), torch.float32, torch.device("cpu"))
     assert read[reader] == 2
+
+
+def test_several_folders_are_one_list(tmp_path):
+    (tmp_path / "webui" / "VAE").mkdir(parents=True)
+    a, b = tmp_path / "webui", tmp_path / "comfy"
+    write(a / "VAE" / "x.safetensors", state_of("taesd"))
+    write(b / "vae" / "x.safetensors", state_of("taesd", 1))
+    write(b / "vae" / "y.safetensors", state_of("taesd"))
+    write_folder(b / "vae" / "pipe" / "vae", state_of(), {"_class_name": "AutoencoderKL", "scaling_factor": 0.13025})
+    (a / "VAE" / "linked").symlink_to(b / "vae")
+    store = ModelStore([a, b, a], "sd1")
+    store.scan()
+    assert listed(store) == {"VAE/x": "taesd", "linked/x": "taesd", "y": "taesd", "pipe": "sdxl"}
+    (copy,) = [entry for entry in store.entries() if entry.name == "y"]
+    assert isinstance(copy, Checkpoint)
+    assert copy.copy_of == "VAE/x"
+    again = ModelStore([b, a], "sd1")
+    again.scan()
+    assert {entry.path.parent for entry in again.entries() if entry.name == "vae/x"} == {b / "vae"}
+
+
+def test_each_folder_keeps_its_own_digests(tmp_path, monkeypatch):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for seed, folder in enumerate(folders):
+        write(folder / "VAE" / f"{seed}.safetensors", state_of("taesd", seed))
+    ModelStore(folders, "sd1").scan()
+    assert all((folder / ".latentd-hashes.json").is_file() for folder in folders)
+    monkeypatch.setattr(store_module, "digest_of", None)  # it would be called for a file without one
+    for seed, folder in enumerate(folders):
+        store = ModelStore([folder], "sd1")
+        store.scan()
+        assert listed(store) == {str(seed): "taesd"}

@@ -84,14 +84,14 @@ def test_a_walk_of_the_same_files_gives_the_same_stamps(tmp_path):
     (tmp_path / "VAE").mkdir()
     for name in ("a.pt", "b.safetensors", "c.txt", ".d.pt"):
         (tmp_path / "VAE" / name).write_bytes(b"1")
-    before = walk(tmp_path, {})
+    before = walk([tmp_path], {})
     assert [item.path.name for item in before.values()] == ["a.pt", "b.safetensors"]
     os.utime(tmp_path / "VAE" / "b.safetensors", ns=(1, 1))
-    after = walk(tmp_path, before)
+    after = walk([tmp_path], before)
     same, other = (str(tmp_path / "VAE" / name) for name in ("a.pt", "b.safetensors"))
     assert after[same] is before[same]
     assert after[other] != before[other]
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    assert walk(tmp_path / "nothing", {}) == {}
+    assert walk([tmp_path / "nothing"], {}) == {}

@@ -163,6 +163,21 @@ def test_metadata_says_what_it_is_and_keeps_what_was_there(tmp_path):
     assert (result.family, result.family_source) == (FAMILIES["sd2"], "config")
 
 
+@pytest.mark.parametrize("target", ["b.safetensors", "folder"])
+def test_a_guess_stays_one_and_somebody_s_word_settles_it(tmp_path, target):
+    path = write(tmp_path / "a.safetensors", state_of())
+    source = open_checkpoint(path, "sd1")
+    assert source.family_source == "default"
+    convert(source, Output(tmp_path / target, "diffusers"))
+    for default in ("sd1", "sdxl"):  # it is of whatever family the file itself would be
+        again = open_checkpoint(tmp_path / target, default)
+        assert (again.family.name, again.family_source) == (default, "default")
+        assert again.doubt
+    convert(open_checkpoint(tmp_path / target, "sd1", "sdxl"), Output(tmp_path / "c.safetensors"))
+    settled = open_checkpoint(tmp_path / "c.safetensors", "sd1")
+    assert (settled.family.name, settled.family_source, settled.doubt) == ("sdxl", "config", None)
+
+
 @pytest.mark.parametrize(
     "sidecar",
     [{"scaling_factor": 0.7, "shift_factor": -0.125}, {"family": "sdxl", "scaling_factor": 0.3}, {"family": "sd2"}],

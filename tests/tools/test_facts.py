@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from app.store.names import Unreadable
+from app.store.row import row_of
 from app.store.store import open_checkpoint
 from app.tools.facts import facts_of, file_layout, lines, table
 from tests.store.weights import as_diffusers, state_of, under, write, write_folder
@@ -63,7 +64,7 @@ def test_the_table(tmp_path):
     checkpoint = open_checkpoint(write(tmp_path / "a.safetensors", state_of()), "sd1")
     known = replace(checkpoint, name="longer-name", known_as="some.ckpt", copy_of="a")
     broken = Unreadable("b", tmp_path / "b.pt", "pt", "no VAE inside")
-    heads, first, second, third = table([checkpoint, known, broken])
+    heads, first, second, third = table([row_of(checkpoint), row_of(known), row_of(broken)])
     assert heads.split() == ["NAME", "FAMILY", "FROM", "FORMAT", "SHA256", "FP16", "KNOWN", "AS"]
     assert first.split() == ["a", "sd1", "default", "safetensors", checkpoint.sha256[:10], "unknown"]
     assert second.endswith("unknown  some.ckpt (a copy of a)")

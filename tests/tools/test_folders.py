@@ -1,122 +1,207 @@
 import asyncio
+import io
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import torch
 
-from app.errors import InvalidInput, ServiceError
 from app.settings import Settings
-from app.tools.folders import AGAIN, LATENTS, PICTURES, connect, content_of, post, replace_file, send_files, walk
+from app.tools import folders
+from app.tools.folders import Errand, Room, Stop, send_files
+from app.tools.manifest import Manifest
+from tests.service import npy, picture
+
+ROW = {"name": "kl", "path": "kl", "family": "sd1", "family_source": "config", "sha256": "ab" * 32, "spatial_factor": 8}
+LATENT = npy(np.zeros((1, 4, 4, 4), np.float16))
 
 
-def touched(folder: Path, *names: str) -> Path:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    return folder
+@pytest.fixture
+def service(monkeypatch):
+    """A service whose answers to POST a test makes; counts them."""
+
+    class Stub:
+        def __init__(self) -> None:
+            self.asked: list[httpx.Request] = []
+            self.flying = self.most = 0
+            self.row: dict[str, Any] = dict(ROW)
+
+        async def answer(self, request: httpx.Request) -> httpx.Response:
+            if request.method == "GET":
+                listed = request.url.path == "/models"
+                return httpx.Response(200, json={"models": [self.row], "default": "kl"} if listed else self.row)
+            self.asked.append(request)
+            self.flying += 1
+            self.most = max(self.most, self.flying)
+            await asyncio.sleep(0.01)
+            self.flying -= 1
+            return self.reply(request)
+
+        def reply(self, request: httpx.Request) -> httpx.Response:
+            return self.latent(request)
+
+        def latent(self, request: httpx.Request, **headers: str) -> httpx.Response:
+            told: dict[str, str] = {
+                "content-type": request.headers["accept"],
+                "x-model-sha256": self.row["sha256"],
+                **headers,
+            }
+            return httpx.Response(200, content=LATENT, headers=told)
+
+    stub, real = Stub(), httpx.AsyncClient
+    monkeypatch.setattr(
+        httpx, "AsyncClient", lambda **options: real(transport=httpx.MockTransport(stub.answer), base_url="http://x")
+    )
+    return stub
 
 
-def test_folders_are_walked_and_keep_their_layout(tmp_path):
-    folder = touched(tmp_path, "b.PNG", "a/c.jpg", "a/d.jpeg", "a/deep/e.webp", "a/notes.txt", ".c.npy.part")
-    found = walk([folder], PICTURES, ".npy")
-    assert [str(target) for _, target in found] == ["a/c.npy", "a/d.npy", "a/deep/e.npy", "b.npy"]
-    assert all(source.is_file() for source, _ in found)
+def errand(op: str = "encode", existing: str = "refuse", settings: Settings | None = None, **query: object) -> Errand:
+    return Errand(op, query, existing, "http://x", None, settings or Settings())  # type: ignore[arg-type]
 
 
-def test_a_file_is_taken_whatever_it_is_called(tmp_path):
-    assert walk([tmp_path / "x.y.bmp"], PICTURES, ".npy") == [(tmp_path / "x.y.bmp", Path("x.y.npy"))]
+def pictures(folder: Path, count: int, size: int = 32) -> str:
+    folder.mkdir(exist_ok=True)
+    for index in range(count):
+        (folder / f"{index:03}.png").write_bytes(picture(size, size))
+    return str(folder)
 
 
-def test_latents_are_npy_npz_and_safetensors(tmp_path):
-    folder = touched(tmp_path, "a.npy", "b.safetensors", "c.npz", "d.png")
-    assert [target.name for _, target in walk([folder], LATENTS, ".png")] == ["a.png", "b.png", "c.png"]
+def problem(status: int, code: str) -> httpx.Response:
+    body = {"type": "t", "title": "t", "status": status, "detail": f"it is {code}", "instance": "/", "code": code}
+    return httpx.Response(
+        status,
+        content=httpx.Response(200, json=body | {"request_id": "", "retryable": False}).content,
+        headers={"content-type": "application/problem+json"},
+    )
 
 
-def test_two_inputs_for_one_output_are_refused(tmp_path):
-    folder = touched(tmp_path, "a.png", "a.jpg")
-    with pytest.raises(InvalidInput, match=r"a\.npy"):
-        walk([folder], PICTURES, ".npy")
-    with pytest.raises(InvalidInput, match=r"a\.npy"):
-        walk([Path("x/a.png"), Path("y/a.png")], PICTURES, ".npy")
+def test_so_many_are_in_flight_that_two_batches_fill(service, tmp_path):
+    settings = Settings(batch_pixels=10 * 32 * 32)
+    assert send_files(errand(settings=settings), [pictures(tmp_path / "in", 50)], str(tmp_path / "out")) == 0
+    assert (len(service.asked), service.most) == (50, 20)
 
 
-def test_a_folder_without_files_is_an_error(tmp_path):
-    with pytest.raises(InvalidInput, match=r"\.jpeg, \.jpg, \.png, \.webp"):
-        walk([tmp_path], PICTURES, ".npy")
-
-
-def test_nothing_left_to_do_needs_no_service(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.tools.folders.create_app", None)
-    touched(tmp_path, "in/a.png", "out/a.npy")
-    inputs, output = [tmp_path / "in"], tmp_path / "out"
-    assert send_files("encode", inputs, output, {}, Settings(), url=None, key=None, resume=True) == 0
+def test_the_queue_and_the_memory_bound_what_is_in_flight(service, tmp_path, monkeypatch):
+    folder = pictures(tmp_path / "in", 30)
+    small = Settings(queue_size=5)
+    assert send_files(errand(settings=small), [folder], str(tmp_path / "a")) == 0
+    assert service.most == 5
+    service.most = 0
+    monkeypatch.setattr(folders, "BYTES", 3 * len(picture()))
+    assert send_files(errand(), [folder], str(tmp_path / "b")) == 0
+    assert service.most == 3
 
 
 @pytest.mark.parametrize(
-    ("header", "waited"), [("2", 2.0), ("0", 0.0), ("3600", 60.0), (None, 1.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 1.0)]
+    ("url", "device", "most"), [(None, "cpu", 1 << 18), (None, "auto", 1 << 18), ("http://x", "cpu", 8 << 20)]
 )
-@pytest.mark.parametrize("full", [0, 2, AGAIN, AGAIN + 1, 100])
-async def test_a_full_queue_is_asked_again_when_it_says_and_not_for_ever(monkeypatch, header, waited, full):
-    waits: list[float] = []
-    bodies: list[bytes] = []
-
-    async def sleep(seconds: float) -> None:
-        waits.append(seconds)
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        bodies.append(request.content)
-        if len(bodies) <= full:
-            return httpx.Response(429, headers={"Retry-After": header} if header else {})
-        return httpx.Response(200)
-
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://x") as client:
-        response = await post(client, "/decode", content=b"body")
-    times = min(full, AGAIN)
-    assert response.status_code == (200 if full <= AGAIN else 429)
-    assert bodies == [b"body"] * (times + 1)
-    assert waits == [waited] * times
+def test_a_cpu_of_our_own_is_not_given_large_batches(url, device, most):
+    if device == "auto" and torch.cuda.is_available():
+        pytest.skip("auto is a GPU here")
+    asked = Errand("encode", {}, "refuse", url, None, Settings(device=device))
+    assert folders._pixels_at_once(asked) == most
 
 
-async def test_other_answers_are_not_asked_for_again():
-    asked = []
+async def test_some_pieces_go_however_large():
+    room = Room(10, least=2)
+    flying = most = 0
 
-    def answer(request: httpx.Request) -> httpx.Response:
-        asked.append(request)
-        return httpx.Response(503, headers={"Retry-After": "1"})
+    async def take(amount: int) -> None:
+        nonlocal flying, most
+        async with room.of(amount):
+            flying += 1
+            most = max(most, flying)
+            await asyncio.sleep(0)
+            flying -= 1
 
-    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://x") as client:
-        assert (await post(client, "/decode")).status_code == 503
-    assert len(asked) == 1
-
-
-def test_a_file_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path):
-    (tmp_path / "a.npy").mkdir()
-    with pytest.raises(OSError, match=r"'[^']*/a\.npy'$"):
-        replace_file(tmp_path / "a.npy", b"content")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+    await asyncio.wait_for(asyncio.gather(*(take(100) for _ in range(6))), 5)
+    assert most == 2
 
 
-def test_a_full_disk_leaves_nothing(tmp_path):
-    import resource
+async def test_what_is_larger_than_all_the_room_goes_alone():
+    room, order = Room(10), []
 
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"/a\.npy'$"):
-            replace_file(tmp_path / "a.npy", bytes(2000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert list(tmp_path.iterdir()) == []
+    async def take(amount: int) -> None:
+        async with room.of(amount):
+            order.append(amount)
+            await asyncio.sleep(0)
+            order.append(-amount)
 
-
-async def test_a_key_is_sent_in_the_bytes_that_the_service_compares():
-    async with connect("http://127.0.0.1:1", "schlüssel", Settings()) as client:
-        assert client.headers.raw[-1] == (b"Authorization", "Bearer schlüssel".encode())
+    await asyncio.wait_for(asyncio.gather(take(100), take(6), take(4), take(50)), 5)
+    assert order[:2] == [100, -100]
+    assert order[2:4] == [6, 4]
+    assert order[-2:] == [50, -50]
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"detail": 1}'])
-def test_a_problem_that_cannot_be_read_is_a_reason_too(content):
-    response = httpx.Response(500, content=content, headers={"content-type": "application/problem+json"})
-    with pytest.raises(ServiceError, match="HTTP 500"):
-        content_of(response, "image/png")
+@pytest.mark.parametrize("code", ["forbidden", "unknown_model", "unsupported_checkpoint"])
+def test_what_every_other_file_would_meet_ends_it(service, tmp_path, capsys, code):
+    service.reply = lambda request: service.latent(request) if len(service.asked) < 10 else problem(403, code)
+    with pytest.raises(Stop, match=f"it is {code}"):
+        send_files(errand(settings=Settings(queue_size=2)), [pictures(tmp_path / "in", 50)], str(tmp_path / "out"))
+    assert len(service.asked) < 15
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("done, 0 failed, 0 skipped")
+
+
+def test_a_model_that_is_replaced_meanwhile_ends_it(service, tmp_path):
+    service.reply = lambda request: service.latent(request, **{"x-model-sha256": "cd" * 32})
+    with pytest.raises(Stop, match="began with sha256 ababababab, and cdcdcdcdcd answered"):
+        send_files(errand(), [pictures(tmp_path / "in", 3)], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_warning_is_said_once(service, tmp_path, capsys):
+    service.reply = lambda request: service.latent(request, **{"x-warning": "50%25 odd"})
+    assert send_files(errand(), [pictures(tmp_path / "in", 5)], str(tmp_path / "out")) == 0
+    assert capsys.readouterr().err.splitlines() == ["latentd: warning: 50% odd", "latentd: 5 done, 0 failed, 0 skipped"]
+
+
+def test_the_manifest_says_what_made_each_file(service, tmp_path):
+    service.reply = lambda request: service.latent(request, **{"x-image-size": "31x30"})
+    send_files(errand(latents="raw", model="kl"), [pictures(tmp_path / "in", 1)], str(tmp_path / "out"))
+    made = Manifest(tmp_path / "out").made("000.npy")
+    assert made is not None
+    assert (made.size, made.maker.op, made.maker.sha256, made.maker.family) == ("31x30", "encode", "ab" * 32, "sd1")
+    assert made.maker.options == {"latents": "raw"}
+
+
+@pytest.mark.parametrize(
+    ("source", "query", "expected"),
+    [
+        ("config", {}, {"latents": "scaled", "size": "31x30"}),
+        ("default", {}, {"latents": "scaled", "size": "31x30"}),
+        ("config", {"fit": "crop"}, {"latents": "scaled"}),
+        ("config", {"latents": "raw"}, {"latents": "raw", "size": "31x30"}),
+    ],
+)
+def test_decode_asks_as_encode_noted(service, tmp_path, source, query, expected):
+    service.row["family_source"] = source
+    service.reply = lambda request: service.latent(request, **{"x-image-size": "31x30"})
+    send_files(errand(**query), [pictures(tmp_path / "in", 1)], str(tmp_path / "latents"))
+    send_files(errand("decode"), [str(tmp_path / "latents")], str(tmp_path / "out"))
+    request = service.asked[-1]
+    assert dict(request.url.params) == expected
+    assert request.headers.get("x-latents-family") == (None if source == "default" else "sd1")  # a guess is not told
+    send_files(errand("decode", "replace", size="8x8"), [str(tmp_path / "latents")], str(tmp_path / "out"))
+    assert service.asked[-1].url.params["size"] == "8x8"
+
+
+def test_a_file_that_comes_meanwhile_is_not_replaced(service, tmp_path, capsys):
+    def reply(request):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "000.npy").write_text("somebody's")
+        return service.latent(request)
+
+    service.reply = reply
+    assert send_files(errand(), [pictures(tmp_path / "in", 1)], str(tmp_path / "out")) == 1
+    assert (tmp_path / "out" / "000.npy").read_text() == "somebody's"
+    assert "has come meanwhile" in capsys.readouterr().err
+
+
+def test_stdin_is_read_once(service, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(picture())))
+    assert send_files(errand(), ["-"], str(tmp_path / "a.npy")) == 0
+    assert (tmp_path / "a.npy").read_bytes() == LATENT
+    assert service.asked[0].content == picture()

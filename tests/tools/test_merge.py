@@ -157,3 +157,13 @@ def test_metadata_has_both_sources_and_the_recipe(tmp_path):
     recipe = ("encoder_ratio", "decoder_ratio", "contrast", "brightness")
     assert [float(metadata[key]) for key in recipe] == [0.25, 0.75, 1.1, -0.1]
     assert open_checkpoint(out).family.name == "sd1"
+
+
+def test_a_guess_in_either_is_one_in_the_result(tmp_path):
+    guess = open_checkpoint(write(tmp_path / "guess.safetensors", state_of()), "sd1")
+    fact = saved(tmp_path / "fact.safetensors", state_of(seed=1), "sd1")
+    for name, a, b in (("ab", guess, fact), ("ba", fact, guess)):
+        out = open_checkpoint(merge(a, b, Blend(), Output(tmp_path / f"{name}.safetensors")), "sd1")
+        assert (out.family.name, out.family_source) == ("sd1", "default")
+    out = open_checkpoint(merge(fact, fact, Blend(), Output(tmp_path / "c.safetensors")), "sd1")
+    assert out.family_source == "config"

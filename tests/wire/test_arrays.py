@@ -54,14 +54,14 @@ def test_npy(dtype, shape, order):
     array = np.asarray(noise(*shape, dtype=dtype), order=order)
     body = saved(array)
     latents = read(body)
-    assert latents.array.dtype == array.dtype.newbyteorder("=")
-    assert latents.array.dtype.isnative
-    assert latents.array.flags.c_contiguous
-    assert latents.array.flags.writeable
-    assert not np.shares_memory(latents.array, np.frombuffer(body, np.uint8))
+    assert latents.items[0].dtype == array.dtype.newbyteorder("=")
+    assert latents.items[0].dtype.isnative
+    assert latents.items[0].flags.c_contiguous
+    assert latents.items[0].flags.writeable
+    assert not np.shares_memory(latents.items[0], np.frombuffer(body, np.uint8))
     batch = array.reshape(-1, *shape[-3:])
-    np.testing.assert_array_equal(latents.array, batch)
-    assert astuple(latent_shape(body)) == (*batch.shape, latents.array.dtype.name, None, None, None)
+    np.testing.assert_array_equal(latents.items, batch)
+    assert astuple(latent_shape(body)) == ((batch.shape,), latents.items[0].dtype.name, None, None, None)
     assert (latents.family, latents.convention, latents.origin) == (None, None, None)
 
 
@@ -69,12 +69,12 @@ def test_npy(dtype, shape, order):
 def test_npy_versions(version):
     file = io.BytesIO()
     np.lib.format.write_array(file, noise(4, 2, 2), version=version)
-    np.testing.assert_array_equal(read(file.getvalue()).array, noise(4, 2, 2)[None])
+    np.testing.assert_array_equal(read(file.getvalue()).items, noise(4, 2, 2)[None])
 
 
 def test_header_of_another_writer():
     text = '{"shape":(4,1,1),"fortran_order":False,"descr":"<f4"}'
-    np.testing.assert_array_equal(read(npy(text, noise(4, 1, 1).tobytes())).array, noise(1, 4, 1, 1))
+    np.testing.assert_array_equal(read(npy(text, noise(4, 1, 1).tobytes())).items, noise(1, 4, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -173,4 +173,4 @@ def test_write_npy_of_a_view():
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_round_trip(write, dtype):
     array = noise(2, 4, 3, 5, dtype=dtype)
-    np.testing.assert_array_equal(read(write(array)).array, array)
+    np.testing.assert_array_equal(read(write(array)).items, array)

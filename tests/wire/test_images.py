@@ -2,13 +2,16 @@ import io
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
+import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageOps
 
 from app.errors import InvalidParameter, MalformedBody, NotAcceptable, TooLarge
-from app.wire.images import image_size, read_image, write_image
+from app.wire.headers import read_header
+from app.wire.images import read_image, write_image
 from app.wire.png import write_png
 
 PURPLE = (200, 0, 100)
@@ -32,7 +35,11 @@ def saved(pixels, kind="PNG", **options):
 
 
 def read(body, max_pixels=1 << 20):
-    return read_image(body, background=PURPLE, max_pixels=max_pixels)
+    return read_image(body, read_header(body), background=PURPLE, max_pixels=max_pixels)
+
+
+def image_size(body):
+    return read_header(body).shown
 
 
 def chunk(name, data=b""):
@@ -46,6 +53,11 @@ def ihdr(width, height, depth=8, colour=2):
 def with_chunk(body, extra):
     """The PNG with one more chunk after IHDR."""
     return body[:33] + extra + body[33:]
+
+
+def with_chunk_before_data(body, extra):
+    at = body.index(b"IDAT") - 4
+    return body[:at] + extra + body[at:]
 
 
 # ------------------------------------------------------------------------------------------------------------- formats
@@ -118,6 +130,22 @@ def test_cmyk_jpeg(colour):
     assert np.abs(read(body).astype(int) - colour).max() <= 3
 
 
+@pytest.mark.parametrize("adobe", [True, False])
+@pytest.mark.parametrize("inverted", [True, False])
+def test_cmyk_without_adobes_marker_is_what_other_readers_make_of_it(adobe, inverted):
+    """Browsers, Pillow and OpenCV take every CMYK JPEG's numbers as inverted, marked or not."""
+    inks = Image.new("RGB", (16, 16), (200, 30, 60)).convert("CMYK")
+    body = saved(inks if inverted else ImageChops.invert(inks), "JPEG", quality=100)
+    at = body.index(b"\xff\xee")
+    if not adobe:
+        body = body[:at] + body[at + 2 + int.from_bytes(body[at + 2 : at + 4]) :]
+    decoded = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR)
+    assert decoded is not None
+    other = decoded[..., ::-1]
+    assert np.abs(read(body).astype(int) - other).max() <= 3
+    assert (np.abs(read(body).astype(int) - (200, 30, 60)).max() <= 3) == inverted
+
+
 # --------------------------------------------------------------------------------------------------------------- alpha
 
 
@@ -163,6 +191,25 @@ def test_transparent_grey(dtype):
     pixels = read(saved(grey, transparency=key))
     assert (pixels[2:4] == PURPLE).all()
     assert (pixels[grey != key] != PURPLE).any(axis=-1).all()
+
+
+@pytest.mark.parametrize("length", [0, 1, 16, 17, 255, 256, 257, 300, 70_000])
+def test_more_transparency_than_there_is_palette_is_passed_over(length):
+    image = Image.fromarray(noise()).quantize(16)
+    pixels = read(with_chunk_before_data(saved(image), chunk(b"tRNS", bytes(length))))
+    if length == 16:
+        assert (pixels == PURPLE).all()
+    elif length > 16:
+        np.testing.assert_array_equal(pixels, np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 6, 7, 256, 300])
+def test_transparency_of_any_length_is_read_or_refused(mode, length):
+    image = Image.fromarray(noise(channels=1, dtype=np.uint16)) if mode == "I;16" else Image.new(mode, (9, 14))
+    for content in (bytes(length), b"\xff" * length):
+        with suppress(MalformedBody):
+            read(with_chunk_before_data(saved(image), chunk(b"tRNS", content)))
 
 
 def test_transparent_colour():

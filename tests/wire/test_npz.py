@@ -44,32 +44,35 @@ def lie(body, size):
 def test_one_array(save):
     array = noise(2, 4, 3, 5)
     body = saved(array, save=save)
-    np.testing.assert_array_equal(read_latents(body, max_bytes=LIMIT).array, array)
-    assert latent_shape(body) == LatentShape(2, 4, 3, 5, "float32")
+    np.testing.assert_array_equal(read_latents(body, max_bytes=LIMIT).items, array)
+    assert latent_shape(body) == LatentShape(((2, 4, 3, 5),), "float32")
 
 
 def test_several_arrays_join_in_the_order_they_were_given():
     arrays = [np.full((4, 2, 2), index, np.float16) for index in range(12)]
     body = saved(*arrays)  # arr_0 .. arr_11: by letters, arr_10 would come before arr_2
-    latents = read_latents(body, max_bytes=LIMIT).array
+    latents = np.stack(read_latents(body, max_bytes=LIMIT).items)
     assert latents.shape == (12, 4, 2, 2)
     assert latents[:, 0, 0, 0].tolist() == list(range(12))
-    assert latent_shape(body) == LatentShape(12, 4, 2, 2, "float16")
+    assert latent_shape(body) == LatentShape(((1, 4, 2, 2),) * 12, "float16")
 
 
 def test_batches_join():
     body = saved(a=noise(2, 4, 3, 5), b=noise(2, 4, 3, 5).astype(np.float16))
-    latents = read_latents(body, max_bytes=LIMIT).array
+    latents = np.stack(read_latents(body, max_bytes=LIMIT).items)
     assert latents.shape == (4, 4, 3, 5)
     assert latents.dtype == np.float32
-    assert latent_shape(body) == LatentShape(4, 4, 3, 5, "float32")
+    assert latent_shape(body) == LatentShape(((2, 4, 3, 5),) * 2, "float32")
 
 
-def test_different_shapes():
-    body = saved(noise(1, 4, 2, 2), noise(1, 4, 2, 3))
-    for read in (latent_shape, lambda body: read_latents(body, max_bytes=LIMIT)):
-        with pytest.raises(InvalidLatent, match=r"\(1, 4, 2, 2\) and \(1, 4, 2, 3\)"):
-            read(body)
+def test_different_shapes_are_a_list():
+    arrays = [noise(1, 4, 2, 2), noise(2, 4, 2, 3).astype(np.float16), noise(16, 1, 1)]
+    shape, items = latent_shape(saved(*arrays)), read_latents(saved(*arrays), max_bytes=LIMIT).items
+    assert (shape.batch, shape.dtype) == (4, "float32")
+    assert shape.shapes == [item.shape for item in items] == [(4, 2, 2), (4, 2, 3), (4, 2, 3), (16, 1, 1)]
+    assert {item.dtype for item in items} == {np.dtype(np.float32)}
+    for item, expected in zip(items, [arrays[0][0], *arrays[1], arrays[2]], strict=True):
+        np.testing.assert_array_equal(item, expected)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +179,7 @@ def test_write_npz_keeps_order_and_shapes():
 
 def test_write_npz_reads_back():
     arrays = [noise(1, 4, 2, 2), -noise(1, 4, 2, 2)]
-    np.testing.assert_array_equal(read_latents(write_npz(arrays), max_bytes=LIMIT).array, np.concatenate(arrays))
+    np.testing.assert_array_equal(read_latents(write_npz(arrays), max_bytes=LIMIT).items, np.concatenate(arrays))
     with np.load(io.BytesIO(write_npz(arrays[:1]))) as archive:
         assert archive.files == ["0"]
 

@@ -42,12 +42,12 @@ def test_files_of_the_library(dtype, shape):
     array = noise(*shape, dtype=dtype)
     body = safetensors.numpy.save({"anything": array}, METADATA)
     latents = read(body)
-    np.testing.assert_array_equal(latents.array, array.reshape(-1, *shape[-3:]))
-    assert latents.array.flags.writeable
+    batch = array.reshape(-1, *shape[-3:])
+    np.testing.assert_array_equal(latents.items, batch)
+    assert latents.items[0].flags.writeable
     assert (latents.family, latents.convention, latents.origin) == ("sd1", "scaled", Origin(((640, 427),)))
     said = latent_shape(body)
-    assert (said.batch, said.channels, said.height, said.width) == latents.array.shape
-    assert (said.dtype, said.family, said.convention) == (array.dtype.name, "sd1", "scaled")
+    assert (said.parts, said.dtype, said.family, said.convention) == ((batch.shape,), array.dtype.name, "sd1", "scaled")
     assert said.origin == latents.origin
 
 
@@ -57,7 +57,7 @@ def test_our_files_in_the_library():
     np.testing.assert_array_equal(safetensors.numpy.load(body)["latents"], array)
     assert int.from_bytes(body[:8], "little") % 8 == 0
     latents = read(body)
-    np.testing.assert_array_equal(latents.array, array)
+    np.testing.assert_array_equal(latents.items, array)
     assert latents.origin == Origin(((640, 427),))
 
 
@@ -70,17 +70,17 @@ def test_bfloat16_becomes_float32():
     exact = np.array([1.0, -2.5, 0.0, 3.140625], np.float32)
     data = (exact.view(np.uint32) >> 16).astype("<u2").tobytes()
     body = file({"x": tensor(0, 8, "BF16", (4, 1, 1))}, data)
-    latents = read(body).array
+    latents = np.stack(read(body).items)
     assert latents.dtype == np.float32
     np.testing.assert_array_equal(latents.ravel(), exact)
-    assert latent_shape(body) == LatentShape(1, 4, 1, 1, "float32")
+    assert latent_shape(body) == LatentShape(((1, 4, 1, 1),), "float32")
 
 
 @pytest.mark.parametrize("name", ["latents", "latent_tensor", "latent"])
 def test_the_named_one_of_several(name):
     array = noise(1, 4, 2, 2)
     body = safetensors.numpy.save({"a": noise(3), name: array, "z": np.zeros(5, np.int64)})
-    np.testing.assert_array_equal(read(body).array, array)
+    np.testing.assert_array_equal(read(body).items, array)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_the_named_one_of_several(name):
 def test_latents_of_comfyui(marker, convention):
     array = noise(1, 4, 2, 2)
     body = safetensors.numpy.save({"latent_tensor": array, **marker}, {"prompt": "{}"})
-    np.testing.assert_array_equal(read(body).array, array)
+    np.testing.assert_array_equal(read(body).items, array)
     assert read(body).convention == latent_shape(body).convention == convention
 
 
