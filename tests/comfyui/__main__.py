@@ -7,6 +7,7 @@ float16 keeps of a number.
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -20,7 +21,7 @@ from safetensors.numpy import load, save_file
 from clients.comfyui.nodes import DEFAULT
 from tests.comfyui.servers import Comfy, Graph, Outcome, comfyui, latentd
 from tests.comfyui.weights import write_models
-from tests.demo import free_port
+from tests.demo import free_port, terminated
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "a-key-that-is-in-no-file"
@@ -233,6 +234,7 @@ def main() -> int:
         return 2
     python = args.python or python_of(source)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    signal.signal(signal.SIGTERM, terminated)  # both programs are stopped then, too
     try:
         if args.keep:
             args.keep.mkdir(parents=True, exist_ok=True)
