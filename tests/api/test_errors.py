@@ -45,7 +45,8 @@ def test_an_error_without_a_row_takes_that_of_its_parent():
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/nothing", 404),
+        ("POST", "/", 405),
         ("GET", "/nothing%0d%0ahere", 404),
         ("POST", "/remote/kl/decode", 404),  # of a later issue: absent
         ("GET", "/encode", 405),
