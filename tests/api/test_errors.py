@@ -46,7 +46,8 @@ def test_an_error_without_a_row_takes_that_of_its_parent():
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/nothing", 404),
+        ("POST", "/", 405),
         ("GET", "/nothing%0d%0ahere", 404),
         ("POST", "/remote", 404),
         ("GET", "/encode", 405),
