@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from app.settings import Settings
-from app.tools import folders
-from app.tools.folders import Errand, Room, Stop, send_files
+from app.tools import run
+from app.tools.folders import send_files
 from app.tools.manifest import Manifest
+from app.tools.run import Errand, Stop
 from tests.service import npy, picture
 
 ROW = {"name": "kl", "path": "kl", "family": "sd1", "family_source": "config", "sha256": "ab" * 32, "spatial_factor": 8}
@@ -89,7 +90,7 @@ def test_the_queue_and_the_memory_bound_what_is_in_flight(service, tmp_path, mon
     assert send_files(errand(settings=small), [folder], str(tmp_path / "a")) == 0
     assert service.most == 5
     service.most = 0
-    monkeypatch.setattr(folders, "BYTES", 3 * len(picture()))
+    monkeypatch.setattr(run, "BYTES", 3 * len(picture()))
     assert send_files(errand(), [folder], str(tmp_path / "b")) == 0
     assert service.most == 3
 
@@ -101,38 +102,7 @@ def test_a_cpu_of_our_own_is_not_given_large_batches(url, device, most):
     if device == "auto" and torch.cuda.is_available():
         pytest.skip("auto is a GPU here")
     asked = Errand("encode", {}, "refuse", url, None, Settings(device=device))
-    assert folders._pixels_at_once(asked) == most
-
-
-async def test_some_pieces_go_however_large():
-    room = Room(10, least=2)
-    flying = most = 0
-
-    async def take(amount: int) -> None:
-        nonlocal flying, most
-        async with room.of(amount):
-            flying += 1
-            most = max(most, flying)
-            await asyncio.sleep(0)
-            flying -= 1
-
-    await asyncio.wait_for(asyncio.gather(*(take(100) for _ in range(6))), 5)
-    assert most == 2
-
-
-async def test_what_is_larger_than_all_the_room_goes_alone():
-    room, order = Room(10), []
-
-    async def take(amount: int) -> None:
-        async with room.of(amount):
-            order.append(amount)
-            await asyncio.sleep(0)
-            order.append(-amount)
-
-    await asyncio.wait_for(asyncio.gather(take(100), take(6), take(4), take(50)), 5)
-    assert order[:2] == [100, -100]
-    assert order[2:4] == [6, 4]
-    assert order[-2:] == [50, -50]
+    assert run.pixels_at_once(asked) == most
 
 
 @pytest.mark.parametrize("code", ["forbidden", "unknown_model", "unsupported_checkpoint"])
