@@ -76,8 +76,8 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _files(args: argparse.Namespace) -> int:
+    from app.tools.errand import Errand, Existing
     from app.tools.folders import send_files
-    from app.tools.run import Errand, Existing
 
     wish = _wish(args) if args.command == "encode" else {}
     url, key = _address(args, args.models)

@@ -1,8 +1,8 @@
 """A folder of pictures into latents: `latentd encode` beside the plain loop that trainers run, one picture at a time.
 
-`python -m benchmarks.caching` makes JPEG files of several aspects and encodes them in turns, each time in a new process:
-with diffusers' autoencoder in a loop (open, resize, cut, encode, save), and with `latentd encode --buckets`. Same
-weights, same buckets, float32. Seconds are from the loading of the model to the last file, imports aside.
+`python -m benchmarks.caching` makes JPEG files of several aspects and encodes them in turns, each time in a new
+process: with diffusers' autoencoder in a loop (open, resize, cut, encode, save), and with `latentd encode --buckets`.
+Same weights, same buckets, float32. Seconds are from the loading of the model to the last file, imports aside.
 """
 
 import argparse
@@ -111,9 +111,7 @@ def main() -> None:
     rows = [measure("tiny", "512x512:64", args.pictures, args.rounds)]
     rows.append(measure("tiny", "256x256:64", args.pictures, args.rounds))
     rows.append(measure("kl", "256x256:64", args.pictures // 2, args.rounds))
-    print(
-        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} rounds in turns\n"
-    )
+    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} rounds\n")
     header = ("network", "buckets", "pictures", "plain loop, pictures/s", "latentd encode", "ratio", "max Δ")
     print(table(header, rows))
 

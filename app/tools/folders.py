@@ -14,10 +14,11 @@ import httpx
 from app.errors import InvalidInput, ServiceError
 from app.text import reason
 from app.tools import kohya
+from app.tools.errand import Errand
 from app.tools.manifest import Maker
 from app.tools.paths import DECODE, ENCODE, Found, Item, Kind, find, named
 from app.tools.progress import Progress
-from app.tools.run import Errand, Run, Stop
+from app.tools.run import Run, Stop
 from app.tools.service import connect, model_of, replace_file, systemic
 from app.tools.summary import Tally
 from app.tools.targets import cached, check_twins, present

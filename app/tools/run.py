@@ -8,21 +8,19 @@ import zipfile
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import httpx
 
-from app.engine.devices import device_names, torch_device
 from app.errors import InvalidInput, ServiceError
-from app.settings import Settings
 from app.tools import kohya
+from app.tools.errand import Errand, pixels_at_once
 from app.tools.manifest import Made, Maker, Manifest
 from app.tools.order import by_size
 from app.tools.paths import Found, Item, Kind
-from app.tools.pictures import Ready, Wish, ready, weight
+from app.tools.pictures import Ready, ready, weight
 from app.tools.room import Room
 from app.tools.service import content_of, post, replace_file
 from app.tools.summary import Tally
@@ -34,13 +32,6 @@ T = TypeVar("T")
 
 ZIP = "application/zip"
 
-BATCHES = 2
-"""So many batches of pixels are in flight: one is computed while another gathers."""
-
-CPU_PIXELS = 1 << 18
-"""In flight where this process computes on a CPU, whose caches hold no more: 64 pictures of 256 x 256 took 10.2 s of
-its time in one batch, 9.3 s in batches of 16 and 7.0 s in batches of 4 or one by one (latentd-small, two cores)."""
-
 LEAST = 4
 """Pictures in flight, however large: one is computed while others are read and written."""
 
@@ -49,24 +40,6 @@ BYTES = 256 << 20
 
 DECODING = 2 << 30
 """Bytes of memory in which pictures are decoded ahead."""
-
-Existing = Literal["refuse", "skip", "replace"]
-"""What becomes of targets that are there."""
-
-
-@dataclass(frozen=True)
-class Errand:
-    """What is asked of encode or decode."""
-
-    op: str
-    query: dict[str, Any]
-    existing: Existing
-    url: str | None
-    key: str | None
-    settings: Settings
-    wish: Wish = field(default_factory=Wish)
-    workers: int | None = None  # threads; None: one for each processor, 4 to 16
-    summary: Path | None = None
 
 
 class Stop(ServiceError):
@@ -282,14 +255,6 @@ class Run:
         """The latent (C, h, w) of an answer. Raises InvalidLatent for one that is none, NaN among it."""
         (latent,) = read_latents(content, max_bytes=len(content)).items
         return latent
-
-
-def pixels_at_once(errand: Errand) -> int:
-    """That may be in flight."""
-    settings = errand.settings
-    most = min(BATCHES * settings.batch_pixels, settings.queue_pixels)
-    here = errand.url is None and all(torch_device(name).type == "cpu" for name in device_names(settings.devices))
-    return min(most, CPU_PIXELS) if here else most
 
 
 def _text(size: tuple[int, int]) -> str:
