@@ -100,18 +100,18 @@ def _apart(top: Path) -> float:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--plain", nargs=5, help=argparse.SUPPRESS)
+    options.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
     options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--pictures", type=int, default=40)
+    options.add_argument("--pictures", type=int, default=24)
     args = options.parse_args()
     if args.plain:
         network, *paths, buckets = args.plain
         weights, folder, out = map(Path, paths)
         plain("tiny" if network == "tiny" else "kl", weights, folder, out, buckets)
         return
-    rows = [measure("tiny", "512x512:64", args.pictures, args.rounds)]
-    rows.append(measure("tiny", "256x256:64", args.pictures, args.rounds))
-    rows.append(measure("kl", "256x256:64", args.pictures // 2, args.rounds))
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} rounds\n")
+    buckets: dict[Network, str] = {"tiny": "512x512:64", "kl": "256x256:64"}
+    rows = [measure(network, buckets[network], args.pictures, args.rounds) for network in args.networks]
     header = ("network", "buckets", "pictures", "plain loop, pictures/s", "latentd encode", "ratio", "max Δ")
     print(table(header, rows))
 
