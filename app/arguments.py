@@ -45,10 +45,26 @@ def _encode(commands: Commands) -> None:
         "inputs", nargs="+", metavar="IMAGE", help="PNG, JPEG or WebP, a folder of them, or - for stdin"
     )
     _work(encode, "a folder; of one picture also a .npy or .safetensors file, or - for stdout")
-    encode.add_argument("--posterior", choices=("mode", "sample"), help="of the latents' distribution; default mode")
+    posterior = encode.add_mutually_exclusive_group()
+    posterior.add_argument("--posterior", choices=("mode", "sample"), help="of the latents' distribution; default mode")
+    for name in ("mode", "sample"):
+        posterior.add_argument(
+            f"--{name}", action="store_const", const=name, dest="posterior", help=f"--posterior {name}"
+        )
     encode.add_argument("--seed", type=int, help="of --posterior sample; default: another one for each picture")
     encode.add_argument(
         "--fit", choices=("pad", "crop", "resize", "error"), help="sizes that the network cannot take; default pad"
+    )
+    encode.add_argument(
+        "--buckets",
+        metavar="WxH:STEP",
+        help="resize and cut to sizes of this area, sides in such steps; :LEAST-MOST after it bounds them (256-1024)",
+    )
+    encode.add_argument("--flip", action="store_true", help="encode each picture's mirrored twin as well")
+    encode.add_argument(
+        "--format",
+        choices=("npy", "safetensors", "kohya"),
+        help="of the files; kohya: as sd-scripts reads them",
     )
 
 
@@ -71,6 +87,10 @@ def _work(command: argparse.ArgumentParser, output: str) -> None:
         "--resume", action="store_true", help="skip what exists, if this model and these options made it"
     )
     existing.add_argument("--force", action="store_true", help="replace what exists")
+    command.add_argument(
+        "--workers", type=_threads, help="threads that read, decode, resize and write; default: by the processors"
+    )
+    command.add_argument("--summary", type=Path, metavar="FILE", help="write what was done, and what failed, as JSON")
     _service(command)
     command.add_argument("--models", metavar="DIR", help="the models folder; default LATENTD_MODELS")
     command.add_argument("--device", help="auto, cpu, cuda:0,cuda:1; default LATENTD_DEVICE")
@@ -186,6 +206,12 @@ def _ratio(text: str) -> float:
     if not -1 <= value <= 2:
         raise argparse.ArgumentTypeError(f"a ratio is -1 to 2 (0: A, 1: B), not {text}")
     return value
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 256:
+        raise argparse.ArgumentTypeError(f"threads are 1 to 256, not {text}")
+    return int(text)
 
 
 def _names(text: str) -> list[str]:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from app.allocator import keep_pages
 from app.arguments import parser
-from app.errors import ServiceError, UnsupportedCheckpoint
+from app.errors import InvalidInput, ServiceError, UnsupportedCheckpoint
 from app.settings import InvalidSetting, Settings, check_folders
 from app.stdout import flushed_stdout, open_stdout
 
@@ -76,13 +76,35 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _files(args: argparse.Namespace) -> int:
-    from app.tools.folders import Errand, Existing, send_files
+    from app.tools.errand import Errand, Existing
+    from app.tools.folders import send_files
 
+    wish = _wish(args) if args.command == "encode" else {}
     url, key = _address(args, args.models)
     query = {name: value for name in QUERY if (value := getattr(args, name, None)) is not None}
     existing: Existing = "skip" if args.resume else "replace" if args.force else "refuse"
-    errand = Errand(args.command, query, existing, url, key, _settings(models=args.models, device=args.device))
+    settings = _settings(models=args.models, device=args.device)
+    threads, summary = args.workers, args.summary
+    errand = Errand(args.command, query, existing, url, key, settings, workers=threads, summary=summary, **wish)
     return send_files(errand, args.inputs, args.output)
+
+
+def _wish(args: argparse.Namespace) -> dict[str, Any]:
+    """What is to become of pictures besides being encoded."""
+    from app.tools.buckets import parse_buckets
+    from app.tools.pictures import Wish
+
+    if args.buckets and args.fit:
+        raise Usage("--buckets settles the sizes: without --fit")
+    if args.format == "kohya" and not args.buckets:
+        raise Usage("--format kohya needs the buckets of the training, as in --buckets 1024x1024:64")
+    if args.format == "kohya" and args.latents:
+        raise Usage("--format kohya settles the convention: without --latents")
+    try:
+        buckets = parse_buckets(args.buckets) if args.buckets else None
+    except InvalidInput as error:
+        raise Usage(str(error)) from None
+    return {"wish": Wish(buckets, args.flip, args.format)}
 
 
 def _models(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ that a process that is killed, or two at a time, leave no more than a torn last 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,13 @@ class Manifest:
         maker, size = self._files.get(file, ("", None))
         return Made(self._makers[maker], size) if maker in self._makers else None
 
-    def note(self, file: str, maker: Maker, size: str | None) -> None:
-        """Adds that a file was made. Raises OSError."""
+    def note(self, file: str, maker: Maker, size: str | None, more: Mapping[str, Any] | None = None) -> None:
+        """Adds that a file was made, and what is more to know of it. Raises OSError."""
         lines: list[dict[str, Any]] = []
         if maker.id not in self._makers:
             self._makers[maker.id] = maker
             lines.append({"id": maker.id, "maker": asdict(maker)})
-        lines.append({"file": file, "id": maker.id} | ({"size": size} if size else {}))
+        lines.append({"file": file, "id": maker.id} | ({"size": size} if size else {}) | dict(more or {}))
         self._files[file] = (maker.id, size)
         text = "".join(f"{json.dumps(line)}\n" for line in lines)
         handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)

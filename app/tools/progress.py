@@ -13,11 +13,12 @@ EVERY = 5.0
 class Progress:
     """Counts up to `total` on stderr; `say` writes a line of its own."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, unit: str = "file") -> None:
         self._total = total
+        self._unit = unit
         self._done = 0
         self._began = self._said = time.monotonic()
-        self._bar: Any = tqdm(total=total, unit="file") if sys.stderr.isatty() else None
+        self._bar: Any = tqdm(total=total, unit=unit) if sys.stderr.isatty() else None
 
     def __enter__(self) -> Self:
         return self
@@ -36,9 +37,8 @@ class Progress:
         if now - self._said >= EVERY:
             self._said = now
             rate = self._done / (now - self._began)
-            self.say(
-                f"{self._done} of {self._total}, {rate:.1f} a second, {(self._total - self._done) / rate:.0f} s left"
-            )
+            left = tqdm.format_interval(round((self._total - self._done) / rate))
+            self.say(f"{self._done} of {self._total}, {rate:.1f} {self._unit}s/s, {left} left")
 
     def say(self, text: str) -> None:
         """A line that stays."""

@@ -1,17 +1,20 @@
 import asyncio
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-import torch
 
 from app.settings import Settings
-from app.tools import folders
-from app.tools.folders import Errand, Room, Stop, send_files
+from app.tools import run
+from app.tools.errand import Errand
+from app.tools.folders import send_files
 from app.tools.manifest import Manifest
+from app.tools.pictures import Wish
+from app.tools.run import Stop
 from tests.service import npy, picture
 
 ROW = {"name": "kl", "path": "kl", "family": "sd1", "family_source": "config", "sha256": "ab" * 32, "spatial_factor": 8}
@@ -89,50 +92,9 @@ def test_the_queue_and_the_memory_bound_what_is_in_flight(service, tmp_path, mon
     assert send_files(errand(settings=small), [folder], str(tmp_path / "a")) == 0
     assert service.most == 5
     service.most = 0
-    monkeypatch.setattr(folders, "BYTES", 3 * len(picture()))
+    monkeypatch.setattr(run, "BYTES", 3 * len(picture()))
     assert send_files(errand(), [folder], str(tmp_path / "b")) == 0
     assert service.most == 3
-
-
-@pytest.mark.parametrize(
-    ("url", "device", "most"), [(None, "cpu", 1 << 18), (None, "auto", 1 << 18), ("http://x", "cpu", 8 << 20)]
-)
-def test_a_cpu_of_our_own_is_not_given_large_batches(url, device, most):
-    if device == "auto" and torch.cuda.is_available():
-        pytest.skip("auto is a GPU here")
-    asked = Errand("encode", {}, "refuse", url, None, Settings(device=device))
-    assert folders._pixels_at_once(asked) == most
-
-
-async def test_some_pieces_go_however_large():
-    room = Room(10, least=2)
-    flying = most = 0
-
-    async def take(amount: int) -> None:
-        nonlocal flying, most
-        async with room.of(amount):
-            flying += 1
-            most = max(most, flying)
-            await asyncio.sleep(0)
-            flying -= 1
-
-    await asyncio.wait_for(asyncio.gather(*(take(100) for _ in range(6))), 5)
-    assert most == 2
-
-
-async def test_what_is_larger_than_all_the_room_goes_alone():
-    room, order = Room(10), []
-
-    async def take(amount: int) -> None:
-        async with room.of(amount):
-            order.append(amount)
-            await asyncio.sleep(0)
-            order.append(-amount)
-
-    await asyncio.wait_for(asyncio.gather(take(100), take(6), take(4), take(50)), 5)
-    assert order[:2] == [100, -100]
-    assert order[2:4] == [6, 4]
-    assert order[-2:] == [50, -50]
 
 
 @pytest.mark.parametrize("code", ["forbidden", "unknown_model", "unsupported_checkpoint"])
@@ -205,3 +167,45 @@ def test_stdin_is_read_once(service, tmp_path, monkeypatch):
     assert send_files(errand(), ["-"], str(tmp_path / "a.npy")) == 0
     assert (tmp_path / "a.npy").read_bytes() == LATENT
     assert service.asked[0].content == picture()
+
+
+def test_a_latent_that_is_not_finite_is_not_written(service, tmp_path, capsys):
+    bad = np.zeros((1, 4, 4, 4), np.float16)
+    bad[0, 1, 2, 3] = np.nan
+    replies = iter((npy(bad), LATENT))
+
+    def reply(request):
+        answer = service.latent(request)
+        return httpx.Response(200, content=next(replies), headers=answer.headers)
+
+    service.reply = reply
+    assert (
+        send_files(errand(settings=Settings(queue_size=1)), [pictures(tmp_path / "in", 2)], str(tmp_path / "out")) == 1
+    )
+    assert [path.name for path in (tmp_path / "out").glob("*.npy")] == ["001.npy"]
+    assert "000.png: " in capsys.readouterr().err
+
+
+def test_what_an_ended_run_left_behind_is_made_anew(service, tmp_path, capsys):
+    """A twin comes before its picture's latent: where it is alone, the run that made it was killed."""
+    folder, out = pictures(tmp_path / "in", 1), tmp_path / "out"
+    flip, again = (replace(errand(existing=each), wish=Wish(flip=True)) for each in ("refuse", "skip"))
+    assert send_files(flip, [folder], str(out)) == 0
+    (out / "000.npy").unlink()
+    assert send_files(again, [folder], str(out)) == 0
+    assert sorted(path.name for path in out.glob("*.npy")) == ["000-flipped.npy", "000.npy"]
+    (out / "000.npy").unlink()
+    (out / ".latentd-manifest.jsonl").unlink()  # now nobody knows whose the twin is
+    assert send_files(again, [folder], str(out)) == 1
+    assert "has come meanwhile" in capsys.readouterr().err
+
+
+def test_a_file_is_noted_before_it_is_there(service, tmp_path, monkeypatch):
+    def killed(target, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "replace_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        send_files(errand(), [pictures(tmp_path / "in", 1)], str(tmp_path / "out"))
+    assert Manifest(tmp_path / "out").made("000.npy") is not None
+    assert not (tmp_path / "out" / "000.npy").exists()

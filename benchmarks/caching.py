@@ -1,0 +1,120 @@
+"""A folder of pictures into latents: `latentd encode` beside the plain loop that trainers run, one picture at a time.
+
+`python -m benchmarks.caching` makes JPEG files of several aspects and encodes them in turns, each time in a new
+process: with diffusers' autoencoder in a loop (open, resize, cut, encode, save), and with `latentd encode --buckets`.
+Same weights, same buckets, float32. Seconds are from the loading of the model to the last file, imports aside.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from app.tools.buckets import parse_buckets
+from benchmarks.cpu import processor
+from benchmarks.pairs import alternate, table
+from benchmarks.peer import NETWORKS, Network, peer
+
+SIZES = ((1200, 800), (800, 1200), (1000, 1000), (1600, 900), (900, 1200))
+
+
+def draw(folder: Path, count: int) -> None:
+    """JPEG files of smooth noise, as large as photographs of a training set."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for index in range(count):
+        small = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        picture = Image.fromarray(small).resize(SIZES[index % len(SIZES)], Image.Resampling.BICUBIC)
+        picture.save(folder / f"{index:05}.jpg", quality=92)
+
+
+@torch.inference_mode()
+def plain(network: Network, weights: Path, folder: Path, out: Path, buckets: str) -> None:
+    """The loop; prints its seconds."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    start = time.perf_counter()
+    kind: Any = AutoencoderTiny if network == "tiny" else AutoencoderKL
+    model = kind.from_pretrained(weights).eval()
+    sizes = parse_buckets(buckets)
+    for path in sorted(folder.iterdir()):
+        picture = Image.open(path).convert("RGB")
+        cut = sizes.cut(*picture.size)
+        picture = picture.resize(cut.resized, Image.Resampling.BOX).crop(cut.box)
+        x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        encoded = model.encode(x)
+        latent = encoded.latents if network == "tiny" else encoded.latent_dist.mode()
+        np.save(out / f"{path.stem}.npy", latent.numpy())
+    print(time.perf_counter() - start)
+
+
+def ours(models: Path, folder: Path, out: Path, buckets: str) -> float:
+    """Seconds of `latentd encode`."""
+    told = out / "summary.json"
+    command = [sys.executable, "-m", "app", "encode", str(folder), "-o", str(out), "--buckets", buckets]
+    command += ["--models", str(models), "--device", "cpu", "--precision", "fp32", "--latents", "raw", "--force"]
+    subprocess.run([*command, "--summary", str(told)], check=True, stderr=subprocess.DEVNULL)
+    return float(json.loads(told.read_text())["seconds"])
+
+
+def measure(network: Network, buckets: str, count: int, rounds: int) -> list[str]:
+    """One row of the table."""
+    with tempfile.TemporaryDirectory() as name:
+        top = Path(name)
+        draw(top / "in", count)
+        weights = top / "models" / "peer"
+        peer(network).save_pretrained(weights)
+        for out in ("plain", "ours"):
+            (top / out).mkdir()
+
+        def loop() -> float:
+            given = [network, str(weights), str(top / "in"), str(top / "plain"), buckets]
+            command = [sys.executable, "-m", "benchmarks.caching", "--plain", *given]
+            return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+        runs = {"plain": loop, "ours": lambda: ours(top / "models", top / "in", top / "ours", buckets)}
+        seconds = alternate(runs, rounds, warmup=0)
+        ratio = median(a / b for a, b in zip(seconds["plain"], seconds["ours"], strict=True))
+        rates = [f"{count / median(seconds[name]):.2f}" for name in ("plain", "ours")]
+        return [NETWORKS[network], buckets, str(count), *rates, f"×{ratio:.2f}", f"{_apart(top):.0e}"]
+
+
+def _apart(top: Path) -> float:
+    """The largest difference of two latents of one picture, as a part of their range."""
+    most = 0.0
+    for path in (top / "plain").glob("*.npy"):
+        a, b = np.load(path), np.load(top / "ours" / path.name)
+        most = max(most, float(np.abs(a - b).max() / np.ptp(a)))
+    return most
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--plain", nargs=5, help=argparse.SUPPRESS)
+    options.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--pictures", type=int, default=24)
+    args = options.parse_args()
+    if args.plain:
+        network, *paths, buckets = args.plain
+        weights, folder, out = map(Path, paths)
+        plain("tiny" if network == "tiny" else "kl", weights, folder, out, buckets)
+        return
+    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} rounds\n")
+    buckets: dict[Network, str] = {"tiny": "512x512:64", "kl": "256x256:64"}
+    rows = [measure(network, buckets[network], args.pictures, args.rounds) for network in args.networks]
+    header = ("network", "buckets", "pictures", "plain loop, pictures/s", "latentd encode", "ratio", "max Δ")
+    print(table(header, rows))
+
+
+if __name__ == "__main__":
+    main()
