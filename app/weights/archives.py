@@ -1,7 +1,7 @@
 """The two containers of torch.save: a zip file of records (since 1.6), and a run of pickles with the storages behind.
 
-Reading one takes its pickle and the places of its storages; a storage's bytes are read when a tensor is asked for, and
-are numbers then, whatever they hold. Facts: torch/serialization.py (`_save`, `_legacy_save`).
+Reading one takes its pickle and the places of its storages, whose bytes are for those to read who want a tensor's
+numbers. Without torch. Facts: torch/serialization.py (`_save`, `_legacy_save`).
 """
 
 import os
@@ -10,13 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 
-import torch
-from torch import Tensor
-
 from app.errors import UnsupportedCheckpoint
 from app.text import short
 from app.weights.pickles import read_pickle
-from app.weights.rebuilds import TensorRef, kind
+from app.weights.rebuilds import DTYPES, TensorRef, kind
 from app.weights.zips import data_offset, read_records
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -80,7 +77,7 @@ def state_dict(archive: Archive) -> tuple[dict[str, TensorRef], dict[str, str]]:
 
 def check_there(archive: Archive, key: str, ref: TensorRef) -> None:
     """Raises UnsupportedCheckpoint unless the file has the storage of the tensor `key`, all of it."""
-    wanted = ref.storage.numel * ref.storage.dtype.itemsize
+    wanted = ref.storage.nbytes
     there = archive.sizes.get(ref.storage.key)
     if there is None:
         raise UnsupportedCheckpoint(f"truncated or broken: the storage of {short(key)} is not in the file")
@@ -101,13 +98,6 @@ def span_of(file: BufferedReader, archive: Archive, key: str, ref: TensorRef) ->
         return 0, 0
     begin = archive.place(file, ref.storage.key)
     return begin + first, begin + after
-
-
-def tensor_of(data: bytearray, ref: TensorRef) -> Tensor:
-    """The tensor whose span these bytes are, dense; its memory may be theirs."""
-    if not data:
-        return torch.empty(ref.shape, dtype=ref.dtype)
-    return torch.frombuffer(data, dtype=ref.dtype).as_strided(ref.shape, ref.stride).contiguous()
 
 
 def _zipped(file: BufferedReader, size: int) -> Archive:
@@ -156,7 +146,7 @@ def _legacy(file: BufferedReader, size: int) -> Archive:
             raise UnsupportedCheckpoint("not a sound checkpoint of torch.save: its storages are not its pickle's")
         file.seek(at)
         count = file.read(8)  # of elements, before them
-        nbytes = int.from_bytes(count, "little", signed=True) * content.storages[key].dtype.itemsize
+        nbytes = int.from_bytes(count, "little", signed=True) * DTYPES[content.storages[key].dtype]
         if len(count) < 8 or nbytes > size - at - 8:
             raise UnsupportedCheckpoint(f"truncated: a storage of {nbytes} bytes at byte {at}, the file has {size}")
         if nbytes < 0:
