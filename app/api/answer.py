@@ -17,6 +17,7 @@ from app.wire.origin import Origin, texts
 from app.wire.tensors import write_safetensors
 
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
+TORCH = "application/x-pytorch"  # is read and never written
 PNG, JPEG, WEBP, ZIP = "image/png", "image/jpeg", "image/webp", "application/zip"
 JSON, OCTETS = "application/json", "application/octet-stream"
 _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")

@@ -15,6 +15,7 @@ from app.api.answer import (
     NPZ,
     PNG,
     SAFETENSORS,
+    TORCH,
     WEBP,
     ZIP,
     accepted,
@@ -99,24 +100,24 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     responses=answers("A picture; several as zip or npy, uint8 (N, H, W, 3)", (PNG, JPEG, WEBP, ZIP, NPY), DECODED)
     | problems(409, *WORK),
     openapi_extra=takes(
-        "Latents, (C, h, w) or (N, C, h, w); a .npz may hold several shapes.",
-        (NPY, NPZ, SAFETENSORS),
+        "Latents, (C, h, w) or (N, C, h, w); a .npz, or a list of torch.save's, may hold several shapes.",
+        (NPY, NPZ, SAFETENSORS, TORCH),
         headers=[LATENTS_FAMILY],
     ),
 )
 async def decode(request: Request, query: Annotated[DecodeQuery, Query()], shared: Shared) -> Response:
-    """Latents to pictures. Body: .npy, .npz or safetensors, (C, h, w) or (N, C, h, w)."""
+    """Latents to pictures. Body: .npy, .npz, safetensors or torch.save's .pt, (C, h, w) or (N, C, h, w)."""
     clock, deadline = Clock("decode", shared.metrics), deadline_of(request)
     checkpoint = await resolved(request, query.model, shared)
     shared.engine.check_open(checkpoint)
     body = await read_body(request, shared)
     with clock.stage("read"):
         header = await asyncio.to_thread(latent_shape, body)
-    latents = convention_of(query, header)
     shared.limits.check_items(header.batch)  # nothing of a claimed length is made before
 
     def prepare(checkpoint: Checkpoint) -> Work[Done]:
         family = checkpoint.family
+        latents = convention_of(query, header, family)
         check_family(request, header, checkpoint.name, family, latents)
         output: Output = "uint16" if query.bits == "16" else "uint8"
         task = Task("decode", checkpoint, latents, query.precision, query.tiling, query.deterministic, output)

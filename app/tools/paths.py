@@ -34,8 +34,8 @@ ENCODE = Kind(
     {".npy": "application/x-npy", ".safetensors": "application/x-safetensors"},
 )
 DECODE = Kind(
-    frozenset({".npy", ".npz", ".safetensors"}),
-    frozenset({".bin", ".ckpt", ".latent", ".pt", ".pth"}),
+    frozenset({".latent", ".npy", ".npz", ".pt", ".safetensors"}),
+    frozenset({".bin", ".ckpt", ".pth"}),
     {
         ".png": "image/png",
         ".jpg": "image/jpeg",

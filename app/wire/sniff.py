@@ -6,7 +6,7 @@ from app.errors import UnsupportedMedia
 from app.wire.scan import Body
 
 PICTURES = ("PNG", "JPEG", "WebP")
-ARRAYS = ("npy", "npz", "safetensors")
+ARRAYS = ("npy", "npz", "safetensors", "pt")
 
 # The formats that are not read are here so that an error can name what came.
 _FIRST_BYTES = {
@@ -14,6 +14,8 @@ _FIRST_BYTES = {
     "JPEG": rb"\xff\xd8\xff",
     "WebP": rb"RIFF.{4}WEBP",
     "npy": rb"\x93NUMPY",
+    # torch.save: a zip file that begins with its pickle, or the pickle of a magic number
+    "pt": rb"PK\x03\x04.{26}[^/\0]{1,255}/data\.pkl|\x80[\x02-\x05]\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.",
     "npz": rb"PK(\x03\x04|\x05\x06)",
     "safetensors": rb".{4}\0{4}\{",  # the header's length, below 4 GiB, and its JSON object
     "GIF": rb"GIF8[79]a",

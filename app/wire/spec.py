@@ -26,6 +26,8 @@ class ArraySpec:
     """`<f2`, `>f2`, `<f4`, `>f4` as in .npy, or `bf16`."""
     start: int
     fortran: bool = False
+    strides: tuple[int, int, int, int] | None = None
+    """Steps in elements, of a view into more data; None where the data is dense."""
 
     @property
     def dtype(self) -> str:
@@ -38,8 +40,10 @@ class ArraySpec:
         return math.prod(self.shape) * (4 if "4" in self.code else 2)
 
 
-def array_spec(shape: tuple[int, ...], code: str, start: int, *, fortran: bool = False) -> ArraySpec:
-    """Checks a dtype and a shape (C, h, w) or (N, C, h, w); raises InvalidLatent."""
+def array_spec(
+    shape: tuple[int, ...], code: str, start: int, *, fortran: bool = False, strides: tuple[int, ...] | None = None
+) -> ArraySpec:
+    """Checks a dtype and a shape (C, h, w) or (N, C, h, w); raises InvalidLatent. `strides` are as many as sides."""
     if code not in _DTYPES:
         raise InvalidLatent(f"expected float16 or float32, got {_OTHERS.get(code.lstrip('<>|='), code)[:40]}")
     if len(shape) not in (3, 4) or max(shape) >= _LONGEST:
@@ -47,7 +51,11 @@ def array_spec(shape: tuple[int, ...], code: str, start: int, *, fortran: bool =
     if min(shape) < 1:
         raise InvalidLatent(f"expected no dimension of 0, got a shape of {shape}")
     batch, channels, height, width = (1, *shape) if len(shape) == 3 else shape
-    return ArraySpec((batch, channels, height, width), code, start, fortran)
+    steps = None
+    if strides is not None:
+        n, c, y, x = (0, *strides) if len(strides) == 3 else strides
+        steps = n, c, y, x
+    return ArraySpec((batch, channels, height, width), code, start, fortran, steps)
 
 
 def check_size(spec: ArraySpec, size: int) -> None:
@@ -59,9 +67,14 @@ def check_size(spec: ArraySpec, size: int) -> None:
 def values(spec: ArraySpec, body: Body) -> Values:
     """The data as (N, C, h, w): native byte order, contiguous, writable, a copy that does not hold the body."""
     count = math.prod(spec.shape)
+    if spec.strides is not None:
+        count = 1 + sum((side - 1) * step for side, step in zip(spec.shape, spec.strides, strict=True))
     if spec.code == "bf16":  # the upper half of a float32
         halves = np.frombuffer(body, "<u2", count, spec.start)
         flat = (halves.astype(np.uint32) << 16).view(np.float32)
     else:
         flat = np.frombuffer(body, spec.code, count, spec.start).astype(spec.dtype)
+    if spec.strides is not None:  # `count` ends with the last element that they reach
+        steps = [step * flat.itemsize for step in spec.strides]
+        return np.array(np.lib.stride_tricks.as_strided(flat, spec.shape, steps), order="C")
     return np.ascontiguousarray(flat.reshape(spec.shape, order="F" if spec.fortran else "C"))

@@ -31,6 +31,7 @@ def test_it_describes_what_goes_in_and_comes_out(document):
         "application/x-npy",
         "application/x-npz",
         "application/x-safetensors",
+        "application/x-pytorch",
         "application/octet-stream",
     }
     assert set(encode["responses"]["200"]["content"]) == {

@@ -6,12 +6,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from app.settings import Settings
 from app.tools import folders
 from app.tools.folders import Errand, Room, Stop, send_files
 from app.tools.manifest import Manifest
+from app.wire.npz import write_zip
 from tests.service import npy, picture
 
 ROW = {"name": "kl", "path": "kl", "family": "sd1", "family_source": "config", "sha256": "ab" * 32, "spatial_factor": 8}
@@ -205,3 +207,22 @@ def test_stdin_is_read_once(service, tmp_path, monkeypatch):
     assert send_files(errand(), ["-"], str(tmp_path / "a.npy")) == 0
     assert (tmp_path / "a.npy").read_bytes() == LATENT
     assert service.asked[0].content == picture()
+
+
+def test_files_of_other_programs_are_sent_with_as_many_pictures_as_they_hold(service, tmp_path):
+    values = torch.zeros(1, 4, 4, 4)
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    torch.save([values, values], folder / "a.pt")
+    safetensors.torch.save_file({"latent_tensor": values}, folder / "b.latent")
+    service.reply = lambda request: service.latent(request) if "zip" not in request.headers["accept"] else zipped(2)
+
+    def zipped(count: int) -> httpx.Response:
+        content = write_zip([(f"{index}.png", b"png") for index in range(count)])
+        return httpx.Response(
+            200, content=content, headers={"content-type": "application/zip", "x-model-sha256": ROW["sha256"]}
+        )
+
+    assert send_files(errand("decode"), [str(folder)], str(tmp_path / "out")) == 0
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert names == ["a-0000.png", "a-0001.png", "b.png"]
