@@ -217,11 +217,11 @@ def test_files_of_other_programs_are_sent_with_as_many_pictures_as_they_hold(ser
     safetensors.torch.save_file({"latent_tensor": values}, folder / "b.latent")
     service.reply = lambda request: service.latent(request) if "zip" not in request.headers["accept"] else zipped(2)
 
+    told = {"content-type": "application/zip", "x-model-sha256": service.row["sha256"]}
+
     def zipped(count: int) -> httpx.Response:
         content = write_zip([(f"{index}.png", b"png") for index in range(count)])
-        return httpx.Response(
-            200, content=content, headers={"content-type": "application/zip", "x-model-sha256": ROW["sha256"]}
-        )
+        return httpx.Response(200, content=content, headers=told)
 
     assert send_files(errand("decode"), [str(folder)], str(tmp_path / "out")) == 0
     names = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
