@@ -60,7 +60,7 @@ def _decode(commands: Commands) -> None:
         metavar="LATENT",
         help=".npy .npz .safetensors .latent .pt, a folder of them, or - for stdin",
     )
-    _work(decode, "a folder; of one latent also a .png, .jpg or .webp file, of several a .zip, or - for stdout")
+    _work(decode, "a folder; of one latent also a .png, .jpg, .webp or .avif file, of several a .zip, or - for stdout")
     decode.add_argument(
         "--size", metavar="WxH", help="cut pictures to this; default: to what `encode` noted beside them"
     )

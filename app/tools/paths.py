@@ -41,6 +41,7 @@ DECODE = Kind(
         ".jpg": "image/jpeg",
         ".jpeg": "image/jpeg",
         ".webp": "image/webp",
+        ".avif": "image/avif",
         ".zip": "application/zip",
     },
 )
