@@ -12,6 +12,7 @@ from io import BufferedReader
 
 from app.errors import UnsupportedCheckpoint
 from app.text import short
+from app.weights.machine import MOST_STEPS
 from app.weights.pickles import read_pickle
 from app.weights.rebuilds import DTYPES, TensorRef, kind
 from app.weights.zips import data_offset, read_records
@@ -35,8 +36,8 @@ class Archive:
     """The byte of the file where a storage begins; raises UnsupportedCheckpoint where the file contradicts itself."""
 
 
-def read_archive(file: BufferedReader) -> Archive:
-    """What torch.save wrote to a file, storages unread.
+def read_archive(file: BufferedReader, most_steps: int = MOST_STEPS) -> Archive:
+    """What torch.save wrote to a file, storages unread, each of its pickles in at most so many steps.
 
     Raises UnsupportedCheckpoint with a one-line reason.
     """
@@ -44,12 +45,12 @@ def read_archive(file: BufferedReader) -> Archive:
     file.seek(0)
     begin = file.read(4)
     if begin == ZIP_MAGIC:
-        return _zipped(file, size)
+        return _zipped(file, size, most_steps)
     file.seek(257)
     if file.read(len(TAR_MAGIC)) == TAR_MAGIC:
         raise UnsupportedCheckpoint("a tar file, as torch before 0.1.10 wrote; save it again with a later one")
     file.seek(0)
-    return _legacy(file, size)
+    return _legacy(file, size, most_steps)
 
 
 def state_dict(archive: Archive) -> tuple[dict[str, TensorRef], dict[str, str]]:
@@ -100,7 +101,7 @@ def span_of(file: BufferedReader, archive: Archive, key: str, ref: TensorRef) ->
     return begin + first, begin + after
 
 
-def _zipped(file: BufferedReader, size: int) -> Archive:
+def _zipped(file: BufferedReader, size: int, most_steps: int) -> Archive:
     records = read_records(file, size)
     folders = [name.removesuffix("/data.pkl") for name in records if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(folders) != 1:
@@ -114,24 +115,24 @@ def _zipped(file: BufferedReader, size: int) -> Archive:
             raise UnsupportedCheckpoint(f"its byte order is {short(text.decode('latin-1'))}; little was expected")
     pickled = records[f"{folder}/data.pkl"]
     file.seek(data_offset(file, pickled))
-    content = read_pickle(file, pickled.size).value
+    content = read_pickle(file, pickled.size, most_steps).value
     under = f"{folder}/data/"
     storages = {name.removeprefix(under): record for name, record in records.items() if name.startswith(under)}
     sizes = {key: record.size for key, record in storages.items()}
     return Archive(content, sizes, lambda file, key: data_offset(file, storages[key]))
 
 
-def _legacy(file: BufferedReader, size: int) -> Archive:
+def _legacy(file: BufferedReader, size: int, most_steps: int) -> Archive:
     """Five pickles: magic number, protocol, system, the object, the keys of its storages; then those, in that order."""
     try:
-        magic = read_pickle(file, size).value
+        magic = read_pickle(file, size, most_steps).value
     except UnsupportedCheckpoint as error:
         if str(error).startswith("refused"):
             raise
         raise UnsupportedCheckpoint(f"not a checkpoint of torch.save, or truncated: {error}") from error
     if magic != MAGIC:
         raise UnsupportedCheckpoint(f"not a checkpoint of torch.save: a pickle that holds {kind(magic)}")
-    protocol, system, content, keys = (read_pickle(file, size - file.tell()) for _ in range(4))
+    protocol, system, content, keys = (read_pickle(file, size - file.tell(), most_steps) for _ in range(4))
     if protocol.value != PROTOCOL or not isinstance(system.value, dict):
         raise UnsupportedCheckpoint("not a checkpoint of torch.save: its protocol is not 1001")
     if system.value.get("little_endian") is not True:

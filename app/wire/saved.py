@@ -13,6 +13,8 @@ from app.wire.scan import Body
 from app.wire.spec import ArraySpec, Values, array_spec, values
 
 MAX_TENSORS = 1024
+MAX_STEPS = 50_000
+"""Of each pickle; a tensor takes about 25. Checkpoints may have more, and nobody waits for them."""
 
 _NAMES = ("latents", "latent", "samples", "x")
 _CODES = {"torch.float16": "<f2", "torch.float32": "<f4", "torch.bfloat16": "bf16", "torch.float64": "<f8"}
@@ -26,7 +28,7 @@ def saved_headers(body: Body) -> list[ArraySpec]:
     """
     file: io.BufferedReader = io.BufferedReader(io.BytesIO(body))
     try:
-        archive = read_archive(file)
+        archive = read_archive(file, MAX_STEPS)
         return [_spec(file, archive, ref) for ref in _latents(archive.content)]
     except UnsupportedCheckpoint as error:
         raise MalformedBody(f"the file of torch.save: {error}") from error

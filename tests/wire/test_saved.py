@@ -13,8 +13,8 @@ from app.errors import InvalidInput, InvalidLatent, MalformedBody, TooLarge
 from app.wire.arrays import LatentShape, latent_shape, read_latents
 from app.wire.npy import write_npy
 from app.wire.npz import write_zip
-from app.wire.saved import MAX_TENSORS
-from tests.store.hostile import CORPUS, PROOF, legacy, saved, state, tensor, zipped
+from app.wire.saved import MAX_STEPS, MAX_TENSORS
+from tests.store.hostile import CORPUS, PROOF, alone, legacy, saved, state, tensor, zipped
 
 OLDER = pytest.mark.parametrize("older", [False, True], ids=["zip", "older"])
 LIMIT = 1 << 20
@@ -162,6 +162,12 @@ def test_one_storage_many_times_is_counted_before_it_is_copied():
         assert tracemalloc.get_traced_memory()[1] < LIMIT
     finally:
         tracemalloc.stop()
+
+
+def test_a_body_has_fewer_steps_than_a_checkpoint():
+    values = noise(4, 1, 1)
+    assert latent_shape(saved([values.clone() for _ in range(MAX_TENSORS)])).batch == MAX_TENSORS
+    refuse(zipped(alone(b")" + b"\x85" * MAX_STEPS)), MalformedBody, "more than 50000 steps")
 
 
 def test_too_many_tensors():
