@@ -71,9 +71,12 @@ def _encode(commands: Commands) -> None:
 def _decode(commands: Commands) -> None:
     decode = commands.add_parser("decode", help="latents to pictures: files, or whole folders")
     decode.add_argument(
-        "inputs", nargs="+", metavar="LATENT", help=".npy, .npz or .safetensors, a folder of them, or - for stdin"
+        "inputs",
+        nargs="+",
+        metavar="LATENT",
+        help=".npy .npz .safetensors .latent .pt, a folder of them, or - for stdin",
     )
-    _work(decode, "a folder; of one latent also a .png, .jpg or .webp file, of several a .zip, or - for stdout")
+    _work(decode, "a folder; of one latent also a .png, .jpg, .webp or .avif file, of several a .zip, or - for stdout")
     decode.add_argument(
         "--size", metavar="WxH", help="cut pictures to this; default: to what `encode` noted beside them"
     )

@@ -110,8 +110,8 @@ def main() -> None:
         plain("tiny" if network == "tiny" else "kl", weights, folder, out, buckets)
         return
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} rounds\n")
-    buckets: dict[Network, str] = {"tiny": "512x512:64", "kl": "256x256:64"}
-    rows = [measure(network, buckets[network], args.pictures, args.rounds) for network in args.networks]
+    areas: dict[Network, str] = {"tiny": "512x512:64", "kl": "256x256:64"}
+    rows = [measure(network, areas[network], args.pictures, args.rounds) for network in args.networks]
     header = ("network", "buckets", "pictures", "plain loop, pictures/s", "latentd encode", "ratio", "max Δ")
     print(table(header, rows))
 

@@ -18,7 +18,9 @@ from app.wire.origin import Origin, texts
 from app.wire.tensors import write_safetensors
 
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
-PNG, JPEG, WEBP, ZIP = "image/png", "image/jpeg", "image/webp", "application/zip"
+TORCH = "application/x-pytorch"  # is read and never written
+PNG, JPEG, WEBP, AVIF, ZIP = "image/png", "image/jpeg", "image/webp", "image/avif", "application/zip"
+PICTURES = (PNG, JPEG, WEBP, AVIF)  # that one picture is answered as
 JSON, OCTETS = "application/json", "application/octet-stream"
 _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")

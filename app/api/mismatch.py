@@ -17,10 +17,18 @@ HEADER = "X-Latents-Family"
 LISTED = 4  # items that a warning names
 
 
-def convention_of(query: DecodeQuery, header: LatentShape) -> Convention:
-    """The latents' convention: the query's, or what a safetensors file says of itself. They must not disagree."""
-    said = header.convention
-    if said is None or "latents" not in query.model_fields_set:
+def convention_of(query: DecodeQuery, header: LatentShape, family: Family) -> Convention:
+    """The latents' convention: the query's, or what a safetensors file says of itself. They must not disagree.
+
+    A trainer's cache does not say it, and is taken to be of the model's family where the query says nothing. Raises
+    FamilyMismatch where the family can have none.
+    """
+    said, asked = header.convention, "latents" in query.model_fields_set
+    if said is None and header.cached and not asked:
+        if family.cached is None:
+            raise FamilyMismatch(f"caches of sd-scripts hold raw latents of a full VAE, which {family.name} is not")
+        return family.cached
+    if said is None or not asked:
         return said or query.latents
     if said != query.latents:
         raise InvalidParameter(f"latents={query.latents} was asked for, but the file says it holds {said} latents")

@@ -10,11 +10,14 @@ import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
 from app.api.answer import (
+    AVIF,
     JPEG,
     NPY,
     NPZ,
+    PICTURES,
     PNG,
     SAFETENSORS,
+    TORCH,
     WEBP,
     ZIP,
     accepted,
@@ -109,34 +112,34 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     with clock.stage("write"):
         origin = origin_of(sizes, done.task.checkpoint.family.size_multiple, query.fit)
         write = partial(latents_body, media, arrays, done.task, origin)
-        content = await shared.codecs.run(writing(arrays), write)
+        content = await shared.codecs.run(writing(arrays, media), write)
     return answer(content, content_type(accepted(request), media), done, clock, origin)
 
 
 @router.post(
     "/decode",
     response_class=Response,
-    responses=answers("A picture; several as zip or npy, (N, H, W, 3)", (PNG, JPEG, WEBP, ZIP, NPY), DECODED)
+    responses=answers("A picture; several as zip or npy, (N, H, W, 3)", (PNG, JPEG, WEBP, AVIF, ZIP, NPY), DECODED)
     | problems(409, *WORK),
     openapi_extra=takes(
-        "Latents, (C, h, w) or (N, C, h, w); a .npz may hold several shapes.",
-        (NPY, NPZ, SAFETENSORS),
+        "Latents, (C, h, w) or (N, C, h, w); a .npz, or a list of torch.save's, may hold several shapes.",
+        (NPY, NPZ, SAFETENSORS, TORCH),
         headers=[LATENTS_FAMILY],
     ),
 )
 async def decode(request: Request, query: Annotated[DecodeQuery, Query()], shared: Shared) -> Response:
-    """Latents to pictures. Body: .npy, .npz or safetensors, (C, h, w) or (N, C, h, w)."""
+    """Latents to pictures. Body: .npy, .npz, safetensors or torch.save's .pt, (C, h, w) or (N, C, h, w)."""
     clock, deadline = Clock("decode", shared.metrics), deadline_of(request)
     checkpoint = await resolved(request, query.model, shared)
     shared.engine.check_open(checkpoint)
     body = await read_body(request, shared)
     with clock.stage("read"):
         header = await asyncio.to_thread(latent_shape, body)
-    latents = convention_of(query, header)
     shared.limits.check_items(header.batch)  # nothing of a claimed length is made before
 
     def prepare(checkpoint: Checkpoint) -> Work[Done]:
         family = checkpoint.family
+        latents = convention_of(query, header, family)
         check_family(request, header, checkpoint.name, family, latents)
         task = Task("decode", checkpoint, latents, query.precision, query.tiling, query.deterministic, query.output)
         shared.limits.check([picture_size(shape, task) for shape in header.shapes])
@@ -161,7 +164,7 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
         return pictures_body(media, [restore(each.array, size, back.change) for each, size in pairs], query.quality)
 
     with clock.stage("write"):
-        content = await shared.codecs.run(writing([each.array for each in done.results]), write)
+        content = await shared.codecs.run(writing([each.array for each in done.results], media), write)
     return answer(content, content_type(accepted(request), media), done, clock, back.result)
 
 
@@ -207,7 +210,7 @@ def _picture_type(request: Request, query: DecodeQuery, sizes: Sequence[Size]) -
             raise InvalidParameter(f"dtype={query.dtype} is for {NPY}, which holds pictures of one size")
         media = negotiate(accept, (NPY,))
     elif n == 1:
-        media = negotiate(accept, (PNG, JPEG, WEBP, NPY, ZIP))
+        media = negotiate(accept, (*PICTURES, NPY, ZIP))
     else:
         offers = (ZIP, NPY) if len(set(sizes)) == 1 else (ZIP,)  # pictures of different sizes are no array
         try:
@@ -216,6 +219,6 @@ def _picture_type(request: Request, query: DecodeQuery, sizes: Sequence[Size]) -
             raise NotAcceptable(f"{n} pictures do not fit in {accept[:200]}: ask for {' or '.join(offers)}") from None
     if query.bits == "16" and media not in (PNG, ZIP):
         raise InvalidParameter(f"bits=16 is for PNG; {media} has 8 bits a channel")
-    if query.quality is not None and media not in (JPEG, WEBP):
-        raise InvalidParameter(f"quality is for JPEG and WebP; the answer is {media}")
+    if query.quality is not None and media not in (JPEG, WEBP, AVIF):
+        raise InvalidParameter(f"quality is for JPEG, WebP and AVIF; the answer is {media}")
     return media

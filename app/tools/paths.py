@@ -34,13 +34,14 @@ ENCODE = Kind(
     {".npy": "application/x-npy", ".safetensors": "application/x-safetensors"},
 )
 DECODE = Kind(
-    frozenset({".npy", ".npz", ".safetensors"}),
-    frozenset({".bin", ".ckpt", ".latent", ".pt", ".pth"}),
+    frozenset({".latent", ".npy", ".npz", ".pt", ".safetensors"}),
+    frozenset({".bin", ".ckpt", ".pth"}),
     {
         ".png": "image/png",
         ".jpg": "image/jpeg",
         ".jpeg": "image/jpeg",
         ".webp": "image/webp",
+        ".avif": "image/avif",
         ".zip": "application/zip",
     },
 )

@@ -34,9 +34,12 @@ class Family:
     spatial_factor: int = 8  # pixels per raw latent position
     pixel_range: tuple[float, float] = (-1.0, 1.0)
     by_name: bool = False  # only where a file names it: neither shapes nor constants lead here
-    # The three below tell nothing about which family weights are of, so rows that differ in them alone are equal.
+    # The four below tell nothing about which family weights are of, so rows that differ in them alone are equal.
     space: str = field(default="", compare=False)  # the diffusion models' latent space, by its first family's name
     usual: tuple[float, float] = field(default=USUAL, compare=False)
+    # What sd-scripts keeps in its caches: what the VAE's `encode` returns there, which scales for FLUX.1 alone.
+    # None: the raw latents of another network, which this one does not take.
+    cached: Convention | None = field(default="raw", compare=False)
     # A request that names no model means one of these only where there is nothing else.
     demonstration: bool = field(default=False, compare=False)
 
@@ -58,8 +61,11 @@ def _kl(name: str, channels: int, latent_format: LatentFormat, space: str, **mor
     return Family(name, "kl", channels, latent_format, space=space, **more)
 
 
-def _tiny(name: str, channels: int, space: str, *, patch: int = 1, **more: Any) -> Family:
-    return Family(name, "tiny", channels, LatentFormat(patch=patch), pixel_range=(0.0, 1.0), space=space, **more)
+def _tiny(
+    name: str, channels: int, space: str, *, patch: int = 1, cached: Convention | None = None, **more: Any
+) -> Family:
+    form = LatentFormat(patch=patch)
+    return Family(name, "tiny", channels, form, pixel_range=(0.0, 1.0), space=space, cached=cached, **more)
 
 
 FAMILIES: dict[str, Family] = {
@@ -69,13 +75,13 @@ FAMILIES: dict[str, Family] = {
         _kl("sd2", 4, LatentFormat(0.18215), "sd1"),
         _kl("sdxl", 4, LatentFormat(0.13025), "sdxl"),
         _kl("sd3", 16, LatentFormat(1.5305, 0.0609), "sd3"),
-        _kl("flux", 16, LatentFormat(0.3611, 0.1159), "flux", usual=NEAR),
+        _kl("flux", 16, LatentFormat(0.3611, 0.1159), "flux", usual=NEAR, cached="scaled"),
         _kl("flux2", 32, LatentFormat(patch=2, statistics=True), "flux2"),
         _kl("latentd-small", 4, LatentFormat(), "latentd-small", by_name=True, demonstration=True),
         _tiny("taesd", 4, "sd1"),
         _tiny("taesdxl", 4, "sdxl"),
         _tiny("taesd3", 16, "sd3"),
-        _tiny("taef1", 16, "flux", usual=NEAR),
+        _tiny("taef1", 16, "flux", usual=NEAR, cached="scaled"),
         _tiny("taef2", 32, "flux2", patch=2),
         _tiny("taesana", 32, "sana", spatial_factor=32),
     )

@@ -1,7 +1,7 @@
 """The two containers of torch.save: a zip file of records (since 1.6), and a run of pickles with the storages behind.
 
-Reading one takes its pickle and the places of its storages; a storage's bytes are read when a tensor is asked for, and
-are numbers then, whatever they hold. Facts: torch/serialization.py (`_save`, `_legacy_save`).
+Reading one takes its pickle and the places of its storages, whose bytes are for those to read who want a tensor's
+numbers. Without torch. Facts: torch/serialization.py (`_save`, `_legacy_save`).
 """
 
 import os
@@ -10,13 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 
-import torch
-from torch import Tensor
-
 from app.errors import UnsupportedCheckpoint
 from app.text import short
+from app.weights.machine import MOST_STEPS
 from app.weights.pickles import read_pickle
-from app.weights.rebuilds import TensorRef, kind
+from app.weights.rebuilds import DTYPES, TensorRef, kind
 from app.weights.zips import data_offset, read_records
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -38,8 +36,8 @@ class Archive:
     """The byte of the file where a storage begins; raises UnsupportedCheckpoint where the file contradicts itself."""
 
 
-def read_archive(file: BufferedReader) -> Archive:
-    """What torch.save wrote to a file, storages unread.
+def read_archive(file: BufferedReader, most_steps: int = MOST_STEPS) -> Archive:
+    """What torch.save wrote to a file, storages unread, each of its pickles in at most so many steps.
 
     Raises UnsupportedCheckpoint with a one-line reason.
     """
@@ -47,12 +45,12 @@ def read_archive(file: BufferedReader) -> Archive:
     file.seek(0)
     begin = file.read(4)
     if begin == ZIP_MAGIC:
-        return _zipped(file, size)
+        return _zipped(file, size, most_steps)
     file.seek(257)
     if file.read(len(TAR_MAGIC)) == TAR_MAGIC:
         raise UnsupportedCheckpoint("a tar file, as torch before 0.1.10 wrote; save it again with a later one")
     file.seek(0)
-    return _legacy(file, size)
+    return _legacy(file, size, most_steps)
 
 
 def state_dict(archive: Archive) -> tuple[dict[str, TensorRef], dict[str, str]]:
@@ -80,7 +78,7 @@ def state_dict(archive: Archive) -> tuple[dict[str, TensorRef], dict[str, str]]:
 
 def check_there(archive: Archive, key: str, ref: TensorRef) -> None:
     """Raises UnsupportedCheckpoint unless the file has the storage of the tensor `key`, all of it."""
-    wanted = ref.storage.numel * ref.storage.dtype.itemsize
+    wanted = ref.storage.nbytes
     there = archive.sizes.get(ref.storage.key)
     if there is None:
         raise UnsupportedCheckpoint(f"truncated or broken: the storage of {short(key)} is not in the file")
@@ -103,14 +101,7 @@ def span_of(file: BufferedReader, archive: Archive, key: str, ref: TensorRef) ->
     return begin + first, begin + after
 
 
-def tensor_of(data: bytearray, ref: TensorRef) -> Tensor:
-    """The tensor whose span these bytes are, dense; its memory may be theirs."""
-    if not data:
-        return torch.empty(ref.shape, dtype=ref.dtype)
-    return torch.frombuffer(data, dtype=ref.dtype).as_strided(ref.shape, ref.stride).contiguous()
-
-
-def _zipped(file: BufferedReader, size: int) -> Archive:
+def _zipped(file: BufferedReader, size: int, most_steps: int) -> Archive:
     records = read_records(file, size)
     folders = [name.removesuffix("/data.pkl") for name in records if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(folders) != 1:
@@ -124,24 +115,24 @@ def _zipped(file: BufferedReader, size: int) -> Archive:
             raise UnsupportedCheckpoint(f"its byte order is {short(text.decode('latin-1'))}; little was expected")
     pickled = records[f"{folder}/data.pkl"]
     file.seek(data_offset(file, pickled))
-    content = read_pickle(file, pickled.size).value
+    content = read_pickle(file, pickled.size, most_steps).value
     under = f"{folder}/data/"
     storages = {name.removeprefix(under): record for name, record in records.items() if name.startswith(under)}
     sizes = {key: record.size for key, record in storages.items()}
     return Archive(content, sizes, lambda file, key: data_offset(file, storages[key]))
 
 
-def _legacy(file: BufferedReader, size: int) -> Archive:
+def _legacy(file: BufferedReader, size: int, most_steps: int) -> Archive:
     """Five pickles: magic number, protocol, system, the object, the keys of its storages; then those, in that order."""
     try:
-        magic = read_pickle(file, size).value
+        magic = read_pickle(file, size, most_steps).value
     except UnsupportedCheckpoint as error:
         if str(error).startswith("refused"):
             raise
         raise UnsupportedCheckpoint(f"not a checkpoint of torch.save, or truncated: {error}") from error
     if magic != MAGIC:
         raise UnsupportedCheckpoint(f"not a checkpoint of torch.save: a pickle that holds {kind(magic)}")
-    protocol, system, content, keys = (read_pickle(file, size - file.tell()) for _ in range(4))
+    protocol, system, content, keys = (read_pickle(file, size - file.tell(), most_steps) for _ in range(4))
     if protocol.value != PROTOCOL or not isinstance(system.value, dict):
         raise UnsupportedCheckpoint("not a checkpoint of torch.save: its protocol is not 1001")
     if system.value.get("little_endian") is not True:
@@ -156,7 +147,7 @@ def _legacy(file: BufferedReader, size: int) -> Archive:
             raise UnsupportedCheckpoint("not a sound checkpoint of torch.save: its storages are not its pickle's")
         file.seek(at)
         count = file.read(8)  # of elements, before them
-        nbytes = int.from_bytes(count, "little", signed=True) * content.storages[key].dtype.itemsize
+        nbytes = int.from_bytes(count, "little", signed=True) * DTYPES[content.storages[key].dtype]
         if len(count) < 8 or nbytes > size - at - 8:
             raise UnsupportedCheckpoint(f"truncated: a storage of {nbytes} bytes at byte {at}, the file has {size}")
         if nbytes < 0:

@@ -14,6 +14,7 @@ from functools import partial
 from io import BufferedReader
 from operator import itemgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from app.errors import UnsupportedCheckpoint
 from app.text import short
-from app.weights.archives import read_archive, span_of, state_dict, tensor_of
+from app.weights.archives import read_archive, span_of, state_dict
 from app.weights.header import PREFIX
+from app.weights.rebuilds import DTYPES, TensorRef
 from app.weights.safetensors import read_safetensors
 
 Format = Literal["safetensors", "ckpt", "pt", "pth", "bin", "diffusers"]
@@ -37,6 +39,10 @@ SUFFIXES: dict[str, Format] = {
 }
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {name: getattr(torch, name.removeprefix("torch.")) for name in DTYPES}
+)
 
 CHUNK = 1 << 20  # bytes that are read at once where no tensor is wanted
 
@@ -186,7 +192,15 @@ def _open_archive(path: Path, file: BufferedReader, state: State) -> WeightFile:
             raise UnsupportedCheckpoint(f"{short(key)} is {others[key]}; a dense tensor was expected")
         if key not in refs:
             raise UnsupportedCheckpoint(f"{short(key)} is not in the file")
-        return span_of(file, archive, key, refs[key]), partial(tensor_of, ref=refs[key])
+        return span_of(file, archive, key, refs[key]), partial(_dense, ref=refs[key])
 
-    tensors = {key: TensorInfo(ref.dtype, ref.shape) for key, ref in refs.items()}
+    tensors = {key: TensorInfo(TORCH_DTYPES[ref.dtype], ref.shape) for key, ref in refs.items()}
     return WeightFile(path, tensors, {}, others, find, state)
+
+
+def _dense(data: bytearray, ref: TensorRef) -> Tensor:
+    """The tensor whose span these bytes are; its memory may be theirs."""
+    dtype = TORCH_DTYPES[ref.dtype]
+    if not data:
+        return torch.empty(ref.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).as_strided(ref.shape, ref.stride).contiguous()

@@ -17,9 +17,10 @@ MOST_NAMES = 64 << 20  # characters of all of them: each is text of its own, be 
 class Machine:
     """Stack, marks and memo of one pickle."""
 
-    def __init__(self, file: BufferedReader, length: int) -> None:
+    def __init__(self, file: BufferedReader, length: int, most_steps: int = MOST_STEPS) -> None:
         self.file = file
         self.length = min(length, LONGEST)
+        self.most_steps = most_steps
         self.position = 0
         self.steps = 0
         self.named = 0
@@ -30,8 +31,8 @@ class Machine:
 
     def spend(self, steps: int) -> None:
         self.steps += steps
-        if self.steps > MOST_STEPS:
-            raise UnsupportedCheckpoint(f"refused: the pickle has more than {MOST_STEPS} steps")
+        if self.steps > self.most_steps:
+            raise UnsupportedCheckpoint(f"refused: the pickle has more than {self.most_steps} steps")
 
     def name(self, module: str, name: str) -> Global:
         """The name of a class or function."""
@@ -75,6 +76,6 @@ class Machine:
         return items
 
     def remember(self, index: int) -> None:
-        if not 0 <= index <= MOST_STEPS:
+        if not 0 <= index <= self.most_steps:
             raise UnsupportedCheckpoint(f"refused: the pickle wants place {index} of its memo")
         self.memo[index] = self.stack[-1]

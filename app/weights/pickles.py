@@ -14,7 +14,7 @@ from io import BufferedReader
 from types import MappingProxyType
 
 from app.errors import UnsupportedCheckpoint
-from app.weights.machine import Machine
+from app.weights.machine import MOST_STEPS, Machine
 from app.weights.rebuilds import Global, Opaque, StorageRef, TensorRef, call, is_entry, kind, storage_of
 
 LONGEST_LINE = 4096  # bytes of what protocol 0 writes as text
@@ -29,13 +29,13 @@ class Unpickled:
     storages: Mapping[str, StorageRef]
 
 
-def read_pickle(file: BufferedReader, length: int) -> Unpickled:
+def read_pickle(file: BufferedReader, length: int, most_steps: int = MOST_STEPS) -> Unpickled:
     """The pickle that begins here and has at most `length` bytes; the file stands behind it afterwards.
 
     Dicts keep the entries with text keys. Cyclic and deep values are possible: do not recurse into them. Raises
     UnsupportedCheckpoint with a one-line reason for what is malformed, truncated, too large, or asks for a call.
     """
-    machine = Machine(file, length)
+    machine = Machine(file, length, most_steps)
     try:
         while (code := machine.take(1)) != pickle.STOP:
             machine.spend(1)

@@ -1,4 +1,4 @@
-"""What the globals of a checkpoint's pickle stand for: descriptions of tensors, plain containers, or nothing.
+"""What the globals of a checkpoint's pickle stand for: descriptions of tensors, plain containers, or nothing. No torch.
 
 Nothing here is looked up, imported or called by a name from a file: the names are keys of the tables below, the
 functions behind them are written here and make descriptions. Facts: torch/_utils.py, torch/storage.py and
@@ -9,8 +9,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-
-import torch
 
 from app.errors import UnsupportedCheckpoint
 from app.text import short
@@ -35,11 +33,16 @@ class Opaque:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class StorageRef:
-    """A storage of the file, unread: its key there, and `numel` elements of dtype."""
+    """A storage of the file, unread: its key there, and `numel` elements of dtype, a key of `DTYPES`."""
 
     key: str
-    dtype: torch.dtype
+    dtype: str
     numel: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it is said to have."""
+        return self.numel * DTYPES[self.dtype]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -47,7 +50,7 @@ class TensorRef:
     """A tensor of the file, unread; stride and offset count elements of dtype from the storage's beginning."""
 
     storage: StorageRef
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
@@ -55,7 +58,7 @@ class TensorRef:
     @property
     def nbytes(self) -> int:
         """Bytes of its values."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype]
 
     @property
     def span(self) -> tuple[int, int]:
@@ -63,40 +66,51 @@ class TensorRef:
         if 0 in self.shape:
             return 0, 0
         last = self.offset + sum((side - 1) * step for side, step in zip(self.shape, self.stride, strict=True))
-        return self.offset * self.dtype.itemsize, (last + 1) * self.dtype.itemsize
+        return self.offset * DTYPES[self.dtype], (last + 1) * DTYPES[self.dtype]
 
 
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+DTYPES: Mapping[str, int] = MappingProxyType(
     {
-        str(dtype): dtype
-        for dtype in (
-            *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
-            *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.bool),
-            *(torch.int64, torch.int32, torch.int16, torch.int8),
-            *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
-        )
+        "torch.float64": 8,
+        "torch.float32": 4,
+        "torch.float16": 2,
+        "torch.bfloat16": 2,
+        "torch.complex64": 8,
+        "torch.complex128": 16,
+        "torch.float8_e4m3fn": 1,
+        "torch.float8_e5m2": 1,
+        "torch.float8_e8m0fnu": 1,
+        "torch.bool": 1,
+        "torch.int64": 8,
+        "torch.int32": 4,
+        "torch.int16": 2,
+        "torch.int8": 1,
+        "torch.uint64": 8,
+        "torch.uint32": 4,
+        "torch.uint16": 2,
+        "torch.uint8": 1,
     }
 )
-"""The dtypes that a pickle names by themselves."""
+"""The dtypes that a pickle names by themselves, and the bytes of one element."""
 
-STORAGES: Mapping[str, torch.dtype] = MappingProxyType(
+STORAGES: Mapping[str, str] = MappingProxyType(
     {
-        "DoubleStorage": torch.float64,
-        "FloatStorage": torch.float32,
-        "HalfStorage": torch.float16,
-        "BFloat16Storage": torch.bfloat16,
-        "ComplexDoubleStorage": torch.complex128,
-        "ComplexFloatStorage": torch.complex64,
-        "LongStorage": torch.int64,
-        "IntStorage": torch.int32,
-        "ShortStorage": torch.int16,
-        "CharStorage": torch.int8,
-        "ByteStorage": torch.uint8,
-        "BoolStorage": torch.bool,
-        "UntypedStorage": torch.uint8,
-        "QInt8Storage": torch.int8,  # only quantised tensors have these, which are no dense tensors
-        "QUInt8Storage": torch.uint8,
-        "QInt32Storage": torch.int32,
+        "DoubleStorage": "torch.float64",
+        "FloatStorage": "torch.float32",
+        "HalfStorage": "torch.float16",
+        "BFloat16Storage": "torch.bfloat16",
+        "ComplexDoubleStorage": "torch.complex128",
+        "ComplexFloatStorage": "torch.complex64",
+        "LongStorage": "torch.int64",
+        "IntStorage": "torch.int32",
+        "ShortStorage": "torch.int16",
+        "CharStorage": "torch.int8",
+        "ByteStorage": "torch.uint8",
+        "BoolStorage": "torch.bool",
+        "UntypedStorage": "torch.uint8",
+        "QInt8Storage": "torch.int8",  # only quantised tensors have these, which are no dense tensors
+        "QUInt8Storage": "torch.uint8",
+        "QInt32Storage": "torch.int32",
     }
 )
 """The classes of storages, in `torch`, `torch.storage` or, in old files, `torch.cuda`."""
@@ -220,8 +234,8 @@ def tensor(storage: object, offset: object, shape: object, stride: object, dtype
         raise UnsupportedCheckpoint(f"not a sound pickle: a tensor with {len(shape)} sides and {len(stride)} strides")
     if dtype is not None and dtype not in DTYPES:
         return Opaque(f"a tensor of dtype {short(dtype)}")
-    ref = TensorRef(storage, DTYPES[dtype] if dtype else storage.dtype, shape, stride, offset)
-    room = storage.numel * storage.dtype.itemsize
+    ref = TensorRef(storage, dtype or storage.dtype, shape, stride, offset)
+    room = storage.nbytes
     if max(ref.nbytes, ref.span[1]) > room or any(side > LARGEST_SIDE for side in shape):
         return Opaque(f"a tensor of shape {shape}, which claims more than the {room} bytes of its storage")
     if ref.nbytes == 0 and math.prod(side for side in shape if side) > LARGEST_SIDE:

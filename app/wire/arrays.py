@@ -1,4 +1,4 @@
-"""Latents out of a body: .npy, .npz or safetensors, of one shape or of several, always finite numbers."""
+"""Latents out of a body: .npy, .npz, safetensors or torch.save's, of one shape or of several, always finite numbers."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,6 +11,7 @@ from app.terms import Convention
 from app.wire.npy import npy_spec
 from app.wire.npz import npz_headers, read_npz
 from app.wire.origin import Origin, read_origin
+from app.wire.saved import read_saved, saved_headers
 from app.wire.scan import Body
 from app.wire.sniff import ARRAYS, sniff
 from app.wire.spec import ArraySpec, Values, values
@@ -28,7 +29,9 @@ class LatentShape:
     family: str | None = None
     convention: Convention | None = None
     origin: Origin | None = None
-    """These three as a safetensors file says; None where it does not, and for .npy and .npz."""
+    """These three as a safetensors file says; None where it does not, and for other files."""
+    cached: bool = False
+    """Whether sd-scripts wrote them to train with: in the convention that it has for the family."""
 
     @property
     def batch(self) -> int:
@@ -50,7 +53,7 @@ class LatentShape:
 class Latents:
     """Latents (C, h, w), all float16 or all float32, finite, in memory of their own.
 
-    The rest is what a safetensors file says of them: None where it does not, and for .npy and .npz.
+    The rest is what a safetensors file says of them: None where it does not, and for other files.
     """
 
     items: list[Values]
@@ -68,7 +71,10 @@ def latent_shape(body: Body) -> LatentShape:
         case "npy":
             return _shape([npy_spec(body)])
         case "npz":
-            return _shape(npz_headers(body))
+            specs, cached = npz_headers(body)
+            return replace(_shape(specs), cached=cached)
+        case "pt":
+            return _shape(saved_headers(body))
         case _:
             spec, metadata = safetensors_header(body)
             convention = _convention(metadata.get("convention"))
@@ -77,17 +83,20 @@ def latent_shape(body: Body) -> LatentShape:
 
 
 def read_latents(body: Body, *, max_bytes: int) -> Latents:
-    """The latents of a .npy, .npz or safetensors body: (C, h, w) or (N, C, h, w), float16, float32, or bfloat16.
+    """The latents of a body in one of the formats `ARRAYS`: (C, h, w) or (N, C, h, w), float16, float32, or bfloat16.
 
-    The arrays of a .npz follow each other in name order, and may differ in shape. Raises UnsupportedMedia for other
-    formats, MalformedBody where header and data disagree, TooLarge where a .npz would inflate to more than `max_bytes`,
-    and InvalidLatent for other dtypes and shapes, for values that are not finite, and for unreadable metadata.
+    The arrays of a .npz follow each other in name order, and may differ in shape, as the tensors of a list of
+    torch.save's. Raises UnsupportedMedia for other formats, MalformedBody where header and data disagree, TooLarge
+    where a .npz would inflate to more than `max_bytes`, or tensors that share their data would take more, and
+    InvalidLatent for other dtypes and shapes, for values that are not finite, and for unreadable metadata.
     """
     match sniff(body, ARRAYS):
         case "npy":
             return Latents(finite_items([values(npy_spec(body), body)]))
         case "npz":
             return Latents(finite_items(read_npz(body, max_bytes)))
+        case "pt":
+            return Latents(finite_items(read_saved(body, max_bytes)))
         case _:
             spec, metadata = safetensors_header(body)
             return Latents(

@@ -17,19 +17,27 @@ from app.wire.spec import ArraySpec, Values, check_size, values
 
 MAX_MEMBERS = 1024
 
+_CACHED = re.compile(r"latents((?:_[0-9]+x[0-9]+)?)\.npy")
+"""What sd-scripts calls cached latents: one array, or one for each resolution, (h)x(w). Beside each it writes
+`original_size` and `crop_ltrb` of the same ending, which tell its files, and maybe `latents_flipped` and `alpha_mask`.
+Facts: github.com/kohya-ss/sd-scripts, library/strategy_base.py."""
+
 _ENTRY = b"PK\x01\x02"  # begins each entry of the directory
 _ENCRYPTED = 0x1
 _READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others cannot be inflated within a bound
 _DECODE_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, OverflowError, NotImplementedError)
 
 
-def npz_headers(body: Body) -> list[ArraySpec]:
-    """What the arrays of a .npz file declare, in name order; their data stays compressed.
+def npz_headers(body: Body) -> tuple[list[ArraySpec], bool]:
+    """What the arrays of a .npz file declare, in name order; whether they are what sd-scripts caches of a picture.
+
+    Their data stays compressed. Of such a cache the latents count, mirrored ones, masks and sizes do not.
 
     Raises MalformedBody, TooLarge above `MAX_MEMBERS` arrays, and InvalidLatent as `npy_header` does.
     """
     with _archive(body) as archive:
-        return [_header(archive, member) for member in _members(archive)]
+        members, cached = _latents(_members(archive))
+        return [_header(archive, member) for member in members], cached
 
 
 def read_npz(body: Body, max_bytes: int) -> list[Values]:
@@ -38,7 +46,7 @@ def read_npz(body: Body, max_bytes: int) -> list[Values]:
     Raises TooLarge where they are more than `max_bytes` uncompressed, before any is inflated; else as `npz_headers`.
     """
     with _archive(body) as archive:
-        members = _members(archive)
+        members, _ = _latents(_members(archive))
         total = sum(member.file_size for member in members)
         if total > max_bytes:
             raise TooLarge(f"the archive holds {total} bytes uncompressed, more than the limit of {max_bytes}")
@@ -84,6 +92,14 @@ def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
         if member.compress_type not in _READABLE or member.flag_bits & _ENCRYPTED:
             raise MalformedBody(f"{member.filename[:40]!r} is neither stored nor deflated, or encrypted")
     return members
+
+
+def _latents(members: list[zipfile.ZipInfo]) -> tuple[list[zipfile.ZipInfo], bool]:
+    """Those that are latents; whether sd-scripts made them."""
+    names = {member.filename for member in members}
+    found = [(member, _CACHED.fullmatch(member.filename)) for member in members]
+    cached = [member for member, match in found if match and f"original_size{match[1]}.npy" in names]
+    return cached or members, bool(cached)
 
 
 def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> ArraySpec:

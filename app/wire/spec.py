@@ -53,6 +53,8 @@ class ArraySpec:
     """`<f2`, `>f2`, `<f4`, `>f4`, `|u1` as in .npy, or `bf16`."""
     start: int
     fortran: bool = False
+    strides: tuple[int, int, int, int] | None = None
+    """Steps in elements, of a view into more data; None where the data is dense."""
 
     @property
     def dtype(self) -> str:
@@ -66,9 +68,15 @@ class ArraySpec:
 
 
 def array_spec(
-    shape: tuple[int, ...], code: str, start: int, *, fortran: bool = False, purpose: Purpose = LATENTS
+    shape: tuple[int, ...],
+    code: str,
+    start: int,
+    *,
+    fortran: bool = False,
+    purpose: Purpose = LATENTS,
+    strides: tuple[int, ...] | None = None,
 ) -> ArraySpec:
-    """Checks a dtype and a shape of three or four sides; raises the purpose's error."""
+    """Checks a dtype and a shape of three or four sides; raises the purpose's error. `strides` are as many as sides."""
     if code not in purpose.dtypes:
         expected = " or ".join(dict.fromkeys(purpose.dtypes.values()))
         raise purpose.error(f"expected {expected}, got {_OTHERS.get(code.lstrip('<>|='), code)[:40]}")
@@ -77,7 +85,11 @@ def array_spec(
     if min(shape) < 1:
         raise purpose.error(f"expected no dimension of 0, got a shape of {shape}")
     batch, channels, height, width = (1, *shape) if len(shape) == 3 else shape
-    return ArraySpec((batch, channels, height, width), code, start, fortran)
+    steps = None
+    if strides is not None:
+        n, c, y, x = (0, *strides) if len(strides) == 3 else strides
+        steps = n, c, y, x
+    return ArraySpec((batch, channels, height, width), code, start, fortran, steps)
 
 
 def check_size(spec: ArraySpec, size: int) -> None:
@@ -89,9 +101,14 @@ def check_size(spec: ArraySpec, size: int) -> None:
 def values(spec: ArraySpec, body: Body) -> Values:
     """The data in the spec's shape: native byte order, contiguous, writable, a copy that does not hold the body."""
     count = math.prod(spec.shape)
+    if spec.strides is not None:
+        count = 1 + sum((side - 1) * step for side, step in zip(spec.shape, spec.strides, strict=True))
     if spec.code == "bf16":  # the upper half of a float32
         halves = np.frombuffer(body, "<u2", count, spec.start)
         flat = (halves.astype(np.uint32) << 16).view(np.float32)
     else:
         flat = np.frombuffer(body, spec.code, count, spec.start).astype(spec.dtype)
+    if spec.strides is not None:  # `count` ends with the last element that they reach
+        steps = [step * flat.itemsize for step in spec.strides]
+        return np.array(np.lib.stride_tricks.as_strided(flat, spec.shape, steps), order="C")
     return np.ascontiguousarray(flat.reshape(spec.shape, order="F" if spec.fortran else "C"))

@@ -11,7 +11,11 @@ MAX_HEADER = 1 << 20
 """Bytes; ComfyUI puts a whole workflow in there."""
 
 _NAMES = ("latents", "latent_tensor", "latent")
-_COMFYUI_RAW = "latent_format_version_0"  # an empty tensor of this name: ComfyUI's latents without a scaling factor
+_COMFYUI = "latent_tensor"
+_COMFYUI_RAW = "latent_format_version_0"
+"""An empty tensor that says of ComfyUI's latents that they are raw. Without it they are from before ComfyUI knew more
+than one latent space: as Stable Diffusion 1 sees them; it divides them by that scaling factor when it loads them."""
+_COMFYUI_OLD = {"convention": "scaled", "family": "sd1"}
 _CODES = {"F16": "<f2", "F32": "<f4", "BF16": "bf16", "F64": "<f8", "U8": "|u1"}
 _DTYPES = {"float16": "F16", "float32": "F32"}
 
@@ -29,14 +33,15 @@ def safetensors_header(body: Body, purpose: Purpose = LATENTS) -> tuple[ArraySpe
         header = parse_header(bytes(body[PREFIX:start]))
     except ValueError as error:
         raise MalformedBody(f"not a safetensors file: {error}") from error
-    latents = header.entries[_meant(list(header.entries), purpose)]
+    name = _meant(list(header.entries), purpose)
+    latents = header.entries[name]
     if header.data_bytes != len(body) - start:
         there = len(body) - start
         raise MalformedBody(f"the safetensors header declares {header.data_bytes} bytes of data, {there} are there")
     spec = array_spec(latents.shape, _CODES.get(latents.dtype, latents.dtype), start + latents.begin, purpose=purpose)
     check_size(spec, start + latents.end)
-    metadata = dict(header.metadata)
-    return spec, {"convention": "raw"} | metadata if _COMFYUI_RAW in header.entries else metadata
+    said = {"convention": "raw"} if _COMFYUI_RAW in header.entries else _COMFYUI_OLD if name == _COMFYUI else {}
+    return spec, said | dict(header.metadata)
 
 
 def write_safetensors(array: Values, metadata: dict[str, str]) -> bytes:

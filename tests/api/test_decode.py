@@ -17,7 +17,7 @@ from app.wire.tensors import write_safetensors
 from tests.service import SIDE, array_of, latent, npy, picture, picture_of, refused, serving
 
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
-PNG, JPEG, WEBP, ZIP = "image/png", "image/jpeg", "image/webp", "application/zip"
+PNG, JPEG, WEBP, AVIF, ZIP = "image/png", "image/jpeg", "image/webp", "image/avif", "application/zip"
 
 
 def safetensors(body: bytes) -> np.ndarray:
@@ -112,7 +112,7 @@ async def test_bfloat16_in_safetensors(service):
     assert answer.content == (await service.post("/decode", content=npy(values))).content
 
 
-@pytest.mark.parametrize(("media", "kind"), [(PNG, "PNG"), (JPEG, "JPEG"), (WEBP, "WEBP")])
+@pytest.mark.parametrize(("media", "kind"), [(PNG, "PNG"), (JPEG, "JPEG"), (WEBP, "WEBP"), (AVIF, "AVIF")])
 async def test_picture_types(service, media, kind):
     answer = await service.post("/decode", content=npy(latent()), headers={"Accept": media})
     assert answer.headers["content-type"] == media

@@ -1,18 +1,24 @@
 import io
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
 
-from app.api.mismatch import warning
+from app.api.mismatch import convention_of, warning
+from app.api.schemas import DecodeQuery
 from app.vae.families import FAMILIES
 from app.vae.latent_format import LatentFormat
+from app.wire.arrays import LatentShape
 from app.wire.npz import write_npz
 from app.wire.tensors import write_safetensors
 from tests.service import array_of, latent, npy, picture, picture_of, refused, serving
+from tests.store.hostile import CORPUS
 
 PNG, NPY, SAFETENSORS = "image/png", "application/x-npy", "application/x-safetensors"
 ASTRONAUT = Path(__file__).resolve().parents[1] / "pictures" / "astronaut.png"
@@ -116,6 +122,87 @@ async def test_a_tiny_decoder_shows_the_scaled_latents_of_its_full_family_and_of
 async def test_other_weights_of_the_family_are_allowed(service):
     body = write_safetensors(latent(), {"family": "sd1", "sha256": "0" * 64, "model": "another"})
     picture_of(await service.post("/decode", content=body))
+
+
+# --------------------------------------------------------------------------------------------- files of other programs
+
+
+def cached(*arrays: np.ndarray) -> bytes:
+    """What sd-scripts keeps of a picture."""
+    file = io.BytesIO()
+    kept = {f"latents_{array.shape[1]}x{array.shape[2]}": array.astype(np.float32) for array in arrays}
+    sizes = {name.replace("latents", "original_size"): np.array((640, 427)) for name in kept}
+    np.savez(file, **kept, **sizes, **{name.replace("latents", "latents_flipped"): kept[name] for name in kept})  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def torch_saved(content: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+async def test_a_cache_of_a_trainer_is_raw_unless_the_query_says_otherwise(service):
+    values = latent()[0]
+    for query, same in (("", "latents=raw"), ("?latents=scaled", "latents=scaled")):
+        answer = await service.post(f"/decode{query}", content=cached(values), headers={"Accept": NPY})
+        expected = await service.post(f"/decode?{same}", content=npy(values), headers={"Accept": NPY})
+        np.testing.assert_array_equal(array_of(answer), array_of(expected))
+        assert answer.headers["X-Latents"] == same.removeprefix("latents=")
+
+
+async def test_resolutions_of_a_cache_are_pictures(service):
+    body = cached(latent()[0], latent(4, 4, 6))
+    answer = await service.post("/decode", content=body)
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        sizes = [Image.open(io.BytesIO(archive.read(name))).size for name in archive.namelist()]
+    assert sizes == [(32, 32), (48, 32)]
+
+
+async def test_a_tiny_decoder_takes_no_raw_cache(service):
+    detail = refused(await service.post("/decode?model=tiny", content=cached(latent()[0])), 409, "family_mismatch")
+    assert "caches of sd-scripts hold raw latents" in detail
+    picture_of(await service.post("/decode?model=tiny&latents=scaled", content=cached(latent()[0])))
+
+
+def test_which_caches_are_scaled():
+    header = LatentShape(((1, 16, 4, 4),), "float32", cached=True)
+    found = {name: row.cached for name, row in FAMILIES.items()}
+    assert {name for name in found if found[name] == "scaled"} == {"flux", "taef1"}
+    for name in ("sd1", "sd2", "sdxl", "sd3", "flux"):
+        assert convention_of(DecodeQuery(), header, FAMILIES[name]) == found[name]
+        assert convention_of(DecodeQuery(), replace(header, cached=False), FAMILIES[name]) == "scaled"
+
+
+@pytest.mark.parametrize(
+    ("marker", "convention"), [({"latent_format_version_0": torch.tensor([])}, "raw"), ({}, "scaled")]
+)
+async def test_a_latent_of_comfyui_is_what_its_marker_says(service, marker, convention):
+    body = safetensors.torch.save({"latent_tensor": torch.from_numpy(latent(dtype=np.float32)), **marker})
+    answer = await service.post("/decode", content=body, headers={"Accept": NPY})
+    plain = npy(latent(dtype=np.float32))
+    expected = await service.post(f"/decode?latents={convention}", content=plain, headers={"Accept": NPY})
+    np.testing.assert_array_equal(array_of(answer), array_of(expected))
+    assert answer.headers["X-Latents"] == convention
+    other = {"raw": "scaled", "scaled": "raw"}[convention]
+    refused(await service.post(f"/decode?latents={other}", content=body), 422, "invalid_parameter")
+
+
+async def test_what_torch_saved_is_decoded_as_the_query_and_the_header_say(service):
+    values = torch.from_numpy(latent(dtype=np.float32))
+    for query in ("latents=scaled", "latents=raw"):
+        for content in (values, values[0], [values], {"samples": values}):
+            body = torch_saved(content)
+            answer = await service.post(f"/decode?{query}", content=body, headers={"Accept": NPY})
+            expected = await service.post(f"/decode?{query}", content=npy(values.numpy()), headers={"Accept": NPY})
+            np.testing.assert_array_equal(array_of(answer), array_of(expected))
+    said = {"X-Latents-Family": "sdxl"}
+    refused(await service.post("/decode", content=torch_saved(values), headers=said), 409, "family_mismatch")
+
+
+async def test_code_in_a_file_of_torch_is_refused_with_its_name(service):
+    hostile = next(one for one in CORPUS if one.name == "os.system")
+    assert "os.system" in refused(await service.post("/decode", content=hostile.build()), 400, "malformed_body")
 
 
 # -------------------------------------------------------------------------------------------------------- warning

@@ -32,6 +32,7 @@ def test_it_describes_what_goes_in_and_comes_out(document):
         "application/x-npy",
         "application/x-npz",
         "application/x-safetensors",
+        "application/x-pytorch",
         "application/octet-stream",
     }
     assert set(encode["responses"]["200"]["content"]) == {
@@ -41,7 +42,7 @@ def test_it_describes_what_goes_in_and_comes_out(document):
         "application/octet-stream",
     }
     assert set(decode["responses"]["200"]["content"]) == {
-        *("image/png", "image/jpeg", "image/webp", "application/zip", "application/x-npy"),
+        *("image/png", "image/jpeg", "image/webp", "image/avif", "application/zip", "application/x-npy"),
         "application/octet-stream",
     }
     assert {parameter["name"] for parameter in encode["parameters"]} == {

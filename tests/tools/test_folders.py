@@ -7,6 +7,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
 from app.settings import Settings
 from app.tools import run
@@ -15,6 +17,7 @@ from app.tools.folders import send_files
 from app.tools.manifest import Manifest
 from app.tools.pictures import Wish
 from app.tools.run import Stop
+from app.wire.npz import write_zip
 from tests.service import npy, picture
 
 ROW = {"name": "kl", "path": "kl", "family": "sd1", "family_source": "config", "sha256": "ab" * 32, "spatial_factor": 8}
@@ -209,3 +212,22 @@ def test_a_file_is_noted_before_it_is_there(service, tmp_path, monkeypatch):
         send_files(errand(), [pictures(tmp_path / "in", 1)], str(tmp_path / "out"))
     assert Manifest(tmp_path / "out").made("000.npy") is not None
     assert not (tmp_path / "out" / "000.npy").exists()
+
+
+def test_files_of_other_programs_are_sent_with_as_many_pictures_as_they_hold(service, tmp_path):
+    values = torch.zeros(1, 4, 4, 4)
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    torch.save([values, values], folder / "a.pt")
+    safetensors.torch.save_file({"latent_tensor": values}, folder / "b.latent")
+    service.reply = lambda request: service.latent(request) if "zip" not in request.headers["accept"] else zipped(2)
+
+    told = {"content-type": "application/zip", "x-model-sha256": service.row["sha256"]}
+
+    def zipped(count: int) -> httpx.Response:
+        content = write_zip([(f"{index}.png", b"png") for index in range(count)])
+        return httpx.Response(200, content=content, headers=told)
+
+    assert send_files(errand("decode"), [str(folder)], str(tmp_path / "out")) == 0
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert names == ["a-0000.png", "a-0001.png", "b.png"]

@@ -31,9 +31,11 @@ def test_a_file_is_taken_whatever_it_is_called(tmp_path):
     assert (found.items[0].source, targets(found)) == (tmp_path / ".x.y.bmp", [".x.y.npy"])
 
 
-def test_latents_are_npy_npz_and_safetensors(tmp_path):
-    folder = touched(tmp_path, "a.npy", "b.safetensors", "c.npz", "d.png")
-    assert targets(find([str(folder)], "out", DECODE)) == ["a.png", "b.png", "c.png"]
+def test_files_of_latents(tmp_path):
+    folder = touched(tmp_path, "a.npy", "b.safetensors", "c.npz", "d.latent", "e.pt", "f.png", "g.ckpt")
+    found = find([str(folder)], "out", DECODE)
+    assert targets(found) == ["a.png", "b.png", "c.png", "d.png", "e.png"]
+    assert found.passed_over == {".ckpt": 1}
 
 
 def test_what_is_hidden_is_not_taken(tmp_path):

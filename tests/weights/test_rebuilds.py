@@ -19,7 +19,7 @@ from app.weights.rebuilds import (
     tensor,
 )
 
-FLOATS = StorageRef("0", torch.float32, 24)
+FLOATS = StorageRef("0", "torch.float32", 24)
 
 
 def called(name: str, *arguments: object) -> object:
@@ -29,16 +29,16 @@ def called(name: str, *arguments: object) -> object:
 def test_a_tensor():
     ref = called("torch._utils._rebuild_tensor_v2", FLOATS, 6, (2, 3), (3, 1), False, {})
     assert isinstance(ref, TensorRef)
-    assert (ref.dtype, ref.shape, ref.stride, ref.offset) == (torch.float32, (2, 3), (3, 1), 6)
+    assert (ref.dtype, ref.shape, ref.stride, ref.offset) == ("torch.float32", (2, 3), (3, 1), 6)
     assert ref.nbytes == 24
     assert ref.span == (24, 48)
 
 
 def test_a_tensor_of_a_dtype_without_storage_class():
-    untyped = StorageRef("0", torch.uint8, 4)
+    untyped = StorageRef("0", "torch.uint8", 4)
     ref = called("torch._utils._rebuild_tensor_v3", untyped, 0, (2,), (1,), False, {}, Global("torch.uint16"))
     assert isinstance(ref, TensorRef)
-    assert ref.dtype is torch.uint16
+    assert ref.dtype == "torch.uint16"
     assert ref.span == (0, 4)
     other = called("torch._utils._rebuild_tensor_v3", untyped, 0, (2,), (1,), False, {}, Global("torch.float4"))
     assert kind(other) == "a tensor of dtype torch.float4"
@@ -107,7 +107,13 @@ def test_every_storage_of_the_table():
         ref = storage_of(("storage", Global(f"torch.{name}"), "7", "cuda:0", 5))
         assert isinstance(ref, StorageRef)
         assert (ref.key, ref.dtype, ref.numel) == ("7", dtype, 5)
-        assert str(dtype) in DTYPES
+        assert dtype in DTYPES
+
+
+def test_the_bytes_of_an_element_are_torchs():
+    for name, itemsize in DTYPES.items():
+        dtype = getattr(torch, name.removeprefix("torch."))
+        assert (str(dtype), dtype.itemsize) == (name, itemsize)
 
 
 def test_other_persistent_ids():

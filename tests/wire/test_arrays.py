@@ -61,7 +61,7 @@ def test_npy(dtype, shape, order):
     assert not np.shares_memory(latents.items[0], np.frombuffer(body, np.uint8))
     batch = array.reshape(-1, *shape[-3:])
     np.testing.assert_array_equal(latents.items, batch)
-    assert astuple(latent_shape(body)) == ((batch.shape,), latents.items[0].dtype.name, None, None, None)
+    assert astuple(latent_shape(body)) == ((batch.shape,), latents.items[0].dtype.name, None, None, None, False)
     assert (latents.family, latents.convention, latents.origin) == (None, None, None)
 
 
@@ -150,7 +150,7 @@ def test_no_header(body):
     [(b"", "an empty body"), (b"hello", "hello"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b'{"a": 1, "b"', "a")],
 )
 def test_not_an_array(body, named):
-    refuse(body, UnsupportedMedia, f"expected npy, npz or safetensors, got .*{named}")
+    refuse(body, UnsupportedMedia, f"expected npy, npz, safetensors or pt, got .*{named}")
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

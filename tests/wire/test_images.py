@@ -396,6 +396,17 @@ def test_quality(media_type):
     assert len(write_image(noise(64, 64), media_type)) == sizes[2]
 
 
+def test_avif_is_what_pillow_reads():
+    file = write_image(smooth(64, 48), "image/avif")
+    image = Image.open(io.BytesIO(file))
+    assert (image.format, image.mode, image.size) == ("AVIF", "RGB", (48, 64))
+    assert np.abs(np.asarray(image).astype(int) - smooth(64, 48)).mean() < 3
+    assert file == write_image(smooth(64, 48), "image/avif")
+    sizes = [len(write_image(smooth(64, 64), "image/avif", quality=quality)) for quality in (5, 50, 90, 100)]
+    assert sizes == sorted(set(sizes))
+    assert len(write_image(smooth(64, 64), "image/avif")) == sizes[2]
+
+
 def test_non_contiguous_pixels():
     np.testing.assert_array_equal(
         read(write_image(smooth()[::2, ::-1], "image/jpeg")),
@@ -415,8 +426,9 @@ def test_quality_of_png():
 
 
 def test_16_bits_are_for_png():
-    with pytest.raises(InvalidParameter, match="16"):
-        write_image(noise(dtype=np.uint16), "image/webp")
+    for media_type in ("image/jpeg", "image/webp", "image/avif"):
+        with pytest.raises(InvalidParameter, match="16"):
+            write_image(noise(dtype=np.uint16), media_type)
 
 
 @pytest.mark.parametrize(("media_type", "longest"), [("image/jpeg", 65500), ("image/webp", 16383)])
@@ -424,6 +436,12 @@ def test_longest_side(media_type, longest):
     assert image_size(write_image(np.zeros((1, longest, 3), np.uint8), media_type)) == (longest, 1)
     with pytest.raises(NotAcceptable, match=str(longest)):
         write_image(np.zeros((1, longest + 1, 3), np.uint8), media_type)
+
+
+def test_longest_side_of_avif():
+    assert Image.open(io.BytesIO(write_image(np.zeros((1, 16384, 3), np.uint8), "image/avif"))).size == (16384, 1)
+    with pytest.raises(NotAcceptable, match="16384"):
+        write_image(np.zeros((16385, 1, 3), np.uint8), "image/avif")
 
 
 def test_other_media_types():

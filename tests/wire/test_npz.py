@@ -1,4 +1,5 @@
 import io
+import re
 import struct
 import tracemalloc
 import zipfile
@@ -193,3 +194,59 @@ def test_write_zip():
         assert [(entry.filename, archive.read(entry)) for entry in archive.infolist()] == files
         assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
         assert {entry.external_attr >> 16 for entry in archive.infolist()} == {0o644}
+
+
+# --------------------------------------------------------------------------------------------------------- sd-scripts
+
+
+def cached(*shapes, mirrored=False, mask=False, ending=True, save=np.savez):
+    """The arrays that sd-scripts keeps of a picture, under its names: float32 (C, h, w), the sizes as int64."""
+    arrays: dict[str, np.ndarray] = {}
+    for seed, shape in enumerate(shapes):
+        name = f"_{shape[1]}x{shape[2]}" if ending else ""
+        values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+        arrays |= {f"latents{name}": values, f"original_size{name}": np.array((640, 427))}
+        arrays[f"crop_ltrb{name}"] = np.array((0, 3, 640, 424))
+        if mirrored:
+            arrays[f"latents_flipped{name}"] = -values
+        if mask:
+            arrays[f"alpha_mask{name}"] = np.ones(shape[1:], np.float32)
+    return saved(save=save, **arrays), [value for name, value in arrays.items() if re.match(r"latents($|_\d)", name)]
+
+
+@pytest.mark.parametrize("more", [{}, {"mirrored": True}, {"mask": True}, {"mirrored": True, "mask": True}])
+@pytest.mark.parametrize("ending", [True, False])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_of_a_cache_the_latents_are_read(more, ending, save):
+    body, (values,) = cached((4, 6, 5), ending=ending, save=save, **more)
+    np.testing.assert_array_equal(read_latents(body, max_bytes=LIMIT).items, values[None])
+    assert latent_shape(body) == LatentShape(((1, 4, 6, 5),), "float32", cached=True)
+
+
+def test_several_resolutions_are_several_latents():
+    body, values = cached((16, 96, 64), (16, 64, 96), (16, 8, 8), mirrored=True, mask=True)
+    items = read_latents(body, max_bytes=1 << 22).items
+    assert [item.shape for item in items] == latent_shape(body).shapes == [(16, 8, 8), (16, 64, 96), (16, 96, 64)]
+    for item in items:
+        assert any(np.array_equal(item, value) for value in values)
+
+
+def test_what_else_is_in_a_cache_counts_in_no_limit():
+    body, _ = cached((4, 64, 64), mirrored=True)
+    with pytest.raises(TooLarge, match="holds 65664 bytes"):
+        read_latents(body, max_bytes=65_663)
+    assert len(read_latents(body, max_bytes=65_664).items) == 1
+
+
+def test_arrays_of_such_names_that_are_no_cache():
+    body = saved(latents=noise(4, 2, 2), latents_flipped=noise(4, 2, 2))
+    assert latent_shape(body) == LatentShape(((1, 4, 2, 2),) * 2, "float32")
+    body = saved(latents_2x2=noise(4, 2, 2), original_size=noise(2))
+    with pytest.raises(InvalidLatent, match="expected a shape"):
+        latent_shape(body)
+
+
+def test_a_cache_of_no_latents():
+    body = saved(latents_2x2=np.ones((4, 2, 2)), original_size_2x2=np.array((16, 16)))
+    with pytest.raises(InvalidLatent, match="got float64"):
+        latent_shape(body)

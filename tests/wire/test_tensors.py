@@ -3,6 +3,8 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
+import torch
 
 from app.errors import InvalidLatent, MalformedBody
 from app.wire.arrays import LatentShape, latent_shape, read_latents
@@ -84,13 +86,21 @@ def test_the_named_one_of_several(name):
 
 
 @pytest.mark.parametrize(
-    ("marker", "convention"), [({"latent_format_version_0": np.zeros(0, np.float32)}, "raw"), ({}, None)]
+    ("marker", "convention", "family"),
+    [({"latent_format_version_0": torch.tensor([])}, "raw", None), ({}, "scaled", "sd1")],
 )
-def test_latents_of_comfyui(marker, convention):
-    array = noise(1, 4, 2, 2)
-    body = safetensors.numpy.save({"latent_tensor": array, **marker}, {"prompt": "{}"})
-    np.testing.assert_array_equal(read(body).items, array)
-    assert read(body).convention == latent_shape(body).convention == convention
+def test_latents_of_comfyui(marker, convention, family):
+    values = torch.from_numpy(noise(1, 4, 2, 2))
+    body = safetensors.torch.save({"latent_tensor": values, **marker}, {"prompt": "{}"})
+    latents, said = read(body), latent_shape(body)
+    np.testing.assert_array_equal(latents.items, values.numpy())
+    assert latents.convention == said.convention == convention
+    assert latents.family == said.family == family
+
+
+def test_what_a_file_says_goes_before_what_its_names_tell():
+    body = safetensors.numpy.save({"latent_tensor": noise(1, 4, 2, 2)}, {"convention": "raw", "family": "sdxl"})
+    assert (read(body).convention, read(body).family) == ("raw", "sdxl")
 
 
 # ------------------------------------------------------------------------------------------------------------- hostile
