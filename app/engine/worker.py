@@ -99,7 +99,8 @@ class Worker:
         self._cold: _Turn | None = None  # whose model is being loaded
         self._making_way = False  # for that model: nothing new is staged
         self._staged: Staged | None = None  # behind the running batch
-        self._quiet = asyncio.Event()  # nothing runs, and nothing is staged
+        self._taken = False  # a batch is being staged, or is
+        self._quiet = asyncio.Event()  # nothing runs and nothing is taken: no module is in use
         self._quiet.set()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._serving: asyncio.Task[None] | None = None
@@ -177,12 +178,13 @@ class Worker:
             turn: _Turn | None = None
             try:
                 turn = await self._next()
+                self._taken = True
+                self._quiet.clear()
                 self._runner.check_device()
                 self._staged = await self._stage(turn)
-                self._quiet.clear()
                 if self._running is not None:
                     await asyncio.wait([self._running])
-                staged, self._staged = self._staged, None
+                staged, self._staged, self._taken = self._staged, None, False
                 self._running = asyncio.create_task(self._run(staged))
                 self._running.add_done_callback(self._ended)
             except asyncio.CancelledError:  # between the queue and the device: nobody else knows of these jobs
@@ -190,9 +192,11 @@ class Worker:
                     self._give_up(each)
                 self._unstage()
                 raise
-            except Exception as error:
+            except Exception as error:  # the batch boundary: a load that failed is these jobs' own
                 if turn is None:
                     raise
+                self._taken = False
+                self._note_quiet()
                 self.batcher.failed(turn.jobs)
                 await self._runner.reject(turn.jobs, error)
 
@@ -202,6 +206,8 @@ class Worker:
         It is next once its model has come. Where there is no room beside what runs, nothing overtakes it any more.
         """
         while True:
+            if self._cold is not None and self._cold.loading is None:  # put back by a batch that overtook it
+                self._load_for(self._cold)
             if self._cold is not None and self._cold.loading is not None and self._cold.loading.done():
                 cold, self._cold = self._cold, None
                 return cold
@@ -221,8 +227,11 @@ class Worker:
             turn = _Turn(jobs, self.planner.order_of_batch(task))
             if self._cold is not None or self.cache.holds(task.checkpoint, turn.dtypes[0]):
                 return turn
-            turn.loading = asyncio.create_task(self._bring(task.checkpoint, turn.dtypes[0]))
+            self._load_for(turn)
             self._cold = turn
+
+    def _load_for(self, turn: _Turn) -> None:
+        turn.loading = asyncio.create_task(self._bring(turn.jobs[0].task.checkpoint, turn.dtypes[0]))
 
     def _may_run(self, checkpoint: Checkpoint) -> bool:
         """Whether a model may have a turn: while another one is loaded, only if it is there."""
@@ -249,7 +258,7 @@ class Worker:
         if turn.loading is not None:
             resident = turn.loading.result()
         else:
-            resident = await self.cache.acquire(jobs[0].task.checkpoint, turn.dtypes[0], self._runner.reserved)
+            resident = await self._module(jobs[0].task.checkpoint, turn.dtypes[0])
         loaded = time.monotonic() - turn.began
         try:
             tensors = await on(self._stage_thread, to_device, [job.array for job in jobs], self.device, self._stream)
@@ -260,6 +269,29 @@ class Worker:
             job.seconds["load"] = loaded if turn.loading is not None else 0.0
         return Staged(jobs, turn.dtypes, dict(zip(jobs, tensors, strict=True)), resident)
 
+    async def _module(self, checkpoint: Checkpoint, dtype: Dtype) -> Resident:
+        """The module of a batch whose model was there when it was taken, and may have been evicted since."""
+        while True:
+            try:
+                return await self.cache.acquire(checkpoint, dtype, self._runner.reserved)
+            except OutOfMemory:
+                if self._running is not None and self.busy:
+                    await asyncio.wait([self._running])
+                elif not await self._put_back():
+                    raise
+
+    async def _put_back(self) -> bool:
+        """Lets go of the module that an overtaken batch waits with; it asks for it again. Whether there was one."""
+        cold = self._cold
+        if cold is None or cold.loading is None or self._making_way:
+            return False
+        await asyncio.wait([cold.loading])
+        if cold.loading.cancelled() or cold.loading.exception() is not None:
+            return False
+        self.cache.release(cold.loading.result())
+        cold.loading = None
+        return True
+
     def _give_up(self, turn: _Turn | None) -> None:
         """Ends the jobs of a batch that will not run, and lets go of what it has."""
         if turn is None:
@@ -268,10 +300,14 @@ class Worker:
         if turn.loading is not None and not turn.loading.cancel() and turn.loading.exception() is None:
             self.cache.release(turn.loading.result())
 
+    def _note_quiet(self) -> None:
+        if not (self.busy or self._taken):
+            self._quiet.set()
+
     def _ended(self, task: asyncio.Task[None]) -> None:
         """After a batch, and after the loop that serves the queue: neither may die unseen."""
-        if task is self._running and self._staged is None:
-            self._quiet.set()
+        if task is self._running:
+            self._note_quiet()
         if task.cancelled() or (error := task.exception()) is None:
             return
         log.critical("%s serves nothing any more", self.name, exc_info=error)

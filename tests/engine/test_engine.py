@@ -116,6 +116,20 @@ async def test_a_model_that_finds_no_room_beside_the_others_is_made_way_for(forw
         assert value(engine, "vae_rejected_total", reason="vram") == 0
 
 
+async def test_models_that_evict_each_other_under_load_lose_nothing():
+    models = [checkpoint(name) for name in "abc"]
+    async with running(*models, cache_bytes=models[0].weight_bytes(torch.float32) + 1000) as engine:
+
+        async def client(number):
+            for turn in range(12):
+                await submit(engine, Task("decode", models[(number + turn) % 3]), latent())
+
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(client(number) for number in range(9)))
+        assert engine.workers[0].batcher.items == 0
+        assert not any(resident.in_use for resident in engine.workers[0].cache.residents())
+
+
 async def test_a_load_that_is_stopped_ends_its_jobs():
     loads = Loads()
     loads.gate.clear()
