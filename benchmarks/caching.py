@@ -101,6 +101,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--plain", nargs=5, help=argparse.SUPPRESS)
     options.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
+    options.add_argument("--side", type=int, default=256, help="of a square of the buckets' area")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--pictures", type=int, default=24)
     args = options.parse_args()
@@ -110,8 +111,8 @@ def main() -> None:
         plain("tiny" if network == "tiny" else "kl", weights, folder, out, buckets)
         return
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} rounds\n")
-    areas: dict[Network, str] = {"tiny": "512x512:64", "kl": "256x256:64"}
-    rows = [measure(network, areas[network], args.pictures, args.rounds) for network in args.networks]
+    area = f"{args.side}x{args.side}:64"
+    rows = [measure(network, area, args.pictures, args.rounds) for network in args.networks]
     header = ("network", "buckets", "pictures", "plain loop, pictures/s", "latentd encode", "ratio", "max Δ")
     print(table(header, rows))
 
