@@ -325,8 +325,9 @@ def test_models_of_a_service_as_json(run, remote):
 
 def test_an_interrupt_is_130_and_leaves_whole_files(models, tmp_path):
     (tmp_path / "in").mkdir()
-    for index in range(60):
-        (tmp_path / "in" / f"{index:02}.png").write_bytes(picture(512, 512, index))
+    content = picture(256, 256)
+    for index in range(1500):  # more than are encoded before the signal comes
+        (tmp_path / "in" / f"{index:04}.png").write_bytes(content)
     command = [sys.executable, "-m", "app", "encode", tmp_path / "in", "-o", tmp_path / "out", "--model", "kl"]
     with subprocess.Popen(
         [*command, "--models", models, "--device", "cpu"], stderr=subprocess.PIPE, text=True

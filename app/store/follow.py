@@ -79,11 +79,10 @@ class Follower:
 
     async def look(self) -> None:
         """A look at the folder that begins after this call; those who call at once share one. Reads no weights."""
-        if self._looking is not None:  # it may have passed by what the caller has in mind
+        if self._looking is not None and not self._looking.done():  # it may have passed by what the caller has in mind
             await asyncio.shield(self._looking)
-        if self._looking is None:
+        if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look())
-            self._looking.add_done_callback(lambda _: setattr(self, "_looking", None))
         await asyncio.shield(self._looking)
 
     async def entries(self) -> list[Entry]:
