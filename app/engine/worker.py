@@ -97,7 +97,7 @@ class Worker:
             self._unstage,
         )
         self._cold: _Turn | None = None  # whose model is being loaded
-        self._making_way = False  # for that model: nothing new is staged
+        self._making_way = asyncio.Event()  # for that model: nothing new is staged
         self._staged: Staged | None = None  # behind the running batch
         self._taken = False  # a batch is being staged, or is
         self._quiet = asyncio.Event()  # nothing runs and nothing is taken: no module is in use
@@ -235,7 +235,7 @@ class Worker:
 
     def _may_run(self, checkpoint: Checkpoint) -> bool:
         """Whether a model may have a turn: while another one is loaded, only if it is there."""
-        return self._cold is None or (not self._making_way and self.cache.holds(checkpoint))
+        return self._cold is None or (not self._making_way.is_set() and self.cache.holds(checkpoint))
 
     async def _bring(self, checkpoint: Checkpoint, dtype: Dtype) -> Resident:
         """The module of a model that is not there yet."""
@@ -244,12 +244,12 @@ class Worker:
         except OutOfMemory:
             if self._quiet.is_set():
                 raise
-        self._making_way = True  # there may be room once what runs and what is staged has let go
+        self._making_way.set()  # there may be room once what runs and what is staged has let go
         try:
             await self._quiet.wait()
             return await self.cache.acquire(checkpoint, dtype)
         finally:
-            self._making_way = False
+            self._making_way.clear()
             self.batcher.look_again()
 
     async def _stage(self, turn: _Turn) -> Staged:
@@ -283,9 +283,13 @@ class Worker:
     async def _put_back(self) -> bool:
         """Lets go of the module that an overtaken batch waits with; it asks for it again. Whether there was one."""
         cold = self._cold
-        if cold is None or cold.loading is None or self._making_way:
+        if cold is None or cold.loading is None or self._making_way.is_set():
             return False
-        await asyncio.wait([cold.loading])
+        waiting = asyncio.ensure_future(self._making_way.wait())  # its load may fail, and then waits for this batch
+        await asyncio.wait({cold.loading, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if not cold.loading.done():
+            return True  # it holds nothing any more
         if cold.loading.cancelled() or cold.loading.exception() is not None:
             return False
         self.cache.release(cold.loading.result())

@@ -11,6 +11,7 @@ import torch
 from app.engine.batcher import QueueLimits
 from app.engine.devices import device_names
 from app.engine.jobs import Task
+from app.engine.worker import _Turn
 from app.errors import InvalidImage, InvalidLatent, OutOfMemory, Unavailable, UnsupportedCheckpoint
 from app.execution import banded as strips
 from tests.fakes import (
@@ -128,6 +129,24 @@ async def test_models_that_evict_each_other_under_load_lose_nothing():
             await asyncio.gather(*(client(number) for number in range(9)))
         assert engine.workers[0].batcher.items == 0
         assert not any(resident.in_use for resident in engine.workers[0].cache.residents())
+
+
+async def test_a_batch_does_not_wait_for_a_load_that_waits_for_it():
+    """The load ran out of memory after all, and begins anew once nothing is taken: this batch is."""
+    async with running(HOT, COLD) as engine:
+        worker = engine.workers[0]
+
+        async def load():
+            worker._making_way.set()
+            await asyncio.Event().wait()
+
+        loading = asyncio.ensure_future(load())
+        worker._cold = _Turn([], ("fp32",), loading)
+        try:
+            assert await asyncio.wait_for(worker._put_back(), 10)
+        finally:
+            worker._cold = None
+            loading.cancel()
 
 
 async def test_a_load_that_is_stopped_ends_its_jobs():
