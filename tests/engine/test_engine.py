@@ -136,13 +136,17 @@ async def test_a_batch_does_not_wait_for_a_load_that_waits_for_it():
     async with running(HOT, COLD) as engine:
         worker = engine.workers[0]
 
+        failed = asyncio.Event()
+
         async def load():
+            await failed.wait()
             worker._making_way.set()
             await asyncio.Event().wait()
 
         loading = asyncio.ensure_future(load())
         worker._cold = _Turn([], ("fp32",), loading)
         try:
+            asyncio.get_running_loop().call_later(0.05, failed.set)
             assert await asyncio.wait_for(worker._put_back(), 10)
         finally:
             worker._cold = None
