@@ -151,7 +151,7 @@ async def test_a_deadline_that_cannot_be_met_is_a_429_with_the_wait(models):
         headers = {"X-Request-Timeout-Ms": "2000"}
         with occupied(service.engine):
             waiting = [asyncio.ensure_future(service.post("/encode", content=picture())) for _ in range(4)]
-            await until(lambda: service.engine.workers[0].batcher.wait_seconds() > 150)
+            await until(lambda: service.engine.workers[0].batcher.wait_seconds() > 50)
             answer = await service.post("/encode", content=picture(), headers=headers)
             assert "s of work" in refused(answer, 429, "overloaded")
             assert int(answer.headers["Retry-After"]) >= 5
