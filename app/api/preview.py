@@ -125,7 +125,7 @@ async def _tiny(
     except DeadlineExceeded:
         if end == deadline:
             raise
-        raise shared.previews.refused(f"work has had the device for {PATIENCE_SECONDS:g} s") from None
+        raise shared.previews.refused(f"it was not made within {PATIENCE_SECONDS:g} s") from None
     picture = done.results[0].array
     with clock.stage("write"):
         content = await shared.sketches.run(4 * picture.nbytes, lambda: _file(asked, picture))

@@ -5,6 +5,7 @@ What is fitted or measured is so in the background, by jobs of the engine that e
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,8 +26,11 @@ log = logging.getLogger("app.engine")
 MOST = 8
 """Previews at once; the others are refused: a later one is on its way anyhow."""
 
-PATIENCE_SECONDS = 2.0
-"""A preview that full work keeps waiting for longer is dropped."""
+RATE = 20.0
+"""Previews a second, while work runs on a CPU: they take of the same cores."""
+
+PATIENCE_SECONDS = 10.0
+"""A tiny preview that is not made so soon is dropped."""
 
 Pictures = Callable[[int], Sequence[np.ndarray]]
 """Some pictures of this side, uint8 (side, side, 3), to fit maps to. Blocking."""
@@ -43,6 +47,7 @@ class Previews:
         self._work: dict[object, asyncio.Task[None]] = {}  # by what is being fitted or measured
         self._one = asyncio.Lock()  # at a time
         self._running = 0
+        self._next = 0.0  # when RATE has the next one, on time.monotonic()
 
     async def start(self) -> None:
         """Reads what was fitted before."""
@@ -59,6 +64,11 @@ class Previews:
         """One of the previews at once. Raises Overloaded."""
         if self._running >= MOST:
             raise self.refused(f"{self._running} previews are being made already")
+        if any(worker.working for worker in self._engine.workers if worker.device.type == "cpu"):
+            now = time.monotonic()
+            if self._next - now > MOST / RATE:
+                raise self.refused(f"{RATE:g} a second are made beside work on a CPU")
+            self._next = max(self._next, now) + 1 / RATE
         self._running += 1
         try:
             yield

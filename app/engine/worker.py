@@ -138,6 +138,11 @@ class Worker:
         return self._running is not None and not self._running.done()
 
     @property
+    def working(self) -> bool:
+        """Whether the batch on the device is of the first rank."""
+        return self.busy and self._jobs[0].task.rank == "work"
+
+    @property
     def lost(self) -> str | None:
         """Why the device is lost, if it is."""
         return self._runner.lost

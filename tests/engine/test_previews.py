@@ -70,6 +70,33 @@ async def test_a_fit_that_failed_is_tried_again_by_the_next_preview(tmp_path, ca
     assert json.loads((tmp_path / FILE).read_text())["rows"][0]["family"] == "toy"
 
 
+async def test_beside_work_on_a_cpu_there_is_a_most_a_second(forwards, monkeypatch):
+    monkeypatch.setattr(module, "RATE", 1e-3)
+    async with running(TOY) as engine:
+        engine.store.folders = ()
+        previews = Previews(engine, lambda side: [])
+
+        def entered(times):
+            for _ in range(times):
+                with previews.entered():
+                    pass
+
+        with forwards.held():
+            spare = asyncio.ensure_future(submit(engine, Task("decode", TOY, rank="spare"), latent()))
+            await until(lambda: engine.workers[0].busy)
+            entered(3 * module.MOST)  # a preview is no work
+        await spare
+        entered(3 * module.MOST)
+        with forwards.held():
+            work = asyncio.ensure_future(submit(engine, Task("decode", TOY), latent()))
+            await until(lambda: engine.workers[0].busy)
+            entered(module.MOST)
+            with pytest.raises(Overloaded, match="a second"):
+                entered(2)
+        await work
+        entered(3 * module.MOST)
+
+
 async def test_there_is_a_most_at_once(monkeypatch):
     monkeypatch.setattr(module, "MOST", 1)
     async with running(TOY) as engine:
