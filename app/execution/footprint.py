@@ -29,8 +29,11 @@ def whole_elements(program: Program) -> int:
         prepared = 0
         if isinstance(node.op, Conv) and node.x is not None:
             copies = [node.op.norm is not None, node.op.act is not None].count(True)
-            prepared = node.x.elements * (4 if node.op.up == 2 else copies)
-            prepared = max(prepared, prepared // max(copies, 1) + node.elements)
+            if node.op.up == 2:  # the last copy, its padding, the output, and one parity of its rows
+                prepared = node.x.elements * (1 + min(copies, 1)) + node.elements + node.elements // 2
+            else:
+                prepared = node.x.elements * copies
+                prepared = max(prepared, prepared // max(copies, 1) + node.elements)
         peak = max(peak, sum(live.values()) + max(prepared, node.elements))
         if node is not program.input:
             live[node] = node.elements
