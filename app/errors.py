@@ -12,6 +12,9 @@ ServiceError
 |- UnknownModel               names the known ones
 |- FamilyMismatch             a latent that names another family than the model's
 |- ModelBusy                  pinned, or in use, where the call needs it idle
+|- ModelExists                a new model of a name that is taken
+|- ModelKept                  its files hold more than it, and are not deleted
+|- DiskFull                   a new model that the disk has no room for
 |- UnsupportedCheckpoint      the file is there, but it is not an autoencoder that we know
 |- Overloaded                 the queue is full, or the deadline cannot be met; says when to come back
 |- DeadlineExceeded           the deadline passed before the answer was there
@@ -68,6 +71,18 @@ class FamilyMismatch(ServiceError):
 
 class ModelBusy(ServiceError):
     """The model is pinned or in use, and the call needs it to be neither."""
+
+
+class ModelExists(ServiceError):
+    """A model of that name is there already, or on its way."""
+
+
+class ModelKept(ServiceError):
+    """The model's files hold more than it: they are not deleted through the service."""
+
+
+class DiskFull(ServiceError):
+    """The models folder's disk has no room for the file."""
 
 
 class UnsupportedCheckpoint(ServiceError):

@@ -21,22 +21,25 @@ from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable
 
 from app import __version__, startup
 from app.allocator import Heap
-from app.api import compare, docs, errors, health, models, openapi, page, remote, routes
+from app.api import compare, docs, errors, health, models, openapi, page, remote, routes, storing
 from app.api.access import Access
 from app.api.bounds import Bounds
 from app.api.codecs import Codecs
 from app.api.connection import Connection, connections_for
 from app.api.context import Context, Limits
 from app.api.room import Room
+from app.api.uploads import Uploads
 from app.engine.batcher import QueueLimits
 from app.engine.engine import Engine, EngineOptions
 from app.engine.gauges import gauges
 from app.engine.memory import host_memory
+from app.engine.previews import Previews
 from app.metrics import Metrics, StateCollector
 from app.settings import InvalidSetting, Settings, check_folders
 from app.store.store import ModelStore
 from app.text import one_line
 from app.vae.families import FAMILIES
+from app.wire.photographs import photographs
 
 log = logging.getLogger("app.main")
 
@@ -88,14 +91,21 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     engine = build_engine(settings, CollectorRegistry())
     room = Room(settings.buffer_bytes or min(BUFFER_BYTES, host_memory() // BUFFER_SHARE))
     codecs = Codecs(room, os.cpu_count() or 1)
+    sketches, previews = Codecs(room, 1), Previews(engine, photographs)
+    uploads = Uploads(settings.models, settings.max_upload_bytes)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await uploads.start()
         async with engine:
+            await previews.start()
             startup.report(settings, engine, os.environ)
             yield
+            await previews.close()
             await engine.drain(settings.drain_seconds)
         await codecs.close()
+        await sketches.close()
+        await uploads.close()
 
     app = openapi.Documented(
         title="latentd",
@@ -116,12 +126,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         ),
         room=room,
         codecs=codecs,
+        uploads=uploads,
+        previews=previews,
+        sketches=sketches,
         api_keys=settings.keys,
         admin_key=settings.admin_key.get_secret_value() if settings.admin_key else None,
         metrics_public=settings.metrics_public,
     )
     latents = (routes.router, remote.router, compare.router)
-    for router in (*latents, models.admin, models.router, health.router, docs.router, page.router):
+    for router in (*latents, models.admin, storing.router, models.router, health.router, docs.router, page.router):
         app.include_router(router)
     errors.install(app)
     app.add_middleware(Bounds, room=room)

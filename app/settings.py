@@ -70,6 +70,7 @@ class Settings(BaseSettings):
     queue_pixels: int = Field(_QUEUE.pixels, gt=0)
     batch_pixels: int = Field(_QUEUE.batch_pixels, gt=0)
     max_body_bytes: Bytes = 256 << 20
+    max_upload_bytes: Bytes = 8 << 30
     buffer_bytes: Bytes | None = None
     max_connections: int = Field(1000, gt=0)
     max_pixels: int = Field(8192 * 8192, gt=0)

@@ -31,6 +31,7 @@ class Service:
         self.client = client
         self.engine: Engine = app.state.context.engine
         self.get, self.post, self.request = client.get, client.post, client.request
+        self.put, self.delete = client.put, client.delete
 
     def count(self, name: str, **labels: str) -> float:
         """The sum of a metric over all that have these labels."""
@@ -39,7 +40,7 @@ class Service:
 
 @asynccontextmanager
 async def serving(
-    models: Path | str, *, headers: dict[str, str] | None = None, **settings: Any
+    models: Path | str | tuple[Path, ...], *, headers: dict[str, str] | None = None, **settings: Any
 ) -> AsyncIterator[Service]:
     """A started service; a bug in it is an answer, not an exception of the test."""
     app = create_app(Settings(**{"models": models, "device": "cpu", **settings}))

@@ -54,7 +54,7 @@ class Access:
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         path, state = scope["path"], scope["state"]
         model = state.get("model", "")
-        if op := OPS.get(path) or _remote(path):
+        if op := state.get("op") or OPS.get(path) or _remote(path):
             self.metrics.requests.labels(op, model, str(status)).inc()
             self.metrics.request_seconds.labels(op, model).observe(seconds)
         if status == 413:

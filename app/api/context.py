@@ -14,7 +14,9 @@ from fastapi.security import HTTPBearer
 from app.api.codecs import Codecs
 from app.api.errors import Forbidden, Unauthorized
 from app.api.room import Room
+from app.api.uploads import Uploads
 from app.engine.engine import Engine
+from app.engine.previews import Previews
 from app.errors import InvalidParameter, TooLarge
 from app.metrics import Metrics
 
@@ -57,6 +59,9 @@ class Context:
     limits: Limits
     room: Room
     codecs: Codecs
+    uploads: Uploads
+    previews: Previews
+    sketches: Codecs  # the one thread that previews have
     api_keys: frozenset[str] = frozenset()
     admin_key: str | None = None
     metrics_public: bool = True

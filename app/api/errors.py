@@ -60,6 +60,8 @@ STATUS: dict[type[errors.ServiceError], Kind] = {
     SlowBody: Kind(408, "slow_body", retryable=True),
     errors.FamilyMismatch: Kind(409, "family_mismatch"),
     errors.ModelBusy: Kind(409, "model_busy", retryable=True),
+    errors.ModelExists: Kind(409, "model_exists"),
+    errors.ModelKept: Kind(409, "model_kept"),
     errors.TooLarge: Kind(413, "too_large"),
     errors.UnsupportedMedia: Kind(415, "unsupported_media"),
     errors.InvalidParameter: Kind(422, "invalid_parameter"),
@@ -76,6 +78,7 @@ STATUS: dict[type[errors.ServiceError], Kind] = {
     errors.Unavailable: Kind(503, "unavailable", retryable=True),
     errors.DeadlineExceeded: Kind(504, "deadline_exceeded", retryable=True),
     errors.OutOfMemory: Kind(507, "out_of_memory"),
+    errors.DiskFull: Kind(507, "disk_full"),
 }
 
 BUG = STATUS[errors.ServiceError]

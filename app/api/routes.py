@@ -32,6 +32,7 @@ from app.api.context import GUARD, Limits, Shared
 from app.api.form import Part, naming
 from app.api.mismatch import check_family, convention_of, warning
 from app.api.openapi import DECODED, ENCODED, LATENTS_FAMILY, PROBLEM, WORK, answers, problems, takes
+from app.api.preview import preview
 from app.api.restoring import WayBack, way_back
 from app.api.schemas import DecodeQuery, EncodeQuery
 from app.api.work import Clock, Done, Given, Size, decoding, encoding, finished, picture_size, resolved, writing
@@ -131,6 +132,8 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
     """Latents to pictures. Body: .npy, .npz, safetensors or torch.save's .pt, (C, h, w) or (N, C, h, w)."""
     clock, deadline = Clock("decode", shared.metrics), deadline_of(request)
     checkpoint = await resolved(request, query.model, shared)
+    if query.preview is not None:
+        return await preview(request, query, checkpoint, deadline, shared)
     shared.engine.check_open(checkpoint)
     body = await read_body(request, shared)
     with clock.stage("read"):

@@ -117,6 +117,13 @@ class DecodeQuery(CommonQuery):
         "unclamped.",
     )
 
+    preview: Literal["true", "linear", "tiny"] | None = Field(
+        None,
+        description="A cheap picture instead: by a tiny autoencoder of the model's latent space where one is in the "
+        "folder, else by a linear map, in the size of the raw latent's grid. Beside it are model, latents, quality and "
+        "size alone; size resizes it.",
+    )
+
     @property
     def output(self) -> Output:
         """`dtype` and `bits` as the engine has them."""
@@ -159,6 +166,15 @@ class LoadQuery(NoQuery):
     dtype: Precision = Field(
         "auto", description="The precision that it is loaded in. auto: the one that would be tried first."
     )
+
+
+class UploadQuery(NoQuery):
+    """Parameters of PUT /models/{name}."""
+
+    sha256: Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")] | None = Field(
+        None, description="Of the file as it was sent: one that came otherwise is refused."
+    )
+    replace: bool = Field(False, description="Puts it in the place of a file of the same name.")
 
 
 class PlanQuery(NoQuery):

@@ -9,18 +9,17 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from app.engine.jobs import Job, Result, Task, check_shape
+from app.engine.jobs import RANKS, Job, Result, Task, check_shape
 from app.engine.rate import KNOWN, Rate
 from app.errors import DeadlineExceeded, Overloaded, TooLarge
 from app.metrics import Metrics
 from app.terms import Op
 
-if TYPE_CHECKING:  # at run time it would load torch, which the settings do without
-    from app.store.checkpoint import Checkpoint
+Queue = tuple[int, str]
+"""A model's jobs of one rank: the rank's place in RANKS, the sha256."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class Batcher:
         self.limits = limits
         self.rate = rate
         self._metrics = metrics
-        self._queues: dict[str, deque[Job]] = {}  # by sha256; none is empty
-        self._served: OrderedDict[str, int] = OrderedDict()  # the number of the last batch of models served lately
+        self._queues: dict[Queue, deque[Job]] = {}  # none is empty
+        self._served: OrderedDict[Queue, int] = OrderedDict()  # the number of the last batch of models served lately
         self._batches = 0
         self._items = 0  # admitted and not yet taken, whether or not their pixels are read
         self._pixels = 0
@@ -103,17 +102,17 @@ class Batcher:
         for job in jobs:
             self._items += 1
             self._pixels += job.pixels
-            self._queues.setdefault(job.task.checkpoint.sha256, deque()).append(job)
+            self._queues.setdefault(_queue_of(job.task), deque()).append(job)
         self._arrival.set()
 
-    async def take(self, among: "Callable[[Checkpoint], bool]" = lambda _: True) -> list[Job]:
+    async def take(self, among: Callable[[Task], bool] = lambda _: True) -> list[Job]:
         """The next batch: the head of the model whose turn it is, and all with its key up to the pixel budget.
 
-        Only models `among` have a turn; `look_again` where these become others. Jobs whose client has gone or whose
+        Only tasks `among` have a turn; `look_again` where these become others. Jobs whose client has gone or whose
         deadline has passed are dropped on the way. A call that is cancelled has taken nothing.
         """
         while True:
-            waiting = [sha256 for sha256, jobs in self._queues.items() if among(jobs[0].task.checkpoint)]
+            waiting = [queue for queue, jobs in self._queues.items() if among(jobs[0].task)]
             if not waiting:
                 self._arrival.clear()
                 await self._arrival.wait()
@@ -122,7 +121,7 @@ class Batcher:
                 return batch
 
     def look_again(self) -> None:
-        """Other models may have a turn now."""
+        """Other tasks may have a turn now."""
         self._arrival.set()
 
     def began(self, batch: list[Job]) -> float:
@@ -163,8 +162,9 @@ class Batcher:
         return max((now - jobs[0].queued for jobs in self._queues.values()), default=0.0)
 
     def wait_seconds(self) -> float:
-        """Seconds until all that was admitted should be done, by the measured rate."""
-        queued = sum(self.rate.of(jobs, self.limits.batch_pixels) for jobs in self._queues.values())
+        """Seconds until all work that was admitted should be done, by the measured rate; lower ranks wait for it."""
+        work = [jobs for (rank, _), jobs in self._queues.items() if not rank]
+        queued = sum(self.rate.of(jobs, self.limits.batch_pixels) for jobs in work)
         running = max(0.0, self._running_until - time.monotonic())
         return sum(self._unread.values()) + queued + sum(self._taken.values()) + running
 
@@ -177,8 +177,8 @@ class Batcher:
                 if not job.gone:
                     job.future.set_exception(error)
 
-    def _next_batch(self, sha256: str) -> list[Job]:
-        jobs = self._queues.pop(sha256)
+    def _next_batch(self, queue: Queue) -> list[Job]:
+        jobs = self._queues.pop(queue)
         batch: list[Job] = []
         rest: deque[Job] = deque()
         pixels = 0
@@ -194,18 +194,18 @@ class Batcher:
             pixels += job.pixels
             self._forget(job)
         if rest:
-            self._queues[sha256] = rest
+            self._queues[queue] = rest
         if batch:
             self._batches += 1
-            self._served[sha256] = self._batches
-            self._served.move_to_end(sha256)
+            self._served[queue] = self._batches
+            self._served.move_to_end(queue)
             if len(self._served) > KNOWN:  # a model served so long ago is as good as one never served
                 self._served.popitem(last=False)
         return batch
 
-    def _turn(self, sha256: str) -> tuple[int, float]:
-        """The model served longest ago comes first; of several that never were, the one that waits longest."""
-        return self._served.get(sha256, 0), self._queues[sha256][0].queued
+    def _turn(self, queue: Queue) -> tuple[int, int, float]:
+        """Of the first rank the model served longest ago; of several that never were, the one that waits longest."""
+        return queue[0], self._served.get(queue, 0), self._queues[queue][0].queued
 
     def _dropped(self, job: Job, now: float) -> bool:
         if job.gone:
@@ -223,6 +223,10 @@ class Batcher:
     def _forget(self, job: Job) -> None:
         self._items -= 1
         self._pixels -= job.pixels
+
+
+def _queue_of(task: Task) -> Queue:
+    return RANKS.index(task.rank), task.checkpoint.sha256
 
 
 class Admission:

@@ -183,6 +183,10 @@ class Engine:
             dtype = dtypes(precision, self.options.precision, worker.device.type, self.fp16(checkpoint))[0]
             worker.cache.release(await worker.cache.acquire(checkpoint, dtype))
 
+    def awaited(self, checkpoint: Checkpoint) -> bool:
+        """Whether queued jobs are for a model of this name."""
+        return any(name == checkpoint.name for worker in self.workers for name, _ in worker.batcher.depths())
+
     def unload(self, checkpoint: Checkpoint) -> int:
         """Evicts a checkpoint everywhere; bytes freed. Raises ModelBusy when it is pinned or in use."""
         return sum(worker.cache.unload(checkpoint.sha256) for worker in self.workers)
@@ -277,7 +281,8 @@ class Engine:
         pixels = sum(picture_pixels(task, shape) for shape in shapes)
         worker = self._worker_for(task.checkpoint)
         sha256, op = task.checkpoint.sha256, task.op
-        seconds = worker.rate.seconds(sha256, op, pixels) if worker.rate.knows(sha256, op) else 0.0
+        known = task.rank == "work" and worker.rate.knows(sha256, op)
+        seconds = worker.rate.seconds(sha256, op, pixels) if known else 0.0
         ticket = worker.batcher.admit(len(shapes), pixels, deadline, seconds)
         admission = Admission(worker.batcher, ticket, task, deadline, origin)
         self.open_requests += 1

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -18,6 +18,10 @@ Output = Literal["uint8", "uint16", "float16", "float32"]
 """Of a decoded picture: rounded to 8 or 16 bits, or as the network gives it, black at -1, white at 1, unclamped."""
 Numbers = Literal["float16", "float32"]
 """Of what comes out of an encoder."""
+
+Rank = Literal["work", "later", "spare"]
+"""Who goes first: `later` runs where no work waits, and `spare` is dropped as soon as some does."""
+RANKS: tuple[Rank, ...] = get_args(Rank)
 
 T = TypeVar("T")
 Shape = tuple[int, ...]
@@ -37,6 +41,7 @@ class Task:
     seed: int | None = None  # encode: draw from the posterior; None takes its mode
     moments: bool = False  # encode: neither, but the posterior itself: raw, mean and log-variance where it has one
     numbers: Numbers = "float16"  # encode: of the result
+    rank: Rank = "work"
 
 
 @dataclass(frozen=True)

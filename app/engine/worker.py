@@ -138,6 +138,11 @@ class Worker:
         return self._running is not None and not self._running.done()
 
     @property
+    def working(self) -> bool:
+        """Whether the batch on the device is of the first rank."""
+        return self.busy and self._jobs[0].task.rank == "work"
+
+    @property
     def lost(self) -> str | None:
         """Why the device is lost, if it is."""
         return self._runner.lost
@@ -180,6 +185,8 @@ class Worker:
                 turn = await self._next()
                 self._taken = True
                 self._quiet.clear()
+                if turn.jobs[0].task.rank == "work":
+                    self._drop_spare()
                 self._runner.check_device()
                 self._staged = await self._stage(turn)
                 if self._running is not None:
@@ -230,12 +237,22 @@ class Worker:
             self._load_for(turn)
             self._cold = turn
 
+    def _drop_spare(self) -> None:
+        """Ends a running batch that is to be dropped when work comes; its forward stops at its next layer."""
+        if self.busy and self._jobs[0].task.rank == "spare":
+            self._runner.fail(self._jobs, Overloaded("full work came: previews are dropped first", 1.0), "dropped")
+
     def _load_for(self, turn: _Turn) -> None:
         turn.loading = asyncio.create_task(self._bring(turn.jobs[0].task.checkpoint, turn.dtypes[0]))
 
-    def _may_run(self, checkpoint: Checkpoint) -> bool:
-        """Whether a model may have a turn: while another one is loaded, only if it is there."""
-        return self._cold is None or (not self._making_way.is_set() and self.cache.holds(checkpoint))
+    def _may_run(self, task: Task) -> bool:
+        """Whether a task may have a turn: while another one's model is loaded, only if its own is there.
+
+        Lower ranks have none while anything is on the device: work that comes meanwhile would wait for them.
+        """
+        if task.rank != "work" and (self.busy or self._cold is not None):
+            return False
+        return self._cold is None or (not self._making_way.is_set() and self.cache.holds(task.checkpoint))
 
     async def _bring(self, checkpoint: Checkpoint, dtype: Dtype) -> Resident:
         """The module of a model that is not there yet."""
@@ -312,6 +329,7 @@ class Worker:
         """After a batch, and after the loop that serves the queue: neither may die unseen."""
         if task is self._running:
             self._note_quiet()
+            self.batcher.look_again()
         if task.cancelled() or (error := task.exception()) is None:
             return
         log.critical("%s serves nothing any more", self.name, exc_info=error)

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from app.errors import Unavailable, UnknownModel
 from app.store.checkpoint import Checkpoint
@@ -131,6 +132,25 @@ class Follower:
         """Waits until a checkpoint whose file has changed is listed as what it is now, or not at all."""
         await self.look()
         await self._until(lambda: not self.store.lists(checkpoint), seconds)
+
+    async def listed(self, path: Path, seconds: float) -> Entry | None:
+        """What a file that was just put there is listed as; None where that takes longer."""
+        await self.look()
+
+        def found() -> Entry | None:
+            return next((entry for entry in self.store.entries() if entry.path == path), None)
+
+        def current() -> bool:
+            entry = found()
+            return entry is not None and not (isinstance(entry, Checkpoint) and entry.changed())
+
+        await self._until(current, seconds)
+        return found() if current() else None
+
+    async def unlisted(self, path: Path, seconds: float) -> None:
+        """Waits until nothing of this path is listed."""
+        await self.look()
+        await self._until(lambda: all(entry.path != path for entry in self.store.entries()), seconds)
 
     async def _follow(self) -> None:
         while not self._stopping:

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -145,6 +146,16 @@ class ModelStore:
             if source.path in self._present:
                 self._findings[source.path] = Finding(source, stamps_of(source.watched), entry)
             self._publish()
+
+    def check(self, path: Path) -> Checkpoint:
+        """What a file that is on its way into a models folder is; not listed. Its digest is not taken again there.
+
+        Raises UnsupportedCheckpoint with the reason.
+        """
+        source = source_of(path)
+        before = stamps_of(source.watched)
+        take = partial(self._digest, source, watched=before)
+        return identify_source(source, before, self._default_family, take, self._twin)
 
     def lists(self, checkpoint: Checkpoint) -> bool:
         """Whether the checkpoint is listed as it is, replaced by none."""

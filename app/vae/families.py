@@ -101,6 +101,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def shows(tiny: Family, full: Family) -> bool:
+    """Whether a family is a tiny autoencoder that decodes the scaled latents of another, or its own."""
+    return tiny.architecture == "tiny" and takes(tiny.name, full.name, "scaled")
+
+
 def takes(family: str, latents_of: str, convention: Convention) -> bool:
     """Whether a VAE of one family decodes latents of another, both by name, to what they are meant to be.
 

@@ -139,6 +139,12 @@ def open_regular(path: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
+def suffix_for(path: Path) -> str:
+    """The suffix that a file's content asks for: a pickle's where it is no safetensors. Raises OSError."""
+    with open_regular(path) as file:
+        return ".safetensors" if file.read(PREFIX + 1)[PREFIX:] == b"{" else ".ckpt"
+
+
 def format_of(path: Path) -> Format:
     """The form that a file's suffix says; `bin` for those that say none."""
     return SUFFIXES.get(path.suffix.lower(), "bin")

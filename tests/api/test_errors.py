@@ -52,8 +52,8 @@ def test_an_error_without_a_row_takes_that_of_its_parent():
         ("POST", "/remote", 404),
         ("GET", "/encode", 405),
         ("OPTIONS", "/decode", 405),
-        ("PUT", "/models/kl", 405),
-        ("DELETE", "/models/kl", 405),
+        ("PUT", "/models", 405),
+        ("PATCH", "/models/kl", 405),
         ("POST", "/healthz/live", 405),
     ],
 )

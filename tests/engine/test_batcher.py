@@ -198,9 +198,9 @@ async def test_an_idle_device_refuses_nothing_for_its_deadline(batcher, metrics)
 
 async def test_only_models_that_may_have_a_turn_have_one(batcher):
     first, second = put(batcher, A), put(batcher, B)
-    assert await batcher.take(lambda model: model is B) == [second]
+    assert await batcher.take(lambda task: task.checkpoint is B) == [second]
     allowed = set()
-    taking = asyncio.ensure_future(batcher.take(lambda model: model.name in allowed))
+    taking = asyncio.ensure_future(batcher.take(lambda task: task.checkpoint.name in allowed))
     await asyncio.sleep(0)
     assert not taking.done()
     allowed.add("a")
@@ -256,3 +256,14 @@ async def test_the_same_bytes_as_two_families_are_two_batches(batcher):
     twin = replace(A, family=replace(A.family, name="other"))
     first, second = put(batcher, A), put(batcher, twin)
     assert [await batcher.take(), await batcher.take()] == [[first], [second]]
+
+
+async def test_lower_ranks_wait_for_all_work_and_count_as_no_wait(batcher):
+    spare, later = put(batcher, rank="spare"), put(batcher, rank="later")
+    batcher.rate.note(A.sha256, "decode", 256, 1.0)
+    assert batcher.wait_seconds() == 0
+    work = [put(batcher, B), put(batcher)]
+    assert batcher.wait_seconds() > 0
+    taken = [await batcher.take() for _ in range(4)]
+    assert {id(each[0]) for each in taken[:2]} == {id(each) for each in work}
+    assert taken[2:] == [[later], [spare]]

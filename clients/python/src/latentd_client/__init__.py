@@ -6,6 +6,7 @@ from latentd_client.aio import AsyncClient
 from latentd_client.client import Client
 from latentd_client.errors import (
     DeadlineExceeded,
+    DiskFull,
     FamilyMismatch,
     Forbidden,
     InternalError,
@@ -17,6 +18,8 @@ from latentd_client.errors import (
     MalformedBody,
     ModelBusy,
     ModelChanged,
+    ModelExists,
+    ModelKept,
     NonFiniteOutput,
     NotAcceptable,
     OutOfMemory,
@@ -44,6 +47,7 @@ __all__ = [
     "Comparison",
     "DeadlineExceeded",
     "Decoded",
+    "DiskFull",
     "Encoded",
     "FamilyMismatch",
     "Forbidden",
@@ -57,6 +61,8 @@ __all__ = [
     "Model",
     "ModelBusy",
     "ModelChanged",
+    "ModelExists",
+    "ModelKept",
     "NonFiniteOutput",
     "NotAcceptable",
     "OutOfMemory",

@@ -7,13 +7,13 @@ LatentdError
 |  |- MalformedBody, UnsupportedMedia, TooLarge, NotAcceptable
 |  |- InvalidParameter, InvalidImage, InvalidLatent
 |- Unauthorized, Forbidden    the key
-|- UnknownModel, UnsupportedCheckpoint, FamilyMismatch, ModelBusy
+|- UnknownModel, UnsupportedCheckpoint, FamilyMismatch, ModelBusy, ModelExists, ModelKept
 |- Overloaded, SlowBody
 |- Unavailable                starting, ending, or the device is lost
 |  |- ModelChanged            its file, while it was read
 |  |- TooManyBytes            of all requests that are being read
 |- DeadlineExceeded           the service's word, or the clock here
-|- OutOfMemory, NonFiniteOutput, InternalError
+|- OutOfMemory, DiskFull, NonFiniteOutput, InternalError
 """
 
 import email.utils
@@ -137,6 +137,24 @@ class ModelBusy(LatentdError):
     """The model is in use, or pinned."""
 
     code = "model_busy"
+
+
+class ModelExists(LatentdError):
+    """A new model of a name that is taken."""
+
+    code = "model_exists"
+
+
+class ModelKept(LatentdError):
+    """The model's files hold more than it, and are not deleted."""
+
+    code = "model_kept"
+
+
+class DiskFull(LatentdError):
+    """The service's disk has no room for the file."""
+
+    code = "disk_full"
 
 
 class Overloaded(LatentdError):

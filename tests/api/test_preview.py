@@ -1,0 +1,139 @@
+import asyncio
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from app.engine import previews
+from tests.service import array_of, latent, npy, occupied, picture_of, refused, serving, until
+from tests.store.weights import state_of
+
+
+@pytest.fixture(scope="module")
+async def service(models):
+    async with serving(models) as service:
+        yield service
+
+
+async def fitted(service, path):
+    """The answer, once the map is fitted."""
+    async with asyncio.timeout(60):
+        while (answer := await service.post(path, content=npy(latent()))).status_code == 503:
+            assert answer.headers["Retry-After"] == "1"
+            assert "being fitted" in refused(answer, 503, "unavailable")
+            await asyncio.sleep(0.05)
+    return answer
+
+
+async def test_a_linear_preview_is_fitted_in_the_background_and_then_small(service):
+    first = await service.post("/decode?model=kl&preview=linear&latents=raw", content=npy(latent()))
+    refused(first, 503, "unavailable")
+    answer = await fitted(service, "/decode?model=kl&preview=linear&latents=raw")
+    shown = picture_of(answer)
+    assert (shown.format, shown.size) == ("WEBP", (4, 4))
+    assert answer.headers["X-Image-Size"] == "4x4"
+    how, _, near = answer.headers["X-Preview"].partition(";db=")
+    assert how == "linear"
+    assert 3 < float(near) < 60
+    assert answer.headers["X-Plan"] == "linear"
+    assert answer.headers["X-Model"] == "kl"
+    assert service.count("vae_requests_total", op="preview", model="kl", status="200") >= 1
+
+
+async def test_the_folder_s_tiny_autoencoder_goes_before_and_its_error_is_measured(service):
+    await service.engine.first_scan()
+    async with asyncio.timeout(60):
+        while True:
+            answer = await service.post("/decode?model=kl&preview=true", content=npy(latent()))
+            assert picture_of(answer).size == (32, 32)
+            if ";db=" in answer.headers["X-Preview"]:
+                break
+            assert answer.headers["X-Preview"] == "tiny:tiny"
+            await asyncio.sleep(0.05)
+    own = await service.post("/decode?model=tiny&preview=tiny", content=npy(latent()))
+    assert own.headers["X-Preview"] == "tiny:tiny"
+    whole = array_of(
+        await service.post("/decode?model=tiny", content=npy(latent()), headers={"Accept": "application/x-npy"})
+    )
+    png = await service.post("/decode?model=tiny&preview=tiny", content=npy(latent()), headers={"Accept": "image/png"})
+    assert np.array_equal(np.asarray(picture_of(png)), whole[0])
+
+
+async def test_a_model_without_a_tiny_one_says_so_where_it_is_insisted_on(models, tmp_path):
+    (tmp_path / "VAE").mkdir()
+    save_file(state_of("sd1"), tmp_path / "VAE" / "kl.safetensors")
+    async with serving(tmp_path) as service:
+        refused(await service.post("/decode?preview=tiny", content=npy(latent())), 404, "unknown_model")
+        answer = await fitted(service, "/decode?preview=true")
+        assert answer.headers["X-Preview"].startswith("linear")
+        kept = json.loads((tmp_path / ".latentd-previews.json").read_text())
+        assert [(row["family"], row["latents"]) for row in kept["rows"]] == [("sd1", "scaled")]
+    async with serving(tmp_path) as service:  # a restart fits nothing
+        again = await service.post("/decode?preview=true", content=npy(latent()))
+        assert again.content == answer.content
+        (tmp_path / ".latentd-previews.json").write_text("{")
+
+
+async def test_a_preview_may_be_resized_and_has_a_type(service):
+    await fitted(service, "/decode?model=kl&preview=linear")
+    for accept, kind in (("image/png", "PNG"), ("image/jpeg", "JPEG"), ("image/*", "WEBP")):
+        answer = await service.post(
+            "/decode?model=kl&preview=linear&size=24x16", content=npy(latent()), headers={"Accept": accept}
+        )
+        assert (picture_of(answer).format, picture_of(answer).size) == (kind, (24, 16))
+    refused(
+        await service.post("/decode?model=kl&preview=linear&size=33x1", content=npy(latent())), 422, "invalid_parameter"
+    )
+    refused(
+        await service.post("/decode?model=kl&preview=linear&size=1x1,2x2", content=npy(latent())),
+        422,
+        "invalid_parameter",
+    )
+    zipped = await service.post(
+        "/decode?model=kl&preview=linear", content=npy(latent()), headers={"Accept": "application/zip"}
+    )
+    refused(zipped, 406, "not_acceptable")
+
+
+@pytest.mark.parametrize("query", ["fit=pad", "dtype=float32", "bits=16", "precision=fp32", "tiling=always"])
+async def test_what_a_preview_does_not_have_is_refused(service, query):
+    answer = await service.post(f"/decode?model=kl&preview=true&{query}", content=npy(latent()))
+    assert query.partition("=")[0] in refused(answer, 422, "invalid_parameter")
+
+
+async def test_latents_are_judged_as_for_a_decode(service):
+    await fitted(service, "/decode?model=kl&preview=linear")
+    path = "/decode?model=kl&preview=linear"
+    refused(await service.post(path, content=npy(latent(2, 4, 4, 4))), 422, "invalid_parameter")
+    refused(await service.post(path, content=npy(latent(1, 5, 4, 4))), 422, "invalid_latent")
+    refused(await service.post(path, content=npy(latent() * np.float16("nan"))), 422, "invalid_latent")
+    refused(await service.post(path, content=b"PNG"), 415, "unsupported_media")
+    headers = {"X-Latents-Family": "flux"}
+    refused(await service.post(path, content=npy(latent()), headers=headers), 409, "family_mismatch")
+    refused(await service.post("/decode?model=kl&preview=false", content=npy(latent())), 422, "invalid_parameter")
+
+
+async def test_previews_beyond_the_most_are_refused(service, monkeypatch):
+    await fitted(service, "/decode?model=kl&preview=linear")
+    monkeypatch.setattr(previews, "MOST", 0)
+    answer = await service.post("/decode?model=kl&preview=linear", content=npy(latent()))
+    assert "dropped first" in refused(answer, 429, "overloaded")
+    assert answer.headers["Retry-After"] == "1"
+    assert service.count("vae_rejected_total", reason="preview") >= 1
+
+
+async def test_a_linear_preview_does_not_wait_for_the_device_and_a_tiny_one_not_long(service, monkeypatch):
+    await fitted(service, "/decode?model=kl&preview=linear")
+    monkeypatch.setattr("app.api.preview.PATIENCE_SECONDS", 0.2)
+    with occupied(service.engine):
+        full = asyncio.ensure_future(service.post("/decode?model=kl", content=npy(latent())))
+        await until(lambda: service.engine.workers[0].busy)
+        picture_of(await service.post("/decode?model=kl&preview=linear", content=npy(latent())))
+        dropped = asyncio.ensure_future(service.post("/decode?model=kl&preview=tiny", content=npy(latent())))
+        await asyncio.sleep(0.3)
+        assert not full.done()
+    refused(await dropped, 429, "overloaded")
+    Image.open(io.BytesIO((await full).content)).load()
