@@ -33,9 +33,11 @@ class Purpose:
     dtypes: Mapping[str, str]
     shapes: str
     error: type[InvalidInput]
+    frames: bool = False
+    """Whether (N, C, T, h, w) is read too, of one frame: as pipelines of clips have pictures."""
 
 
-LATENTS = Purpose(_FLOATS, "(C, h, w) or (N, C, h, w)", InvalidLatent)
+LATENTS = Purpose(_FLOATS, "(C, h, w) or (N, C, h, w)", InvalidLatent, frames=True)
 PIXELS = Purpose(
     _FLOATS | {"|u1": "uint8"},
     "(H, W, 3) or (N, H, W, 3) in uint8, (3, H, W) or (N, 3, H, W) in floats",
@@ -76,10 +78,18 @@ def array_spec(
     purpose: Purpose = LATENTS,
     strides: tuple[int, ...] | None = None,
 ) -> ArraySpec:
-    """Checks a dtype and a shape of three or four sides; raises the purpose's error. `strides` are as many as sides."""
+    """Checks a dtype and a shape of three or four sides, or five where one is of one frame; raises the purpose's error.
+
+    `strides` are as many as sides.
+    """
     if code not in purpose.dtypes:
         expected = " or ".join(dict.fromkeys(purpose.dtypes.values()))
         raise purpose.error(f"expected {expected}, got {_OTHERS.get(code.lstrip('<>|='), code)[:40]}")
+    if purpose.frames and len(shape) == 5 and max(shape) < _LONGEST:
+        if shape[2] != 1:
+            raise purpose.error(f"expected one frame, (N, C, 1, h, w), got {shape[2]} of them in a shape of {shape}")
+        shape = (*shape[:2], *shape[3:])
+        strides = strides and (*strides[:2], *strides[3:])
     if len(shape) not in (3, 4) or max(shape) >= _LONGEST:
         raise purpose.error(f"expected a shape of {purpose.shapes}, got {str(shape)[:60]}")
     if min(shape) < 1:

@@ -97,7 +97,16 @@ def test_pickled_objects_are_not_opened():
     refuse(body, InvalidLatent, "expected float16 or float32, got objects")
 
 
-@pytest.mark.parametrize("shape", [(), (4,), (4, 2), (1, 1, 4, 2, 2)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_clip_of_one_frame_is_a_picture(order):
+    clip = noise(2, 4, 1, 3, 5)
+    body = saved(np.asarray(clip, order=order))
+    assert latent_shape(body).parts == ((2, 4, 3, 5),)
+    assert np.array_equal(np.stack(read_latents(body, max_bytes=1 << 20).items), clip[:, :, 0])
+    refuse(saved(noise(1, 4, 2, 3, 5)), InvalidLatent, r"expected one frame, \(N, C, 1, h, w\), got 2 of them")
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 2), (1, 1, 1, 4, 2, 2)])
 def test_other_ranks(shape):
     refuse(saved(np.zeros(shape, np.float16)), InvalidLatent, r"expected a shape of \(C, h, w\) or \(N, C, h, w\)")
 

@@ -125,7 +125,7 @@ def test_other_dtypes(dtype, named):
     refuse(file({"x": tensor(dtype=dtype)}, bytes(32)), InvalidLatent, f"expected float16 or float32, got {named}")
 
 
-@pytest.mark.parametrize("shape", [(), (16,), (4, 4), (1, 1, 4, 2, 2)])
+@pytest.mark.parametrize("shape", [(), (16,), (4, 4), (1, 1, 1, 4, 2, 2)])
 def test_other_ranks(shape):
     refuse(file({"x": tensor(shape=shape)}, bytes(32)), InvalidLatent, "expected a shape")
 
