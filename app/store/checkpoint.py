@@ -54,7 +54,7 @@ class Checkpoint:
     config: Config = field(repr=False)
     known_as: str | None  # its name in the table of published files
     fp16: Fp16  # before any run
-    parameters: int
+    parameters: int  # of the network that runs; a file may have more
     weight_dtype: str  # `fp16`, `bf16`, `fp32`, ...; `mixed`
     baked: bool  # inside a full checkpoint
     stamps: tuple[Stamp, ...] = field(repr=False)
@@ -95,11 +95,13 @@ def load_autoencoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
     wanted = module.state_dict()
     state: dict[str, Tensor] = {}
     try:
-        for key, tensor in read_state(checkpoint):
-            if key not in wanted or row.shape(key, tuple(tensor.shape)) != tuple(wanted[key].shape):
-                raise UnsupportedCheckpoint(f"unexpected {key} of shape {tuple(tensor.shape)}")
-            kept = key.startswith(row.statistics)
-            state[key] = _copy(tensor, wanted[key], wanted[key].dtype if kept else dtype, device)
+        for name, tensor in read_state(checkpoint):
+            shaped = tensor.reshape(row.shape(name, tuple(tensor.shape)))
+            for key, part in row.resident(name, shaped):
+                if key not in wanted or part.shape != wanted[key].shape:
+                    raise UnsupportedCheckpoint(f"unexpected {key} of shape {tuple(part.shape)}")
+                kept = key.startswith(row.statistics)
+                state[key] = _copy(part, wanted[key].dtype if kept else dtype, device)
     except UnsupportedCheckpoint as error:
         _check_unchanged(checkpoint)  # the likelier reason
         raise UnsupportedCheckpoint(f"{checkpoint.name}: {error}") from error
@@ -159,11 +161,10 @@ def blank(config: Config) -> Autoencoder:
         return architecture_of(config).module(config)
 
 
-def _copy(tensor: Tensor, like: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of its own memory with the shape of `like`."""
-    layout = torch.channels_last if like.dim() == 4 else torch.contiguous_format
-    out = torch.empty(like.shape, dtype=dtype, device=device, memory_format=layout)
-    return out.copy_(tensor.reshape(like.shape))
+def _copy(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of its own memory."""
+    layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+    return torch.empty(tensor.shape, dtype=dtype, device=device, memory_format=layout).copy_(tensor)
 
 
 def _check_unchanged(checkpoint: Checkpoint) -> None:

@@ -1,9 +1,10 @@
 """What is written about an autoencoder beside its weights: the operator's sidecar, a diffusers config, metadata."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from app.errors import UnsupportedCheckpoint
 from app.store.folder import read_json
@@ -16,6 +17,8 @@ FamilySource = Literal["config", "checkpoint", "hash", "operator", "default"]
 """Who says it; `default` is a guess: nothing but the setting does, or did when the file was written."""
 
 KEYS = ("family", "norm_num_groups", "scaling_factor", "shift_factor")
+MOST_CHANNELS = 4096  # of a latent: keeps a hostile list short
+MOST_LIST = 1 << 17  # characters of one in a file's metadata
 LEAST, LIMIT = 1e-6, 1e6  # of a scale; of a shift the greatest alone. Beyond, float32 has no room for latents
 
 
@@ -27,8 +30,8 @@ class Declared:
     origin: str  # for messages: the file's name, or "metadata"
     family: str | None = None
     norm_num_groups: int | None = None
-    scaling_factor: float | None = None
-    shift_factor: float | None = None
+    scaling_factor: Constant | None = None
+    shift_factor: Constant | None = None
     default_scaling_factor: Constant | None = None  # of the diffusers class; believed only where it leads to a row
 
 
@@ -56,10 +59,9 @@ def from_config(path: Path) -> Declared:
         raise UnsupportedCheckpoint(f"{path.name}: _class_name is {short(name)}; expected one of {', '.join(classes)}")
     architecture, default = classes[name]
     act = architecture.diffusers.act_fn
-    if content.get("act_fn", act) != act:
+    if act is not None and content.get("act_fn", act) != act:
         raise UnsupportedCheckpoint(f"{path.name}: act_fn is {short(str(content['act_fn']))}; expected {act}")
-    if content.get("latents_mean") is not None or content.get("latents_std") is not None:
-        raise UnsupportedCheckpoint(f"{path.name}: latents_mean and latents_std per channel are not supported")
+    content |= _normalised(content, path.name)
     if "_family" in content:
         content["family"] = content.pop("_family")  # as `latentd convert` writes it: diffusers skips the underscore
     if not _is_family(content.get("family")):
@@ -97,18 +99,45 @@ def _declared(content: Mapping[str, object], source: FamilySource, origin: str) 
     groups = content.get("norm_num_groups")
     if groups is not None and (type(groups) is not int or groups < 1):  # a bool is an int
         raise UnsupportedCheckpoint(f"{origin}: norm_num_groups is {groups!r}; expected a positive integer")
-    numbers: dict[str, float | None] = {}
-    for key in ("scaling_factor", "shift_factor"):
-        value = content.get(key)
-        if value is None:
-            numbers[key] = None
-        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LIMIT:  # not NaN either
-            numbers[key] = float(value)
-        else:
-            raise UnsupportedCheckpoint(f"{origin}: {key} is {value!r}; expected a number")
-    if (scale := numbers["scaling_factor"]) is not None and abs(scale) < LEAST:
-        raise UnsupportedCheckpoint(f"{origin}: scaling_factor is {scale:g}; expected at least {LEAST:g}")
-    return Declared(source, origin, None if family is None else str(family), groups, **numbers)
+    scale, shift = (_constant(content.get(key), key, origin) for key in ("scaling_factor", "shift_factor"))
+    if any(abs(each) < LEAST for each in _each(scale)):
+        raise UnsupportedCheckpoint(f"{origin}: scaling_factor is {_shown(scale)}; expected at least {LEAST:g}")
+    return Declared(source, origin, None if family is None else str(family), groups, scale, shift)
+
+
+def _normalised(content: Mapping[str, object], origin: str) -> dict[str, object]:
+    """The mean and the standard deviation of each channel, where a diffusers config has them, in our words."""
+    if content.get("latents_mean") is None and content.get("latents_std") is None:
+        return {}
+    mean, std = (_constant(content.get(key), key, origin) for key in ("latents_mean", "latents_std"))
+    if not (isinstance(mean, tuple) and isinstance(std, tuple) and len(mean) == len(std)):
+        raise UnsupportedCheckpoint(f"{origin}: latents_mean and latents_std are lists of one length; one is not there")
+    if any(abs(each) < 1 / LIMIT for each in std):
+        raise UnsupportedCheckpoint(f"{origin}: latents_std is {_shown(std)}; expected at least {1 / LIMIT:g}")
+    return {"scaling_factor": [1 / each for each in std], "shift_factor": list(mean)}
+
+
+def _constant(value: object, key: str, origin: str) -> Constant | None:
+    """A number, or a list of one for each channel."""
+    if value is None:
+        return None
+    if isinstance(value, list) and 0 < len(value) <= MOST_CHANNELS and all(map(_sound, value)):
+        return tuple(map(float, value))
+    if _sound(value):
+        return float(value)
+    raise UnsupportedCheckpoint(f"{origin}: {key} is {short(repr(value))}; expected a number, or one for each channel")
+
+
+def _sound(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LIMIT  # not NaN either
+
+
+def _each(constant: Constant | None) -> tuple[float, ...]:
+    return constant if isinstance(constant, tuple) else () if constant is None else (constant,)
+
+
+def _shown(constant: Constant | None) -> str:
+    return short(", ".join(f"{each:g}" for each in _each(constant)))
 
 
 def _is_family(value: object) -> bool:
@@ -117,8 +146,10 @@ def _is_family(value: object) -> bool:
 
 def _number(text: str) -> object:
     try:
+        if text.startswith("["):
+            return json.loads(text[:MOST_LIST])
         return int(text) if text.lstrip("-").isdigit() else float(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text  # refused with its value by _declared
 
 

@@ -123,7 +123,7 @@ def _declared_family(item: Declared, config: Config, rows: list[Family], hints: 
                 f"{item.origin} says family {row.name} ({row.architecture}, {row.latent_channels} latent channels at "
                 f"1/{row.spatial_factor}); the weights are {_describe(config)}"
             )
-        return _with_constants(row, item.scaling_factor, item.shift_factor)
+        return _sized(_with_constants(row, item.scaling_factor, item.shift_factor), item)
     scale = item.default_scaling_factor if item.scaling_factor is None else item.scaling_factor
     if scale is None:
         return None
@@ -134,7 +134,18 @@ def _declared_family(item: Declared, config: Config, rows: list[Family], hints: 
         return None
     like = rows or [row for row in FAMILIES.values() if _kind(row) == _kind_of(config)]
     row = replace(like[0], name=CUSTOM, latent_channels=config.latent_channels, spatial_factor=config.spatial_factor)
-    return _with_constants(row, scale, shift)
+    return _sized(_with_constants(row, scale, shift), item)
+
+
+def _sized(family: Family, item: Declared) -> Family:
+    """The family. Raises UnsupportedCheckpoint for constants of another number of channels than its latents have."""
+    form, channels = family.latent_format, family.channels("scaled")
+    for key, constant in (("scaling_factor", form.scaling_factor), ("shift_factor", form.shift_factor)):
+        if isinstance(constant, tuple) and len(constant) != channels:
+            raise UnsupportedCheckpoint(
+                f"{item.origin}: {key} has {len(constant)} numbers; latents of these weights have {channels} channels"
+            )
+    return family
 
 
 def _with_constants(row: Family, scale: Constant | None, shift: Constant | None) -> Family:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from app.errors import UnsupportedCheckpoint
 from app.store.checkpoint import Checkpoint, blank, some, told_of
 from app.store.declared import Declared, from_config, from_metadata, from_sidecar, norm_groups
@@ -44,6 +46,7 @@ def identify_source(
     weights = _weights(source)
     declared = (*((said,) if said else ()), *_declarations(source, weights.metadata))
     config = _config(weights, declared)
+    _check_not_zero(weights)
     hashed = digest(weights.files)
     row = lookup(hashed.sha256, hashed.halves) or twin(hashed.tensors)
     family, family_source = family_of(
@@ -70,7 +73,11 @@ def identify_source(
         config=config,
         known_as=row.name if row else None,
         fp16=row.fp16 if row else "unknown",
-        parameters=sum(math.prod(info.shape) for info in values.values()),
+        parameters=sum(
+            math.prod(shape)
+            for key, shape in _resident(weights.row, weights.shapes).items()
+            if not key.startswith(weights.row.statistics)
+        ),
         weight_dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
         baked=bool(weights.pipeline),
         stamps=whole,
@@ -167,18 +174,35 @@ def _config(weights: _Weights, declared: tuple[Declared, ...]) -> Config:
     row = weights.row
     config = row.configure(shapes, norm_groups(declared))
     wanted = {key: tuple(value.shape) for key, value in blank(config).state_dict().items()}
-    if missing := [key for key in wanted if key not in shapes and key not in row.counters]:
+    there = _resident(row, shapes)
+    if missing := [key for key in wanted if key not in there and key not in row.counters]:
         if wrong := next((key for key in missing if key in weights.others), None):
             raise UnsupportedCheckpoint(f"{wrong} is {weights.others[wrong]}; a dense tensor was expected")
         raise UnsupportedCheckpoint(f"missing {some(missing)}")
-    if left := [key for key in shapes if key not in wanted]:
+    if left := [key for key in there if key not in wanted]:
         raise UnsupportedCheckpoint(f"left over {some(left)}")
     for key, shape in wanted.items():
-        if key in shapes and row.shape(key, shapes[key]) != shape:
-            raise UnsupportedCheckpoint(f"{key} has shape {shapes[key]}; expected {shape}")
-        if key not in row.counters and not weights.tensors[key].dtype.is_floating_point:
-            raise UnsupportedCheckpoint(f"{key} is {dtype_name(weights.tensors[key].dtype)}; expected floating point")
+        if key in there and there[key] != shape:
+            raise UnsupportedCheckpoint(f"{key} has shape {there[key]}; expected {shape}")
+    for name, info in weights.tensors.items():
+        if name not in row.counters and not info.dtype.is_floating_point:
+            raise UnsupportedCheckpoint(f"{name} is {dtype_name(info.dtype)}; expected floating point")
     return config
+
+
+def _check_not_zero(weights: _Weights) -> None:
+    """Raises UnsupportedCheckpoint for a file that was published with zeros in place of a layer."""
+    for file in weights.files:
+        names = canonical_keys(file.tensors, weights.row, file.path.stem)
+        for key, tensor in file.read([key for key in names if names[key] in weights.row.never_zero]):
+            if not tensor.any():
+                raise UnsupportedCheckpoint(f"{key} is all zero, and so is whatever passes it: the file is damaged")
+
+
+def _resident(row: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the network's tensors that canonical ones of the files are."""
+    empty = ((name, torch.empty(row.shape(name, shape), device="meta")) for name, shape in shapes.items())
+    return {key: tuple(part.shape) for name, tensor in empty for key, part in row.resident(name, tensor)}
 
 
 def _check_size(shapes: Mapping[str, tuple[int, ...]]) -> None:

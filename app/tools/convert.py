@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from app.errors import InvalidParameter, UnsupportedCheckpoint
-from app.store.checkpoint import Checkpoint, CheckpointChanged, blank
+from app.store.checkpoint import Checkpoint, CheckpointChanged
 from app.store.declared import KEYS
 from app.store.folder import DIFFUSERS_WEIGHTS
 from app.text import shown
@@ -85,7 +85,7 @@ def write_checkpoint(
     theirs = like.architecture.diffusers if layout == "diffusers" else None
     keys = theirs.keys(dtypes) if theirs else {name: name for name in dtypes}
     names = {key: name for name, key in keys.items()}
-    shapes = {name: tuple(value.shape) for name, value in blank(like.config).state_dict().items()}
+    shapes = {name: like.architecture.shape(name, place.info.shape) for name, place in places_of(like).items()}
     if theirs:
         shapes = {name: theirs.shape(name, shape) for name, shape in shapes.items()}
     ordered = file_order(TensorSpec(key, dtypes[name], shapes[name]) for key, name in names.items())
@@ -182,7 +182,7 @@ def source_metadata(source: Checkpoint) -> dict[str, str]:
     for key in ("scaling_factor", "shift_factor"):
         constant = getattr(family.latent_format, key)
         if row is None or getattr(row.latent_format, key) != constant:
-            metadata[key] = repr(constant)
+            metadata[key] = json.dumps(constant)  # a list: one number a channel
     return metadata | {key: str(value) for key, value in source.architecture.untold(source.config).items()}
 
 
@@ -199,8 +199,11 @@ def config_json(checkpoint: Checkpoint) -> dict[str, object]:
     if checkpoint.family_source == "default":
         content["_family_source"] = "default"  # a guess: its constants are read back as one
     form = family.latent_format
-    # Numbers per channel are built into its classes; no key of a config.json that we read says them.
-    if not form.statistics and not isinstance(form.scaling_factor, tuple):
+    if isinstance(form.scaling_factor, tuple):
+        if FAMILIES.get(family.name) != family:  # a row's are built into its classes
+            content["latents_std"] = [1 / each for each in form.scaling_factor]
+            content["latents_mean"] = list(form.shift_factor if isinstance(form.shift_factor, tuple) else ())
+    elif not form.statistics:
         content["scaling_factor"] = form.scaling_factor
         if form.shift_factor:
             content["shift_factor"] = form.shift_factor

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from app.terms import EXECUTIONS, ExecutionName
-from app.vae import layout_kl, layout_tiny
+from app.vae import layout_kl, layout_tiny, layout_wan
 from app.vae.autoencoder import Autoencoder, Config, Shape, Shapes
 from app.vae.autoencoder_kl import NORM_GROUPS, AutoencoderKL, KLConfig
 from app.vae.autoencoder_tiny import AutoencoderTiny, TinyConfig
+from app.vae.autoencoder_wan import AutoencoderWan, WanConfig, picture_tensors
 from app.vae.families import FAMILIES
 from app.vae.latent_format import Constant
 
@@ -25,8 +28,9 @@ Told = Callable[[Shapes], bool]
 class Diffusers:
     """How diffusers keeps an architecture."""
 
-    classes: Mapping[str, Constant]  # its classes, and the scaling_factor that a config.json without one means
-    act_fn: str  # the one that our network has
+    # Its classes, and the scaling_factor that a config.json without one means; None: what the weights' own row has.
+    classes: Mapping[str, Constant | None]
+    act_fn: str | None  # the one that our network has; None where its config.json has no such key
     keys: Callable[[Iterable[str]], dict[str, str]]  # {canonical name: diffusers key}
     # config.json but for the family's constants, given whether fp16 is known to be sound; raises UnsupportedCheckpoint
     config: Callable[[Any, bool], dict[str, object]]
@@ -49,6 +53,10 @@ class Architecture:
     # The convolution that makes the picture, by its canonical name; None where the decoder does not end in a plain one.
     output: Callable[[Any], str | None]
     shape: Callable[[str, Shape], Shape] = lambda name, shape: shape  # the canonical one, given that of any layout
+    # What of the network's tensors a canonical one of a file is, by name: itself, but where a file has more than runs.
+    resident: Callable[[str, Tensor], Iterable[tuple[str, Tensor]]] = lambda name, tensor: ((name, tensor),)
+    # Canonical names of tensors that are never all zero in a file that is whole.
+    never_zero: frozenset[str] = frozenset()
     encoder: tuple[str, ...] = ("encoder.",)  # canonical names begin so; all others are the decoder's
     statistics: tuple[str, ...] = ()  # names begin so: the latents' statistics, kept as they are in every precision
     counters: frozenset[str] = frozenset()  # of training: some files lack them, and nothing reads them
@@ -111,6 +119,29 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
             output=lambda config: config.output,
         ),
+        Architecture(
+            name="wan21",
+            told=_has(
+                r"(?:encoder\.downsamples|decoder\.upsamples)\.0\.residual\.0\.gamma"
+                r"|encoder\.down_blocks\.0\.norm1\.gamma"
+                r"|decoder\.up_blocks\.0\.upsamplers\.0\.(?:resample|time_conv)\."
+            ),
+            config=WanConfig,
+            configure=lambda shapes, groups: WanConfig.from_shapes(shapes),
+            module=AutoencoderWan,
+            keys=layout_wan.wan_keys,
+            diffusers=Diffusers(
+                classes={"AutoencoderKLWan": None, "AutoencoderKLQwenImage": None},
+                act_fn=None,
+                keys=layout_wan.diffusers_keys,
+                config=layout_wan.diffusers_config,
+            ),
+            output=lambda config: "decoder.head.2",
+            encoder=("encoder.", "conv1."),
+            resident=picture_tensors,
+            # A revision of Qwen-Image was published so: it makes pictures of one colour.
+            never_zero=frozenset({"conv1.weight", "conv2.weight"}),
+        ),
     )
 }
 
@@ -144,6 +175,6 @@ def architecture_of(config: Config) -> Architecture:
     return next(row for row in ARCHITECTURES.values() if type(config) is row.config)
 
 
-def diffusers_classes() -> dict[str, tuple[Architecture, Constant]]:
+def diffusers_classes() -> dict[str, tuple[Architecture, Constant | None]]:
     """All classes of diffusers that we read, with their default scaling_factor."""
     return {name: (row, default) for row in ARCHITECTURES.values() for name, default in row.diffusers.classes.items()}

@@ -1,7 +1,8 @@
 """The families: one row each, with the constants that no weight file holds. To add a family, add a row.
 
 Sources of the constants: CompVis v1-inference.yaml (0.18215), generative-models sd_xl_base.yaml (0.13025), the
-diffusers configs of SD3 (1.5305, 0.0609), FLUX.1 (0.3611, 0.1159) and FLUX.2 (BatchNorm over 2x2 patches),
+diffusers configs of SD3 (1.5305, 0.0609), FLUX.1 (0.3611, 0.1159), FLUX.2 (BatchNorm over 2x2 patches) and of both Wan
+2.1 and Qwen-Image (the same mean and standard deviation per channel),
 github.com/madebyollin/taesd (tiny autoencoders: pixels in [0, 1], latents as the diffusion model sees them).
 """
 
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from app.terms import Convention
-from app.vae.latent_format import LatentFormat
+from app.vae.latent_format import LatentFormat, per_channel
 
 USUAL = (0.3, 2.5)
 """Scaled latents: the least root mean square about 0, and the greatest standard deviation within a channel.
@@ -21,6 +22,8 @@ taken for scaled ones come to about 1 / scaling_factor (SD 1.x 5.5, SDXL 7.7, FL
 scaling_factor (0.18, 0.13, 0.36). SD3's factor of 1.5305 is too near to 1 to show.
 """
 NEAR = (0.4, 2.0)  # the same for FLUX.1, whose scaling factor is nearer to 1
+WAN_USUAL = (0.3, 1.6)
+"""Of Wan's: the 16 frames of a real clip came to 0.60 to 0.98 and to 0.49 to 0.90; as raw latents to 1.0 to 2.0."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,15 @@ def _tiny(
     return Family(name, "tiny", channels, form, pixel_range=(0.0, 1.0), space=space, cached=cached, **more)
 
 
+WAN_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+WAN_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+
 FAMILIES: dict[str, Family] = {
     row.name: row
     for row in (
@@ -77,6 +89,7 @@ FAMILIES: dict[str, Family] = {
         _kl("sd3", 16, LatentFormat(1.5305, 0.0609), "sd3"),
         _kl("flux", 16, LatentFormat(0.3611, 0.1159), "flux", usual=NEAR, cached="scaled"),
         _kl("flux2", 32, LatentFormat(patch=2, statistics=True), "flux2"),
+        Family("wan21", "wan21", 16, per_channel(WAN_MEAN, WAN_STD), space="wan21", usual=WAN_USUAL, cached=None),
         _kl("latentd-small", 4, LatentFormat(), "latentd-small", by_name=True, demonstration=True),
         _tiny("taesd", 4, "sd1"),
         _tiny("taesdxl", 4, "sdxl"),

@@ -1,5 +1,6 @@
 """The latent conventions: `raw` is what the network emits, `scaled` is what a diffusion model sees."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,11 @@ class LatentFormat:
             mean, std = _statistics(norm, z)
             z = z * std + mean
         return F.pixel_shuffle(z, self.patch) if self.patch > 1 else z
+
+
+def per_channel(mean: Iterable[float], std: Iterable[float]) -> LatentFormat:
+    """The format that normalises each channel by its mean and standard deviation."""
+    return LatentFormat(tuple(1 / each for each in std), tuple(mean))
 
 
 def _over(z: Tensor, constant: Constant) -> Tensor | float:

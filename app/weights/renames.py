@@ -13,6 +13,7 @@ from app.vae.architectures import Architecture
 from app.vae.autoencoder import Shape, Shapes
 
 PREFIXES = ("first_stage_model.", "vae.")  # under which a full checkpoint keeps its autoencoder
+WRAPPER = "model."  # before all keys of a file that has an autoencoder alone; a UNet's begin so, too
 DROPPED = ("loss.", "model_ema.", "vae_scale", "vae_shift")  # training's, and ComfyUI's constants beside a TAESD
 HALVES = ("encoder", "decoder")
 
@@ -27,7 +28,10 @@ NUMBERED = re.compile(r"\d+\.")
 def prefix_of(keys: Iterable[str]) -> str:
     """What stands before the autoencoder's keys in a full checkpoint; empty in a file of its own."""
     keys = list(keys)
-    return next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in keys)), "")
+    found = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in keys)), "")
+    halves = tuple(f"{WRAPPER}{half}." for half in HALVES)
+    wrapped = not found and all(key.startswith(WRAPPER) for key in keys) and any(key.startswith(halves) for key in keys)
+    return WRAPPER if wrapped else found
 
 
 def half_of(stem: str) -> str | None:

@@ -238,10 +238,26 @@ async def test_the_warning_names_the_items_of_a_batch(service):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_noise_of_the_right_size_never_warns(name, convention):
     row = FAMILIES[name]
-    std = 1.0 if convention == "scaled" else float(1 / np.asarray(row.latent_format.scaling_factor))
+    # Of raw latents with a factor for each channel the mean one: a warning has nothing to say of these.
+    std = 1.0 if convention == "scaled" else float(np.mean(1 / np.asarray(row.latent_format.scaling_factor)))
     channels = row.latent_channels * (row.latent_format.patch**2 if convention == "scaled" else 1)
     items = [noise(channels, std * factor) for factor in (0.6, 1.0, 1.5)]
     assert warning(items, row, convention) is None
+
+
+WAN_LATENTS = Path(__file__).parents[3] / "shared" / "latents" / "wan21_latents.pth"
+
+
+@pytest.mark.skipif(not WAN_LATENTS.exists(), reason="the latents of a real clip are not here")
+def test_latents_of_a_real_clip_never_warn_and_raw_ones_do():
+    clip = torch.load(WAN_LATENTS, map_location="cpu", weights_only=True)[0].float().numpy()  # (C, T, h, w)
+    row = FAMILIES["wan21"]
+    frames = list(clip.transpose(1, 0, 2, 3))
+    assert warning(frames, row, "scaled") is None
+    form = row.latent_format
+    scale, shift = (np.reshape(each, (-1, 1, 1)) for each in (form.scaling_factor, form.shift_factor))
+    raw = [frame / scale + shift for frame in frames]
+    assert "are they raw? latents=raw" in str(warning(raw[4:], row, "scaled"))
 
 
 def test_raw_latents_of_numbers_per_channel_are_not_told(monkeypatch):

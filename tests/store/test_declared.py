@@ -78,13 +78,30 @@ def test_an_old_config_means_diffusers_default(tmp_path):
     [
         ({"_class_name": "AutoencoderDC"}, "_class_name is AutoencoderDC; expected one of AutoencoderKL,"),
         ({"act_fn": "gelu"}, "act_fn is gelu; expected silu"),
-        ({"latents_mean": [0.0], "latents_std": [1.0]}, "per channel"),
+        ({"latents_mean": [0.0]}, "latents_mean and latents_std are lists of one length"),
+        ({"latents_mean": [0.0], "latents_std": [1.0, 1.0]}, "lists of one length"),
+        ({"latents_mean": [0.0], "latents_std": [0.0]}, "expected at least 1e-06"),
+        ({"latents_mean": [0.0], "latents_std": [float("nan")]}, "expected a number, or one for each channel"),
+        ({"latents_mean": [0.0, "1"], "latents_std": [1.0, 1.0]}, "latents_mean is .*; expected a number"),
+        ({"latents_mean": [0.0] * 5000, "latents_std": [1.0] * 5000}, "expected a number, or one for each channel"),
         ({"scaling_factor": "0.1"}, "expected a number"),
     ],
 )
 def test_a_config_of_another_kind_of_network(tmp_path, content, reason):
     with pytest.raises(UnsupportedCheckpoint, match=reason):
         config(tmp_path, **content)
+
+
+def test_a_config_of_numbers_per_channel(tmp_path):
+    said = config(tmp_path, _class_name="AutoencoderKLWan", latents_mean=[0.5, -1], latents_std=[2, 4.0])
+    assert (said.scaling_factor, said.shift_factor) == ((0.5, 0.25), (0.5, -1.0))
+
+
+def test_metadata_of_numbers_per_channel():
+    said = from_metadata({"scaling_factor": "[0.5, 0.25]", "shift_factor": "[1, 2]"})
+    assert (said.scaling_factor, said.shift_factor) == ((0.5, 0.25), (1.0, 2.0))
+    with pytest.raises(UnsupportedCheckpoint, match="expected a number"):
+        from_metadata({"family": "sd1", "scaling_factor": "[" * 100_000})
 
 
 def test_metadata():

@@ -253,3 +253,22 @@ def test_somebody_s_word_goes_over_all_that_the_files_say(tmp_path):
     assert (checkpoint.family.name, checkpoint.family_source) == ("sdxl", "operator")
     with pytest.raises(UnsupportedCheckpoint, match="--family says family flux"):
         open_checkpoint(path, "sd1", "flux")
+
+
+@pytest.mark.parametrize("key", ["conv1.weight", "conv2.weight"])
+def test_a_layer_of_zeros_is_refused_where_a_file_was_published_so(tmp_path, key):
+    state = state_of("wan21")
+    state[key] = torch.zeros_like(state[key])
+    assert refusal(write(tmp_path / "x.safetensors", state)).startswith(f"{key} is all zero")
+
+
+def test_constants_per_channel_are_as_many_as_the_channels(tmp_path):
+    write(tmp_path / "x.safetensors", state_of("wan21"))
+    config = {"_class_name": "AutoencoderKLWan", "latents_mean": [0.5] * 16, "latents_std": [2.0] * 16}
+    folder = write_folder(tmp_path / "x", state_of("wan21"), config)
+    family = open_checkpoint(folder).family
+    assert family.name == "custom"
+    assert (family.latent_format.scaling_factor, family.latent_format.shift_factor) == ((0.5,) * 16, (0.5,) * 16)
+    config |= {"latents_mean": [0.5], "latents_std": [2.0]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "scaling_factor has 1 numbers; latents of these weights have 16 channels" in refusal(folder)

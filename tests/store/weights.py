@@ -13,6 +13,7 @@ from app.vae.architectures import ARCHITECTURES, architecture_of
 from app.vae.autoencoder import Autoencoder, Config
 from app.vae.autoencoder_kl import KLConfig
 from app.vae.autoencoder_tiny import TinyConfig, TinyLayer
+from app.vae.autoencoder_wan import WanConfig
 from app.vae.families import FAMILIES
 
 State = dict[str, Tensor]
@@ -57,11 +58,21 @@ def tiny_config(family: str = "taesd", width: int = 4) -> TinyConfig:
     return TinyConfig(tuple(encoder), tuple(decoder))
 
 
+def wan_config(family: str = "wan21", width: int = 4) -> WanConfig:
+    return WanConfig(width, width, FAMILIES[family].latent_channels)
+
+
+CONFIGS: dict[str, Callable[..., Config]] = {"kl": kl_config, "tiny": tiny_config, "wan21": wan_config}
+
+
+def config_of(family: str, **changes: Any) -> Config:
+    return CONFIGS[FAMILIES[family].architecture](family, **changes)
+
+
 def module_of(family: str = "sd1", seed: int = 0, **changes: Any) -> Autoencoder:
     """A random network; the same weights for the same arguments."""
     generator = torch.Generator().manual_seed(seed)
-    kl = FAMILIES[family].architecture == "kl"
-    config: Config = kl_config(family, **changes) if kl else tiny_config(family, **changes)
+    config = config_of(family, **changes)
     module = architecture_of(config).module(config)
     for value in module.state_dict().values():
         if value.is_floating_point():
@@ -72,13 +83,44 @@ def module_of(family: str = "sd1", seed: int = 0, **changes: Any) -> Autoencoder
 
 
 def state_of(family: str = "sd1", seed: int = 0, **changes: Any) -> State:
-    """A random state dict with LDM names."""
-    return module_of(family, seed, **changes).state_dict()
+    """A random state dict as a file has it, with canonical names."""
+    return as_published(module_of(family, seed, **changes).state_dict())
+
+
+def as_published(state: Mapping[str, Tensor]) -> State:
+    """What a file has of the same network: in one of Wan kernels of three taps, and layers between frames."""
+    if "decoder.middle.1.q.weight" not in state:
+        return dict(state)
+    found: State = {}
+    for name, value in state.items():
+        stem, _, kind = name.rpartition(".")
+        if ".middle.1." in name:
+            block, _, layer = stem.rpartition(".")
+            if layer == "q":
+                found[f"{block}.to_qkv.{kind}"] = torch.cat([state[f"{block}.{part}.{kind}"] for part in "qkv"])
+            elif layer not in ("k", "v"):
+                found[f"{block}.{layer.replace('proj_out', 'proj')}.{kind}"] = value
+        elif value.dim() == 4 and ".resample." not in name:
+            taps = 2 if value.shape[-1] == 3 else 0
+            found[name] = torch.cat([torch.randn(*value.shape[:2], taps, *value.shape[2:]), value[:, :, None]], dim=2)
+        else:
+            found[name] = value[..., None] if kind == "gamma" else value
+    for block, factor in (("encoder.downsamples.5", 1), ("encoder.downsamples.8", 1)):
+        found |= _between_frames(block, state[f"{block}.resample.1.weight"].shape[1], factor)
+    for block, factor in (("decoder.upsamples.3", 2), ("decoder.upsamples.7", 2)):
+        found |= _between_frames(block, state[f"{block}.resample.1.weight"].shape[1], factor)
+    return found
+
+
+def _between_frames(block: str, channels: int, factor: int) -> State:
+    weight = torch.randn(factor * channels, channels, 3, 1, 1)
+    return {f"{block}.time_conv.weight": weight, f"{block}.time_conv.bias": torch.randn(factor * channels)}
 
 
 def as_diffusers(state: Mapping[str, Tensor]) -> State:
     """The same tensors as diffusers saves them: its names, attention as linear layers."""
-    theirs = ARCHITECTURES["tiny" if "decoder.1.weight" in state else "kl"].diffusers
+    row = "tiny" if "decoder.1.weight" in state else "wan21" if "conv2.weight" in state else "kl"
+    theirs = ARCHITECTURES[row].diffusers
     keys = theirs.keys(state)
     return {keys[name]: value.reshape(theirs.shape(name, tuple(value.shape))) for name, value in state.items()}
 

@@ -35,11 +35,12 @@ from app.vae.architectures import (
 )
 from app.vae.autoencoder import Autoencoder, Config, Shapes
 from app.vae.autoencoder_kl import KLConfig
+from app.vae.autoencoder_wan import WanConfig
 from app.vae.families import FAMILIES, Family
 from app.vae.latent_format import LatentFormat
 from app.vae.layout import replaced
 from app.vae.posterior import Dirac
-from tests.store.weights import as_diffusers, state_of, tiny_config, write
+from tests.store.weights import as_diffusers, as_published, state_of, tiny_config, write
 
 CPU = torch.device("cpu")
 
@@ -67,6 +68,7 @@ def random_kl(draw: random.Random) -> KLConfig:
 
 RANDOM: dict[str, Callable[[random.Random], Config]] = {
     "kl": random_kl,
+    "wan21": lambda draw: WanConfig(draw.choice([4, 8]), draw.choice([4, 8]), draw.choice([4, 16])),
     "tiny": lambda draw: tiny_config(draw.choice(["taesd", "taesd3", "taef2", "taesana"]), draw.choice([4, 8])),
 }
 
@@ -79,7 +81,13 @@ def shapes_of(config: Config) -> Shapes:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_there_and_back(name, seed):
     config, row = RANDOM[name](random.Random(seed)), ARCHITECTURES[name]
-    ours = shapes_of(config)
+    network = blank(config).state_dict()
+    published = as_published({key: torch.zeros(value.shape, dtype=value.dtype) for key, value in network.items()})
+    ours = {key: tuple(value.shape) for key, value in published.items()}
+    resident = {
+        key: tuple(part.shape) for each, tensor in published.items() for key, part in row.resident(each, tensor)
+    }
+    assert resident == shapes_of(config)
     keys = row.diffusers.keys(ours)
     theirs = {keys[each]: row.diffusers.shape(each, shape) for each, shape in ours.items()}
     assert len(theirs) == len(ours)

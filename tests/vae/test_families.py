@@ -3,9 +3,13 @@
 from dataclasses import replace
 
 import pytest
+from diffusers import AutoencoderKLWan
 
 from app.vae.families import FAMILIES, Family, takes
 from app.vae.latent_format import LatentFormat
+
+WAN = AutoencoderKLWan(base_dim=4).config  # diffusers has the publisher's numbers as its defaults
+WAN_MEAN, WAN_SCALE = tuple(WAN.latents_mean), tuple(1 / each for each in WAN.latents_std)
 
 PINNED = {
     # name: architecture, channels, scale, shift, patch, statistics, spatial factor
@@ -15,6 +19,7 @@ PINNED = {
     "sd3": ("kl", 16, 1.5305, 0.0609, 1, False, 8),
     "flux": ("kl", 16, 0.3611, 0.1159, 1, False, 8),
     "flux2": ("kl", 32, 1.0, 0.0, 2, True, 8),
+    "wan21": ("wan21", 16, WAN_SCALE, WAN_MEAN, 1, False, 8),
     "latentd-small": ("kl", 4, 1.0, 0.0, 1, False, 8),
     "taesd": ("tiny", 4, 1.0, 0.0, 1, False, 8),
     "taesdxl": ("tiny", 4, 1.0, 0.0, 1, False, 8),
@@ -53,7 +58,7 @@ def test_numbers_per_channel_are_as_many(row):
 
 @pytest.mark.parametrize("row", FAMILIES.values(), ids=FAMILIES)
 def test_pixel_range_is_the_architecture_s(row):
-    assert row.pixel_range == ((-1.0, 1.0) if row.architecture == "kl" else (0.0, 1.0))
+    assert row.pixel_range == ((0.0, 1.0) if row.architecture == "tiny" else (-1.0, 1.0))
 
 
 def test_packed_families_pad_to_whole_patches():
@@ -103,7 +108,7 @@ def test_which_latents_a_family_decodes(model, latents, scaled, raw):
 
 
 def test_every_tiny_family_shows_a_full_one_except_where_there_is_none():
-    full = {row.space for row in FAMILIES.values() if row.architecture == "kl"}
+    full = {row.space for row in FAMILIES.values() if row.architecture != "tiny"}
     assert [row.name for row in FAMILIES.values() if row.space not in full] == ["taesana"]
 
 

@@ -25,6 +25,15 @@ def test_of_a_full_checkpoint_only_the_autoencoder_counts(prefix):
     assert canonical_keys([down], KL) == {down: "encoder.down.0.block.0.norm1.bias"}
 
 
+def test_a_module_saved_with_what_holds_it_is_unwrapped_and_a_unet_is_not():
+    assert inner_keys(["model.encoder.conv1.weight", "model.conv2.weight"]) == {
+        "model.encoder.conv1.weight": "encoder.conv1.weight",
+        "model.conv2.weight": "conv2.weight",
+    }
+    for keys in (["model.diffusion_model.out.2.weight"], ["model.encoder.conv1.weight", "surprise.weight"]):
+        assert inner_keys(keys) == {key: key for key in keys}
+
+
 def test_training_s_leftovers_are_dropped_and_nothing_else():
     keys = ["encoder.conv_in.weight", "loss.discriminator.main.0.weight", "model_ema.decay", "surprise.weight"]
     assert list(inner_keys(keys)) == ["encoder.conv_in.weight", "surprise.weight"]

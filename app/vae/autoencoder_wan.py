@@ -1,0 +1,237 @@
+"""The VAE of Wan 2.1, which is Qwen-Image's too, for pictures: one frame of a causal network of clips.
+
+Every convolution there sees zeros in place of the frames before the first, so of a picture each uses the last of its
+three taps in time and is one of two dimensions; the layers between frames (`time_conv`) do not run. `picture_tensors`
+takes what is left out of a file. Attribute names are the publisher's keys, but for the attention's.
+Reference: Wan team, "Wan: Open and Advanced Large-Scale Video Generative Models", arXiv:2503.20314.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from app.errors import UnsupportedCheckpoint
+from app.execution.norms import RMSNorm
+from app.execution.primitive import Execution
+from app.vae.autoencoder import Autoencoder, Shapes
+from app.vae.posterior import DiagonalGaussian, Posterior
+
+MULTIPLES = (1, 2, 4, 4)  # of the base width, by level, finest first
+DEPTH = 2  # residual blocks of a level of the encoder; the decoder has one more
+COLOURS = 3
+
+BETWEEN_FRAMES = re.compile(r"(?:encoder\.downsamples|decoder\.upsamples)\.\d+\.time_conv\.(?:weight|bias)")
+ATTENTION = re.compile(r"((?:encoder|decoder)\.middle\.1\.)(to_qkv|proj)\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """What the shapes of a checkpoint say."""
+
+    encoder_width: int  # channels of the finest level
+    decoder_width: int
+    latent_channels: int
+    flat: bool = False  # whether the file has kernels of two dimensions already
+
+    spatial_factor = 1 << (len(MULTIPLES) - 1)
+    statistics_bytes = 0
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> "WanConfig":
+        """Reads the configuration off a state dict's shapes, keys as the publisher has them.
+
+        Raises UnsupportedCheckpoint where a key that every such file has is missing, and for pictures that are not RGB.
+        """
+        encoder, decoder = _shape(shapes, "encoder.conv1.weight"), _shape(shapes, "decoder.head.2.weight")
+        latent = _shape(shapes, "decoder.conv1.weight")
+        if (colours := (encoder[1], decoder[0])) != (COLOURS, COLOURS):
+            raise UnsupportedCheckpoint(
+                f"an autoencoder of {colours[0]} channels in and {colours[1]} out, as Qwen-Image-Layered's with its 4; "
+                f"pictures have {COLOURS} here"
+            )
+        return cls(encoder[0], decoder[1], latent[1], flat=len(encoder) == 4)
+
+
+def _shape(shapes: Shapes, key: str) -> tuple[int, ...]:
+    if key not in shapes:
+        raise UnsupportedCheckpoint(f"the VAE of Wan has the key {key}; this file has not")
+    if len(shapes[key]) not in (4, 5) or 0 in shapes[key]:
+        raise UnsupportedCheckpoint(f"{key} has shape {shapes[key]}; a convolution's four or five sides were expected")
+    return shapes[key]
+
+
+def picture_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of our network's that a file's tensor is for a picture: views, none for `time_conv`.
+
+    Of a kernel (O, I, t, h, w) the last tap (O, I, h, w); of a norm's (C, 1, 1, 1) or (C, 1, 1) the latter; of the
+    attention's three projections in one, each.
+    """
+    if BETWEEN_FRAMES.fullmatch(name):
+        return
+    if tensor.dim() == 5 and tensor.shape[2]:
+        tensor = tensor[:, :, -1]
+    elif name.endswith(".gamma"):
+        tensor = tensor.reshape(-1, 1, 1)
+    match = ATTENTION.fullmatch(name)
+    if match is None or tensor.dim() == 0:
+        yield name, tensor
+    elif match[2] == "proj":
+        yield f"{match[1]}proj_out.{match[3]}", tensor
+    else:
+        for part, third in zip("qkv", tensor.tensor_split(3), strict=True):
+            yield f"{match[1]}{part}.{match[3]}", third
+
+
+def clamp(x: Tensor, inplace: bool = False) -> Tensor:
+    """What the decoder ends with: [-1, 1]."""
+    return x.clamp_(-1, 1) if inplace else x.clamp(-1, 1)
+
+
+def _conv3(c_in: int, c_out: int) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, kernel_size=3, padding=1)
+
+
+class Residual(nn.Module):
+    """(B, c_in, h, w) -> (B, c_out, h, w). Numbers are those of a sequence whose activations have no weights."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.residual = nn.ModuleDict(
+            {"0": RMSNorm(c_in), "2": _conv3(c_in, c_out), "3": RMSNorm(c_out), "6": _conv3(c_out, c_out)}
+        )
+        self.shortcut = nn.Conv2d(c_in, c_out, kernel_size=1) if c_in != c_out else None
+
+    def forward(self, run: Execution[Any], x: Any) -> Any:
+        layer: Any = self.residual
+        h = run.conv(x, layer["2"], norm=layer["0"], act=F.silu)
+        if self.shortcut is not None:
+            x = run.conv(x, self.shortcut)
+        return run.conv(h, layer["6"], norm=layer["3"], act=F.silu, add=x)
+
+
+class Attention(nn.Module):
+    """(B, c, h, w) -> the same, every position attending to all."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(channels)
+        self.q = nn.Conv2d(channels, channels, kernel_size=1)
+        self.k = nn.Conv2d(channels, channels, kernel_size=1)
+        self.v = nn.Conv2d(channels, channels, kernel_size=1)
+        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, run: Execution[Any], x: Any) -> Any:
+        return run.attention(x, self)
+
+
+class Downsample(nn.Module):
+    """(B, c, h, w) -> (B, c, h // 2, w // 2); zeros to the right and below only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, kernel_size=3, stride=2)})
+
+    def forward(self, run: Execution[Any], x: Any) -> Any:
+        conv: Any = self.resample["1"]
+        return run.conv(x, conv, pad=(0, 1, 0, 1))
+
+
+class Upsample(nn.Module):
+    """(B, c, h, w) -> (B, c // 2, 2h, 2w)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": _conv3(channels, channels // 2)})
+
+    def forward(self, run: Execution[Any], x: Any) -> Any:
+        conv: Any = self.resample["1"]
+        return run.conv(x, conv, up=True)
+
+
+def _middle(channels: int) -> nn.ModuleList:
+    return nn.ModuleList([Residual(channels, channels), Attention(channels), Residual(channels, channels)])
+
+
+def _head(c_in: int, c_out: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"0": RMSNorm(c_in), "2": _conv3(c_in, c_out)})
+
+
+class Encoder(nn.Module):
+    """Pixels (B, 3, H, W) in [-1, 1] -> (B, 2z, H / 8, W / 8)."""
+
+    def __init__(self, width: int, latent_channels: int) -> None:
+        super().__init__()
+        self.conv1 = _conv3(COLOURS, width)
+        self.downsamples = nn.ModuleList()
+        channels = width
+        for level, multiple in enumerate(MULTIPLES):
+            for _ in range(DEPTH):
+                self.downsamples.append(Residual(channels, width * multiple))
+                channels = width * multiple
+            if level < len(MULTIPLES) - 1:
+                self.downsamples.append(Downsample(channels))
+        self.middle = _middle(channels)
+        self.head = _head(channels, 2 * latent_channels)
+
+    def forward(self, run: Execution[Any], x: Any) -> Any:
+        x = run.conv(x, self.conv1)
+        for layer in (*self.downsamples, *self.middle):
+            x = layer(run, x)
+        head: Any = self.head
+        return run.conv(x, head["2"], norm=head["0"], act=F.silu)
+
+
+class Decoder(nn.Module):
+    """Latents (B, z, h, w) -> pixels (B, 3, 8h, 8w) in [-1, 1]."""
+
+    def __init__(self, width: int, latent_channels: int) -> None:
+        super().__init__()
+        channels = width * MULTIPLES[-1]
+        self.conv1 = _conv3(latent_channels, channels)
+        self.middle = _middle(channels)
+        self.upsamples = nn.ModuleList()
+        for level, multiple in reversed(list(enumerate(MULTIPLES))):
+            for _ in range(DEPTH + 1):
+                self.upsamples.append(Residual(channels, width * multiple))
+                channels = width * multiple
+            if level > 0:
+                self.upsamples.append(Upsample(channels))
+                channels //= 2
+        self.head = _head(channels, COLOURS)
+
+    def forward(self, run: Execution[Any], z: Any) -> Any:
+        x = run.conv(z, self.conv1)
+        for layer in (*self.middle, *self.upsamples):
+            x = layer(run, x)
+        head: Any = self.head
+        return run.conv(x, head["2"], norm=head["0"], act=F.silu, then=clamp)
+
+
+class AutoencoderWan(Autoencoder):
+    """The two halves, and the 1x1 convolutions between them and the latent."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        z = config.latent_channels
+        self.config = config
+        self.bn = None
+        self.encoder = Encoder(config.encoder_width, z)
+        self.conv1 = nn.Conv2d(2 * z, 2 * z, kernel_size=1)
+        self.conv2 = nn.Conv2d(z, z, kernel_size=1)
+        self.decoder = Decoder(config.decoder_width, z)
+
+    def posterior(self, moments: Tensor) -> Posterior:
+        """What `encode` gave, as a distribution over raw latents."""
+        return DiagonalGaussian(moments)
+
+    def encode(self, run: Execution[Any], pixels: Any) -> Any:
+        """Pixels (B, 3, H, W) in [-1, 1] -> moments (B, 2z, H / 8, W / 8): mean and log-variance of raw latents."""
+        return run.conv(self.encoder(run, pixels), self.conv1)
+
+    def decode(self, run: Execution[Any], latents: Any) -> Any:
+        """Raw latents (B, z, h, w) -> pixels (B, 3, 8h, 8w) in [-1, 1]."""
+        return self.decoder(run, run.conv(latents, self.conv2))

@@ -1,0 +1,138 @@
+"""Parity with diffusers on random weights, for pictures: a clip of one frame there."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
+
+from app.errors import UnsupportedCheckpoint
+from app.execution.banded import RECOMPUTE, STRIPS, gather
+from app.execution.primitive import Whole
+from app.vae.autoencoder_wan import AutoencoderWan, WanConfig, picture_tensors
+from app.vae.layout_wan import diffusers_keys, wan_keys
+from tests.vae.test_autoencoder_kl import assert_same
+
+CLASSES = [AutoencoderKLWan, AutoencoderKLQwenImage]
+
+
+def reference(make: Any = AutoencoderKLWan, **options: Any) -> Any:
+    """A random diffusers VAE whose norms do something."""
+    torch.manual_seed(0)
+    model = make(base_dim=8, z_dim=16, **options).eval()
+    for name, value in model.named_parameters():
+        if name.endswith("gamma"):
+            value.data.uniform_(0.5, 1.5)
+    return model
+
+
+def state_of(model: Any) -> dict[str, torch.Tensor]:
+    """By the publisher's names, as the file has it."""
+    state = model.state_dict()
+    names = wan_keys(state)
+    return {names[key]: value for key, value in state.items()}
+
+
+def ours(model: Any) -> AutoencoderWan:
+    """Our network with another's weights, as they are loaded."""
+    state = state_of(model)
+    vae = AutoencoderWan(WanConfig.from_shapes({key: tuple(value.shape) for key, value in state.items()})).eval()
+    parts = dict(part for name, tensor in state.items() for part in picture_tensors(name, tensor))
+    vae.load_state_dict(parts, strict=True)
+    return vae
+
+
+@pytest.mark.parametrize("make", CLASSES)
+@torch.inference_mode()
+def test_a_picture_is_a_clip_of_one_frame(make):
+    model = reference(make)
+    vae = ours(model)
+    for batch, height, width in [(1, 64, 64), (2, 40, 56), (1, 43, 61)]:
+        pixels = torch.randn(batch, 3, height, width)
+        expected = model.encode(pixels[:, :, None]).latent_dist
+        moments = vae.encode(Whole(), pixels)
+        assert_same(moments, expected.parameters[:, :, 0])
+        assert_same(vae.posterior(moments).mode(), expected.mode()[:, :, 0])
+        latents = torch.randn(batch, 16, height // 8, width // 8)
+        assert_same(vae.decode(Whole(), latents), model.decode(latents[:, :, None]).sample[:, :, 0])
+
+
+@torch.inference_mode()
+def test_decoded_pictures_end_at_black_and_white():
+    model = reference()
+    model.decoder.conv_out.weight.mul_(5)
+    latents = torch.randn(1, 16, 4, 4)
+    decoded = ours(model).decode(Whole(), latents)
+    assert (decoded.min(), decoded.max()) == (-1, 1)
+    assert_same(decoded, model.decode(latents[:, :, None]).sample[:, :, 0])
+
+
+@pytest.mark.parametrize("execution", [STRIPS, RECOMPUTE], ids=str)
+@torch.inference_mode()
+def test_bands_give_the_same(execution):
+    vae = ours(reference())
+    pixels, latents = torch.randn(2, 3, 136, 72), torch.randn(2, 16, 19, 9)
+    for network, x in ((vae.encode, pixels), (vae.decode, latents)):
+        assert_same(gather(execution, network, x), network(Whole(), x))
+
+
+def test_a_file_has_more_than_a_picture_runs():
+    state = state_of(reference())
+    assert len(state) == 194
+    vae = ours(reference())
+    assert sum(value.numel() for value in vae.parameters()) < 0.4 * sum(value.numel() for value in state.values())
+    assert not any("time_conv" in key for key in vae.state_dict())
+
+
+def test_a_file_of_two_dimensions_is_the_same_network():
+    model = reference()
+    flat = {key: value[:, :, -1] if value.dim() == 5 else value for key, value in state_of(model).items()}
+    config = WanConfig.from_shapes({key: tuple(value.shape) for key, value in flat.items()})
+    assert config == WanConfig(8, 8, 16, flat=True)
+    parts = dict(part for name, tensor in flat.items() for part in picture_tensors(name, tensor))
+    wanted = ours(model).state_dict()
+    assert parts.keys() == wanted.keys()
+    assert all(torch.equal(parts[key], value) for key, value in wanted.items())
+
+
+def test_keys_go_there_and_back():
+    for make in CLASSES:
+        keys = list(reference(make).state_dict())
+        names = wan_keys(keys)
+        assert len(set(names.values())) == len(keys) == 194
+        assert wan_keys(names.values()) == {name: name for name in names.values()}
+        back = diffusers_keys(names.values())
+        assert all(back[names[key]] == key for key in keys)
+
+
+@pytest.mark.parametrize("changes", [{"in_channels": 4}, {"out_channels": 4}])
+def test_pictures_with_alpha_are_refused_by_name(changes):
+    with pytest.raises(UnsupportedCheckpoint, match="Qwen-Image-Layered"):
+        ours(reference(**changes))
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [("encoder.conv1.weight", (8, 3)), ("decoder.head.2.weight", (3, 0, 3, 3, 3)), ("decoder.conv1.weight", None)],
+)
+def test_what_has_no_sides_is_refused(key, shape):
+    shapes = {name: tuple(value.shape) for name, value in state_of(reference()).items()}
+    if shape is None:
+        del shapes[key]
+    else:
+        shapes[key] = shape
+    with pytest.raises(UnsupportedCheckpoint, match=key):
+        WanConfig.from_shapes(shapes)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("decoder.middle.1.to_qkv.weight", ()),
+        ("decoder.middle.1.to_qkv.weight", (0, 0, 1, 1)),
+        ("decoder.conv1.weight", (4, 4, 0, 3, 3)),
+        ("decoder.head.0.gamma", ()),
+    ],
+)
+def test_no_shape_breaks_what_is_taken_of_a_file(name, shape):
+    assert all(part.numel() in (0, 1) for _, part in picture_tensors(name, torch.zeros(shape)))
