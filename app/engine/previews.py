@@ -6,9 +6,9 @@ What is fitted or measured is so in the background, by jobs of the engine that e
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import numpy as np
 
@@ -93,7 +93,7 @@ class Previews:
         key = key_of(checkpoint, latents)
         found = self._maps.get(key)
         if found is None:
-            self._begin(key, self._fit(checkpoint, latents, key))
+            self._begin(key, partial(self._fit, checkpoint, latents, key))
         return found
 
     def psnr_db(self, checkpoint: Checkpoint, tiny: Checkpoint) -> float | None:
@@ -102,19 +102,18 @@ class Previews:
             return None
         key = (checkpoint.sha256, tiny.sha256)
         if key not in self._errors:
-            self._begin(key, self._measure(checkpoint, tiny, key))
+            self._begin(key, partial(self._measure, checkpoint, tiny, key))
         return self._errors.get(key)
 
-    def _begin(self, key: object, work: Coroutine[Any, Any, None]) -> None:
+    def _begin(self, key: object, work: Callable[[], Awaitable[None]]) -> None:
         if key in self._work or self._engine.draining:
-            work.close()
             return
         task = self._work[key] = asyncio.create_task(self._alone(work))
         task.add_done_callback(lambda done: self._ended(key, done))
 
-    async def _alone(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _alone(self, work: Callable[[], Awaitable[None]]) -> None:
         async with self._one:
-            await work
+            await work()
 
     def _ended(self, key: object, task: asyncio.Task[None]) -> None:
         del self._work[key]

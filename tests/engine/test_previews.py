@@ -97,6 +97,17 @@ async def test_beside_work_on_a_cpu_there_is_a_most_a_second(forwards, monkeypat
         entered(3 * module.MOST)
 
 
+async def test_fits_that_wait_for_each_other_end_with_the_service(tmp_path, forwards):
+    async with running(TOY, OTHER) as engine:
+        engine.store.folders = (tmp_path,)
+        previews = Previews(engine, lambda side: [np.zeros((side, side, 3), np.uint8)] * 2)
+        with forwards.held():
+            assert [previews.linear(each, "raw") for each in (TOY, OTHER)] == [None, None]
+            await until(lambda: engine.workers[0].busy)
+            await previews.close()
+        assert previews._work == {}
+
+
 async def test_there_is_a_most_at_once(monkeypatch):
     monkeypatch.setattr(module, "MOST", 1)
     async with running(TOY) as engine:

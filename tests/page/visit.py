@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -110,7 +111,7 @@ def visiting(
     browser: Browser, base: str, *, width: int = 1280, height: int = 900, dark: bool = False
 ) -> Iterator[Visit]:
     """A fresh visitor, checked at the end."""
-    scheme = "dark" if dark else "light"
+    scheme: Literal["dark", "light"] = "dark" if dark else "light"
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     context.set_default_timeout(30_000)
     try:
