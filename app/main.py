@@ -25,9 +25,8 @@ from app.api import compare, docs, errors, health, models, openapi, page, remote
 from app.api.context import Context, Limits
 from app.api.door.access import Access
 from app.api.door.bounds import Bounds
-from app.api.door.codecs import Codecs
 from app.api.door.connection import Connection, connections_for
-from app.api.door.room import Room
+from app.api.door.room import Codecs, Room
 from app.api.uploads import Uploads
 from app.engine.batcher import QueueLimits
 from app.engine.engine import Engine, EngineOptions

@@ -1,7 +1,7 @@
 """Every Prometheus object, on a registry it is given. Label values come from the model registry and fixed sets only."""
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -12,8 +12,6 @@ SECONDS = (
 )
 """From a stage of a small picture on a fast card to a very large one on a slow device."""
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-
-M = TypeVar("M", Counter, Histogram)
 
 Gauge = tuple[str, str, dict[str, str], float]
 """(name, help, labels, value) of something that is read at scrape time."""
@@ -55,36 +53,24 @@ class Metrics:
             metric.remove_by_labels({"model": model})
 
 
-class OnDevice(Generic[M]):
-    """A counter or a histogram whose first label, the device, is filled in."""
-
-    def __init__(self, metric: M, device: str) -> None:
-        self._metric: M = metric
-        self._device = device
-
-    def labels(self, *values: str) -> M:
-        """The one with these values of the other labels."""
-        return self._metric.labels(self._device, *values)
-
-
 class DeviceMetrics:
-    """What moves as one device works: `Metrics`, with the device filled in."""
+    """What moves as one device works: `Metrics` with the device filled in; called with the labels that are left."""
 
     def __init__(self, metrics: Metrics, device: str) -> None:
         self.rejected, self.cancelled = metrics.rejected, metrics.cancelled
-        self.batch_size = OnDevice(metrics.batch_size, device)
+        self.batch_size = partial(metrics.batch_size.labels, device)
         self.batches = metrics.batches.labels(device)
         self.items = metrics.items.labels(device)
-        self.pixels = OnDevice(metrics.pixels, device)
-        self.item_failures = OnDevice(metrics.item_failures, device)
-        self.retries = OnDevice(metrics.retries, device)
-        self.executions = OnDevice(metrics.executions, device)
-        self.fallbacks = OnDevice(metrics.fallbacks, device)
+        self.pixels = partial(metrics.pixels.labels, device)
+        self.item_failures = partial(metrics.item_failures.labels, device)
+        self.retries = partial(metrics.retries.labels, device)
+        self.executions = partial(metrics.executions.labels, device)
+        self.fallbacks = partial(metrics.fallbacks.labels, device)
         self.oom = metrics.oom.labels(device)
         self.nonfinite = metrics.nonfinite.labels(device)
-        self.loads = OnDevice(metrics.loads, device)
+        self.loads = partial(metrics.loads.labels, device)
         self.load_seconds = metrics.load_seconds.labels(device)
-        self.evictions = OnDevice(metrics.evictions, device)
+        self.evictions = partial(metrics.evictions.labels, device)
 
 
 class StateCollector:

@@ -78,10 +78,10 @@ def test_two_services_do_not_share_their_counts():
 def test_what_a_device_does_has_its_name():
     metrics = Metrics(CollectorRegistry())
     here, there = (DeviceMetrics(metrics, name) for name in ("cuda:0", "cuda:1"))
-    here.pixels.labels("decode").inc(512 * 512)
-    there.pixels.labels("decode").inc(1)
+    here.pixels("decode").inc(512 * 512)
+    there.pixels("decode").inc(1)
     there.load_seconds.observe(0.2)
-    there.fallbacks.labels("fp16", "fp32", "nonfinite").inc(2)
+    there.fallbacks("fp16", "fp32", "nonfinite").inc(2)
     value = metrics.registry.get_sample_value
     assert value("vae_pixels_total", {"device": "cuda:0", "op": "decode"}) == 512 * 512
     assert value("vae_pixels_total", {"device": "cuda:1", "op": "decode"}) == 1

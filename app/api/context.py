@@ -11,8 +11,7 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
-from app.api.door.codecs import Codecs
-from app.api.door.room import Room
+from app.api.door.room import Codecs, Room
 from app.api.errors import Forbidden, Unauthorized
 from app.api.uploads import Uploads
 from app.engine.engine import Engine

@@ -9,7 +9,7 @@ from fastapi import Request, Response
 from app.api.answer import PICTURES, WEBP, accepted, answer, content_type, header_value, negotiate, pictures_body
 from app.api.context import Context
 from app.api.door.body import read_body
-from app.api.mismatch import check_family, convention_of
+from app.api.latents import check_family, convention_of
 from app.api.schemas import DecodeQuery
 from app.api.work import Clock, Done, Given, Size, decoding, finished, picture_size
 from app.engine.jobs import Result, Task, Work, check_shape

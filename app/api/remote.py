@@ -18,7 +18,7 @@ from app.api.answer import JPEG, JSON, PNG, accepted, answer, pictures_body
 from app.api.context import KEYED, Context, Shared
 from app.api.door.body import deadline_of, read_body
 from app.api.errors import REMOTE
-from app.api.mismatch import warning
+from app.api.latents import warning
 from app.api.remote_query import RemoteDecodeQuery, RemoteEncodeQuery, RemoteQuery
 from app.api.work import Clock, Done, Given, decoding, encoding, finished, picture_size, resolved, writing
 from app.engine.jobs import Output, Task, Work

@@ -30,10 +30,9 @@ from app.api.answer import (
 from app.api.context import GUARD, Limits, Shared
 from app.api.door.body import deadline_of, read_body, read_pictures
 from app.api.door.form import Part, naming
-from app.api.mismatch import check_family, convention_of, warning
+from app.api.latents import WayBack, check_family, convention_of, warning, way_back
 from app.api.openapi import DECODED, ENCODED, LATENTS_FAMILY, PROBLEM, WORK, answers, problems, takes
 from app.api.preview import preview
-from app.api.restoring import WayBack, way_back
 from app.api.schemas import DecodeQuery, EncodeQuery
 from app.api.work import Clock, Done, Given, Size, decoding, encoding, finished, picture_size, resolved, writing
 from app.engine.jobs import Task, Work

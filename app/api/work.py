@@ -10,7 +10,6 @@ from fastapi import Request
 
 from app.api.context import Context
 from app.api.door.body import while_connected
-from app.api.errors import request_id
 from app.engine.batcher import Admission
 from app.engine.jobs import Prepare, Result, Task, Work
 from app.metrics import Metrics
@@ -124,7 +123,7 @@ async def finished(
     shared: Context,
 ) -> Done:
     """The work, for as long as its client waits. The body must be read."""
-    async with shared.engine.request(checkpoint, model, prepare, deadline, request_id(request)) as run:
+    async with shared.engine.request(checkpoint, model, prepare, deadline, request.state.request_id) as run:
         done = await while_connected(request, run())
     request.state.model = done.task.checkpoint.name
     return done

@@ -147,7 +147,7 @@ class ModelCache:
     def _evict(self, resident: Resident, reason: str) -> None:
         del self._residents[_key(resident.checkpoint, resident.dtype)]
         self._memory.evicted()
-        self._metrics.evictions.labels(reason).inc()
+        self._metrics.evictions(reason).inc()
 
     async def _load(self, checkpoint: Checkpoint, dtype: Dtype, reserved: int) -> None:
         key = _key(checkpoint, dtype)
@@ -169,12 +169,12 @@ class ModelCache:
             if module is None:
                 raise self._no_room(checkpoint, dtype, nbytes, reserved)
         except BaseException:
-            self._metrics.loads.labels("error").inc()
+            self._metrics.loads("error").inc()
             raise
         finally:
             del self._loading[key]
         self._residents[key] = Resident(checkpoint, dtype, module, nbytes)
-        self._metrics.loads.labels("ok").inc()
+        self._metrics.loads("ok").inc()
         self._metrics.load_seconds.observe(time.monotonic() - started)
 
     async def _try(self, checkpoint: Checkpoint, dtype: Dtype) -> Autoencoder | None:

@@ -181,9 +181,9 @@ class Runner:
         self._cache.make_room(peak)
         self.reserved = peak
         if failed is not None and plan.execution != failed.execution:
-            self._metrics.fallbacks.labels(failed.execution, plan.execution, "oom").inc()
+            self._metrics.fallbacks(failed.execution, plan.execution, "oom").inc()
         if failed is None and plan.execution != "whole" and task.tiling != "always":
-            self._metrics.fallbacks.labels("whole", plan.execution, "low_vram").inc()
+            self._metrics.fallbacks("whole", plan.execution, "low_vram").inc()
             _because(group, "low_memory")
         return plan
 
@@ -201,8 +201,8 @@ class Runner:
             job.seconds["compute"] = job.seconds.get("compute", 0.0) + seconds
         self._metrics.batches.inc()
         self._metrics.items.inc(len(group))
-        self._metrics.executions.labels(str(plan)).inc()
-        self._metrics.batch_size.labels(task.op, task.checkpoint.name).observe(len(group))
+        self._metrics.executions(str(plan)).inc()
+        self._metrics.batch_size(task.op, task.checkpoint.name).observe(len(group))
         if alone and (self._cache.loads, self._cache.nbytes) == (
             loads,
             resident,
@@ -257,11 +257,11 @@ class Runner:
         if failure.kind == "oom":
             log.warning("out of memory in %s, batch %d: %s", plan, plan.batch, failure.error)
             self._metrics.oom.inc()
-            self._metrics.retries.labels("oom").inc()
+            self._metrics.retries("oom").inc()
             _because(group, "oom")
             return [(group, plan)]
         if failure.kind == "error" and len(group) > 1:
-            self._metrics.retries.labels("isolate").inc()  # one of them is to blame: each runs alone
+            self._metrics.retries("isolate").inc()  # one of them is to blame: each runs alone
             return [([job], None) for job in reversed(group)]
         self._end(group, failure)
         return []
@@ -285,7 +285,7 @@ class Runner:
         for job in jobs:
             if job.gone:
                 continue
-            self._metrics.item_failures.labels(reason).inc()
+            self._metrics.item_failures(reason).inc()
             if isinstance(error, OutOfMemory):
                 self._metrics.rejected.labels("vram").inc()
             job.future.set_exception(error)
@@ -293,8 +293,8 @@ class Runner:
     def _fall_back(self, jobs: list[Job], before: Dtype, dtype: Dtype) -> None:
         name = jobs[0].task.checkpoint.name
         log.warning("%s: %d items are not finite in %s, running them in %s", name, len(jobs), before, dtype)
-        self._metrics.retries.labels("nan").inc()
-        self._metrics.fallbacks.labels(before, dtype, "nonfinite").inc(len(jobs))
+        self._metrics.retries("nan").inc()
+        self._metrics.fallbacks(before, dtype, "nonfinite").inc(len(jobs))
         _because(jobs, "non_finite")
 
     def _dropped(self, job: Job) -> bool:
@@ -311,7 +311,7 @@ class Runner:
     def _finish(self, job: Job, array: np.ndarray, plan: ExecutionPlan) -> None:
         if not job.gone:
             reason = job.reason or ("requested" if self._planner.unusual(job.task, plan) else None)
-            self._metrics.pixels.labels(job.task.op).inc(job.pixels)
+            self._metrics.pixels(job.task.op).inc(job.pixels)
             job.future.set_result(Result(array, str(plan), reason, job.seconds))
 
 

@@ -5,6 +5,7 @@ Knows files and tensors; which device and precision is the caller's to say.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ class Checkpoint:
     stamps: tuple[Stamp, ...] = field(repr=False)
     copy_of: str | None = None  # the name of the model in the same folder whose weights these are
 
-    @property
+    @cached_property
     def doubt(self) -> str | None:
         """One line where its family is a guess, else None."""
         return doubt_of(self.family, self.family_source, self.path.stem)

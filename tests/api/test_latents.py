@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from app.api.mismatch import convention_of, warning
+from app.api.latents import convention_of, warning
 from app.api.schemas import DecodeQuery
 from app.vae.families import FAMILIES
 from app.vae.latent_format import LatentFormat
