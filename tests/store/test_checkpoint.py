@@ -179,11 +179,9 @@ def test_fp8_weights_are_widened(tmp_path):
     assert torch.equal(module.state_dict()["decoder.conv_in.weight"], state["decoder.conv_in.weight"].half())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("form", [*SUFFIXES, "diffusers"])
-@torch.inference_mode()
-def test_a_vae_of_sd_s_own_size_gives_diffusers_latents(tmp_path, form):
-    """To fp16 rounding: what leaves the service as float16 differs by one step at most."""
+@pytest.fixture(scope="module")
+def sd_sized(tmp_path_factory):
+    """diffusers' random VAE of SD's own size; and its checkpoint and module, by way of a file."""
     torch.manual_seed(0)
     blocks = 4
     reference = Reference(
@@ -192,22 +190,44 @@ def test_a_vae_of_sd_s_own_size_gives_diffusers_latents(tmp_path, form):
         down_block_types=["DownEncoderBlock2D"] * blocks,
         up_block_types=["UpDecoderBlock2D"] * blocks,
     ).eval()
-    if form == "diffusers":
-        reference.save_pretrained(tmp_path / "x")
-        path = tmp_path / "x"
-    else:
-        path = write(tmp_path / f"x{form}", reference.state_dict())
+    path = write(tmp_path_factory.mktemp("sd") / "x.safetensors", reference.state_dict())
     checkpoint = open_checkpoint(path, "sd1")
+    module = load_autoencoder(checkpoint, torch.float32, CPU)
+    path.unlink()
+    return reference, checkpoint, module
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_a_vae_of_sd_s_own_size_gives_diffusers_latents(sd_sized):
+    """To fp16 rounding: what leaves the service as float16 differs by one step at most."""
+    reference, checkpoint, module = sd_sized
     assert checkpoint.parameters == 83_653_863
     assert checkpoint.family.name == "sd1"
-    module = load_autoencoder(checkpoint, torch.float32, CPU)
-    pixels = torch.rand(1, 3, 64, 96) * 2 - 1
+    pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     expected = reference.encode(pixels).latent_dist.mode() * 0.18215
     scaled = checkpoint.family.latent_format.scale(module.posterior(module.encode(Whole(), pixels)).mode())
     step = torch.finfo(torch.float16).eps * expected.abs().max().item()
     torch.testing.assert_close(scaled.half(), expected.half(), atol=step, rtol=torch.finfo(torch.float16).eps)
     decoded = module.decode(Whole(), checkpoint.family.latent_format.unscale(scaled))
     torch.testing.assert_close(decoded, reference.decode(expected / 0.18215).sample, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [*SUFFIXES, "diffusers"])
+def test_every_form_of_it_is_that_very_module(tmp_path, sd_sized, form):
+    reference, first, expected = sd_sized
+    if form == "diffusers":
+        reference.save_pretrained(tmp_path / "x")
+        path = tmp_path / "x"
+    else:
+        path = write(tmp_path / f"x{form}", reference.state_dict())
+    checkpoint = open_checkpoint(path, "sd1")
+    assert (checkpoint.config, checkpoint.family) == (first.config, first.family)
+    found, wanted = load_autoencoder(checkpoint, torch.float32, CPU).state_dict(), expected.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert checkpoint.tensors_sha256 == first.tensors_sha256
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
