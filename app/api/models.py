@@ -62,15 +62,7 @@ async def plan(name: Name, query: Annotated[PlanQuery, Query()], shared: Shared)
     width, height = fitted_size(query.width, query.height, checkpoint.family.size_multiple, "pad")
     task = Task(query.op, checkpoint, precision=query.precision, tiling=query.tiling)
     shape = picture_shape((width, height)) if query.op == "encode" else latent_shape_of((width, height), task)
-    answer = await shared.engine.plan(task, shape)
-    return Plan(
-        device=answer.device,
-        plan=answer.plan,
-        forecast_bytes=answer.forecast_bytes,
-        free_bytes=answer.free_bytes,
-        available_bytes=answer.available_bytes,
-        plans=answer.plans,
-    )
+    return Plan.model_validate(await shared.engine.plan(task, shape))
 
 
 @router.get("/{name:path}", operation_id="get_model", responses=problems(404, 503))

@@ -245,6 +245,8 @@ class Models(BaseModel):
 class Plan(BaseModel):
     """GET /models/{name}/plan: what would happen now. Bytes of working memory, weights not included."""
 
+    model_config = ConfigDict(from_attributes=True)
+
     device: str
     plan: str | None  # null: does not fit
     forecast_bytes: int | None

@@ -8,8 +8,7 @@ from fastapi import APIRouter, Query, Request
 
 from app.api.answer import OCTETS
 from app.api.context import ADMIN, Context, Shared
-from app.api.door.body import SILENT_SECONDS
-from app.api.errors import ClientGone, SlowBody
+from app.api.door.body import pieces_of
 from app.api.models import Name, Nothing, model_row
 from app.api.openapi import BINARY, PROBLEM, problems
 from app.api.schemas import Model, UploadQuery
@@ -102,31 +101,18 @@ def _check_free(place: Path, file: str, shared: Context, *, replace: bool) -> No
 
 async def _receive(request: Request, file: Incoming, shared: Context) -> None:
     """The body into the file. Raises TooLarge, SlowBody, ClientGone, DiskFull, and Unavailable at the end of all."""
-    clock = asyncio.get_running_loop()
-    end, size, pieces = clock.time() + UPLOAD_SECONDS, 0, bytearray()
-    try:
-        async with asyncio.timeout_at(end) as patience:
-            more = True
-            while more:
-                patience.reschedule(min(end, clock.time() + SILENT_SECONDS))
-                message = await request.receive()
-                patience.reschedule(end)
-                if message["type"] == "http.disconnect":
-                    raise ClientGone("the client closed the connection before its file ended")
-                if shared.engine.draining:
-                    raise Unavailable("the service is shutting down")
-                pieces += message.get("body", b"")
-                more = message.get("more_body", False)
-                size += len(message.get("body", b""))
-                if size > shared.uploads.most_bytes:
-                    raise _too_large(shared.uploads.most_bytes)
-                if len(pieces) >= PIECE or not more:
-                    await shared.uploads.run(file.write, pieces)
-                    pieces = bytearray()
-    except TimeoutError:
-        raise SlowBody(
-            f"the file did not arrive within {UPLOAD_SECONDS:g} s, or stopped for {SILENT_SECONDS:g} s"
-        ) from None
+    size, pieces = 0, bytearray()
+    async for piece in pieces_of(request, UPLOAD_SECONDS, "file"):
+        if shared.engine.draining:
+            raise Unavailable("the service is shutting down")
+        pieces += piece
+        size += len(piece)
+        if size > shared.uploads.most_bytes:
+            raise _too_large(shared.uploads.most_bytes)
+        if len(pieces) >= PIECE:
+            await shared.uploads.run(file.write, pieces)
+            pieces = bytearray()
+    await shared.uploads.run(file.write, pieces)
 
 
 def _too_large(most: int) -> TooLarge:

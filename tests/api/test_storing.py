@@ -163,7 +163,7 @@ async def test_a_full_disk_is_told_and_nothing_stays(service, folder, tiny, monk
 
 
 async def test_a_file_that_stops_is_given_up(service, folder, tiny, monkeypatch):
-    monkeypatch.setattr(storing, "SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(body, "SILENT_SECONDS", 0.05)
 
     async def stops():
         yield tiny[:1000]
@@ -171,7 +171,6 @@ async def test_a_file_that_stops_is_given_up(service, folder, tiny, monkeypatch)
 
     refused(await service.put("/models/new", content=stops()), 408, "slow_body")
     assert files(folder) == {"kl.safetensors"}
-    assert body.SILENT_SECONDS > 1
 
 
 async def test_two_of_one_name_at_once_and_more_than_are_written(service, folder, tiny):

@@ -3,7 +3,7 @@
 import asyncio
 import re
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any, TypeVar
 
@@ -43,32 +43,35 @@ async def read_body(request: Request, limit: int) -> Body:
     # Pages of the system's own: there when they are written to, never copied as it grows, gone with the request.
     buffer = mmap(-1, max(counted, CHUNK), MAP_PRIVATE | MAP_ANONYMOUS)
     size = 0
-    clock = asyncio.get_running_loop()
-    end = clock.time() + BODY_SECONDS
-    try:
-        async with asyncio.timeout_at(end) as patience:
-            more = True
-            while more:
-                patience.reschedule(min(end, clock.time() + SILENT_SECONDS))
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone("the client closed the connection before its body ended")
-                chunk = message.get("body", b"")
-                start, size = size, size + len(chunk)
-                if size > limit:
-                    raise TooLarge(f"the body has more than {limit} bytes")
-                if size > counted:
-                    held.take(size - counted)
-                    counted = size
-                if size > len(buffer):
-                    buffer.resize(max(size, 2 * len(buffer)))
-                buffer[start:size] = chunk
-                more = message.get("more_body", False)
-    except TimeoutError:
-        raise SlowBody(
-            f"the body did not arrive within {BODY_SECONDS:g} s, or stopped for {SILENT_SECONDS:g} s"
-        ) from None
+    async for piece in pieces_of(request, BODY_SECONDS, "body"):
+        start, size = size, size + len(piece)
+        if size > limit:
+            raise TooLarge(f"the body has more than {limit} bytes")
+        if size > counted:
+            held.take(size - counted)
+            counted = size
+        if size > len(buffer):
+            buffer.resize(max(size, 2 * len(buffer)))
+        buffer[start:size] = piece
     return memoryview(buffer)[:size]
+
+
+async def pieces_of(request: Request, seconds: float, what: str) -> AsyncIterator[bytes]:
+    """A body as it comes, the last piece of it within `seconds`. Raises SlowBody and ClientGone, in words of `what`."""
+    clock = asyncio.get_running_loop()
+    end, more = clock.time() + seconds, True
+    while more:
+        try:
+            async with asyncio.timeout_at(min(end, clock.time() + SILENT_SECONDS)):
+                message = await request.receive()
+        except TimeoutError:
+            raise SlowBody(
+                f"the {what} did not arrive within {seconds:g} s, or stopped for {SILENT_SECONDS:g} s"
+            ) from None
+        if message["type"] == "http.disconnect":
+            raise ClientGone(f"the client closed the connection before its {what} ended")
+        more = message.get("more_body", False)
+        yield message.get("body", b"")
 
 
 async def read_pictures(request: Request, limit: int) -> list[Part]:
