@@ -109,7 +109,7 @@ def measure(network: Network, op: Op, side: int, batch: int, plan: ExecutionPlan
     forecast = Forecaster("cpu").peak(network_shape(checkpoint, op, side, side), plan)
 
     def run(side: int) -> None:
-        compute.run(module, [torch.tensor(picture(op, side))] * batch, [task] * batch, plan, lambda: None)
+        compute.forward(module, [torch.tensor(picture(op, side))] * batch, [task] * batch, plan, lambda: None)
 
     run(WARM_SIDE)  # thread pools, code pages
     gc.collect()

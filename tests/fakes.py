@@ -135,7 +135,7 @@ def total(registry: CollectorRegistry, name: str, **labels: str) -> float:
 
 
 class Forwards:
-    """Stands before `compute.run`: a log of all forwards, a gate before them, and whatever a test wants to happen."""
+    """Stands before `compute.forward`: a log of its calls, a gate before them, and whatever a test wants to happen."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[tuple[str, str, int]] = []  # (model, plan, items)
@@ -144,8 +144,8 @@ class Forwards:
         self.gate.set()
         self.entered = threading.Event()
         self.before: Callable[[list[torch.Tensor], Any], None] = lambda inputs, plan: None
-        self._run = compute.run
-        monkeypatch.setattr(compute, "run", self)
+        self._run = compute.forward
+        monkeypatch.setattr(compute, "forward", self)
 
     def __call__(self, module: Any, inputs: list[torch.Tensor], tasks: list[Task], plan: Any, check: Any) -> Any:
         self.log.append((tasks[0].checkpoint.name, str(plan), len(inputs)))

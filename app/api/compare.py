@@ -15,7 +15,7 @@ from fastapi import APIRouter, Query, Request, Response
 from app.api.answer import JPEG, JSON, PNG, WEBP, ZIP, accepted, content_type, negotiate
 from app.api.context import GUARD, Context, Limits, Shared
 from app.api.door.body import deadline_of, read_pictures, while_connected
-from app.api.openapi import COMPARED, PROBLEM, WORK, answers, problems, takes
+from app.api.openapi import COMPARED, PROBLEM, WORK, answers, problems, request_body
 from app.api.schemas import Compared, CompareQuery, Comparison
 from app.api.work import Clock, Size, latent_shape_of, picture_shape
 from app.engine.batcher import Admission
@@ -79,7 +79,7 @@ Run = Callable[[], Awaitable[Row]]
         Comparison,
     )
     | problems(*WORK),
-    openapi_extra=takes("A picture, or a form of one.", (PNG, JPEG, WEBP), form=True),
+    openapi_extra=request_body("A picture, or a form of one.", (PNG, JPEG, WEBP), form=True),
 )
 async def compare(request: Request, query: Annotated[CompareQuery, Query()], shared: Shared) -> Response:
     """One picture through each of `models` and back. Body: the bytes of a PNG, JPEG or WebP."""

@@ -92,7 +92,7 @@ def answers(
     return {200: found | ({"model": model} if model else {})}
 
 
-def takes(
+def request_body(
     description: str, media: Iterable[str], *, form: bool = False, headers: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
     """The request of such an operation: a file of one of these types, whatever it is called, or a form of several."""

@@ -31,7 +31,7 @@ from app.api.context import GUARD, Limits, Shared
 from app.api.door.body import deadline_of, read_body, read_pictures
 from app.api.door.form import Part, naming
 from app.api.latents import WayBack, check_family, convention_of, warning, way_back
-from app.api.openapi import DECODED, ENCODED, LATENTS_FAMILY, PROBLEM, WORK, answers, problems, takes
+from app.api.openapi import DECODED, ENCODED, LATENTS_FAMILY, PROBLEM, WORK, answers, problems, request_body
 from app.api.preview import preview
 from app.api.schemas import DecodeQuery, EncodeQuery
 from app.api.work import Clock, Done, Given, Size, decoding, encoding, finished, picture_size, resolved, writing
@@ -53,7 +53,7 @@ router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
     "/encode",
     response_class=Response,
     responses=answers("Latents, (N, C, h, w)", (NPY, SAFETENSORS, NPZ), ENCODED) | problems(*WORK),
-    openapi_extra=takes(
+    openapi_extra=request_body(
         "A picture, a form of several, or an array of them: uint8 (H, W, 3) or (N, H, W, 3), or floats in [-1, 1], "
         "(3, H, W) or (N, 3, H, W).",
         (PNG, JPEG, WEBP, NPY, SAFETENSORS),
@@ -121,7 +121,7 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     response_class=Response,
     responses=answers("A picture; several as zip or npy, (N, H, W, 3)", (PNG, JPEG, WEBP, AVIF, ZIP, NPY), DECODED)
     | problems(409, *WORK),
-    openapi_extra=takes(
+    openapi_extra=request_body(
         "Latents, (C, h, w) or (N, C, h, w); a .npz, or a list of torch.save's, may hold several shapes.",
         (NPY, NPZ, SAFETENSORS, TORCH),
         headers=[LATENTS_FAMILY],

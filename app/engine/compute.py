@@ -137,7 +137,7 @@ def _broken(device: torch.device) -> bool:
 
 
 @torch.inference_mode()
-def run(module: Autoencoder, inputs: list[Tensor], tasks: list[Task], plan: ExecutionPlan, check: Check) -> Outcome:
+def forward(module: Autoencoder, inputs: list[Tensor], tasks: list[Task], plan: ExecutionPlan, check: Check) -> Outcome:
     """One forward of items that share a batch key.
 
     Inputs are uint8 (H, W, 3), or floating in [-1, 1], to encode, floating (C, h, w) to decode, on the module's device.

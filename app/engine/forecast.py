@@ -77,7 +77,7 @@ class CountingMode(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Shape:
+class NetworkShape:
     """What decides a forecast: the network, the direction, and one item's array on the network's side."""
 
     config: Config
@@ -88,12 +88,12 @@ class Shape:
     itemsize: int = 1  # bytes of each number of the picture, whichever side it is on
 
 
-def network_shape(checkpoint: Checkpoint, op: Op, height: int, width: int, itemsize: int = 1) -> Shape:
+def network_shape(checkpoint: Checkpoint, op: Op, height: int, width: int, itemsize: int = 1) -> NetworkShape:
     """The shape of a picture of height x width pixels as the network takes it."""
     if op == "encode":
-        return Shape(checkpoint.config, op, 3, height, width, itemsize)
+        return NetworkShape(checkpoint.config, op, 3, height, width, itemsize)
     side, channels = checkpoint.family.spatial_factor, checkpoint.family.latent_channels
-    return Shape(checkpoint.config, op, channels, height // side, width // side, itemsize)
+    return NetworkShape(checkpoint.config, op, channels, height // side, width // side, itemsize)
 
 
 class Forecaster:
@@ -105,15 +105,15 @@ class Forecaster:
         self._device = torch.device(device)
         self._counted = lru_cache(REMEMBERED)(lambda shape, plan: count(shape, plan, self._device))
 
-    def peak(self, shape: Shape, plan: ExecutionPlan) -> int:
+    def peak(self, shape: NetworkShape, plan: ExecutionPlan) -> int:
         """Bytes of working memory, weights not included; of recompute, the least."""
         return int(self._counted(shape, plan) * self._factor(shape, plan)) + OVERHEAD
 
-    def budget(self, shape: Shape, plan: ExecutionPlan, available: int) -> int:
+    def budget(self, shape: NetworkShape, plan: ExecutionPlan, available: int) -> int:
         """The bytes that an execution may count on, for its peak to be `available`."""
         return int((available - OVERHEAD) / self._factor(shape, plan)) - _ends(shape, plan, self._device)
 
-    def measured(self, shape: Shape, plan: ExecutionPlan, peak: int) -> None:
+    def measured(self, shape: NetworkShape, plan: ExecutionPlan, peak: int) -> None:
         """Takes note of a real peak: later forecasts of the same network and mode follow it upwards at once.
 
         Small ones say nothing (there the overhead is most of it), nor do those of recompute with a budget.
@@ -128,11 +128,11 @@ class Forecaster:
             old = self._corrections.get(key, 1.0)
             self._corrections[key] = min(high, max(low, seen if seen > old else 0.9 * old + 0.1 * seen))
 
-    def _factor(self, shape: Shape, plan: ExecutionPlan) -> float:
+    def _factor(self, shape: NetworkShape, plan: ExecutionPlan) -> float:
         return MARGIN * self._corrections.get((shape.config, shape.op, str(plan)), 1.0)
 
 
-def count(shape: Shape, plan: ExecutionPlan, device: torch.device) -> int:
+def count(shape: NetworkShape, plan: ExecutionPlan, device: torch.device) -> int:
     """Peak bytes of a plan: Whole by running it on `meta`, the banded executions by their own arithmetic."""
     dtype = TORCH_DTYPES[plan.dtype]
     module = blank(shape.config)
@@ -149,7 +149,7 @@ def count(shape: Shape, plan: ExecutionPlan, device: torch.device) -> int:
     return mode.peak + _ends(shape, plan, device)
 
 
-def _ends(shape: Shape, plan: ExecutionPlan, device: torch.device) -> int:
+def _ends(shape: NetworkShape, plan: ExecutionPlan, device: torch.device) -> int:
     """Bytes of the arrays at both ends of the network, which are there from the beginning to the end.
 
     To encode: the pictures as they came, one by one and as a batch, and the batch in the network's dtype. To decode:

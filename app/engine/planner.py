@@ -6,7 +6,7 @@ import torch
 
 from app.engine.cache import ModelCache
 from app.engine.compute import OUTPUTS
-from app.engine.forecast import Forecaster, Shape, network_shape
+from app.engine.forecast import Forecaster, NetworkShape, network_shape
 from app.engine.jobs import Task, picture_pixels
 from app.engine.memory import DeviceMemory
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan, after, candidates, choose, dtypes
@@ -133,7 +133,7 @@ class Planner:
         return PlanAnswer(name, chosen, peaks[chosen] if chosen else None, free, available, peaks)
 
 
-def shape_of(task: Task, shape: tuple[int, ...], itemsize: int = 1) -> Shape:
+def shape_of(task: Task, shape: tuple[int, ...], itemsize: int = 1) -> NetworkShape:
     """The network-side shape of one item's array, whose numbers have so many bytes."""
     if task.op == "encode":
         return network_shape(task.checkpoint, task.op, shape[0], shape[1], itemsize)

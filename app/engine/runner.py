@@ -236,7 +236,7 @@ class Runner:
 
         try:
             check()
-            return compute.run(module, [inputs[job] for job in group], [job.task for job in group], plan, check)
+            return compute.forward(module, [inputs[job] for job in group], [job.task for job in group], plan, check)
         except Exception as error:  # noqa: BLE001  the batch boundary: only classified here, `_after` decides
             return self._classify(error)
         finally:

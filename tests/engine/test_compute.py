@@ -31,7 +31,7 @@ SCALE = float(FAMILY.latent_format.scaling_factor)  # type: ignore[arg-type]
 
 
 def run(module, arrays, tasks, plan=WHOLE, check=nothing):
-    return compute.run(module, [torch.tensor(array) for array in arrays], tasks, plan, check)
+    return compute.forward(module, [torch.tensor(array) for array in arrays], tasks, plan, check)
 
 
 def decoded(module, arrays):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from app.engine import compute, forecast
-from app.engine.forecast import MARGIN, OVERHEAD, CountingMode, Forecaster, Shape, count, network_shape
+from app.engine.forecast import MARGIN, OVERHEAD, CountingMode, Forecaster, NetworkShape, count, network_shape
 from app.engine.jobs import Task
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan
 from app.execution import banded as strips
@@ -62,7 +62,7 @@ def test_the_count_covers_the_real_tensors_and_little_more(monkeypatch, op, form
     array = (picture(side) / 256).astype(form) if op == "encode" else latent(side // 2)
     item = torch.tensor(array)
     with CountingMode([item, *module.state_dict().values()]) as mode:
-        compute.run(module, [item], [Task(op, MEDIUM)], plan, lambda: None)
+        compute.forward(module, [item], [Task(op, MEDIUM)], plan, lambda: None)
     counted = count(network_shape(MEDIUM, op, side, side, np.dtype(form).itemsize), plan, CPU)
     assert 1.0 <= counted * MARGIN / mode.peak <= 1.25
 
@@ -71,7 +71,7 @@ def test_the_count_covers_the_real_tensors_and_little_more(monkeypatch, op, form
 def test_a_whole_sd_run_takes_its_known_bytes_a_pixel(op, least, most):
     """Three maps of 256 channels at full size: the residual's input, its norm, its activation."""
     side = 512
-    shape = Shape(SD, op, 3, side, side) if op == "encode" else Shape(SD, op, 4, side // 8, side // 8)
+    shape = NetworkShape(SD, op, 3, side, side) if op == "encode" else NetworkShape(SD, op, 4, side // 8, side // 8)
     assert least <= count(shape, ExecutionPlan("fp32", "whole", 1), CPU) / side**2 <= most
     half = count(shape, ExecutionPlan("fp16", "whole", 1), CPU) / side**2
     assert least / 2 <= half <= most / 2 + 20
@@ -79,7 +79,7 @@ def test_a_whole_sd_run_takes_its_known_bytes_a_pixel(op, least, most):
 
 
 def test_the_executions_are_in_order_of_their_memory():
-    shape = Shape(SD, "decode", 4, 128, 128)
+    shape = NetworkShape(SD, "decode", 4, 128, 128)
     whole, strip, least = (
         count(shape, ExecutionPlan("fp32", name, 1), CPU) for name in ("whole", "strips", "recompute")
     )
@@ -87,7 +87,7 @@ def test_the_executions_are_in_order_of_their_memory():
 
 
 WHOLE = ExecutionPlan("fp16", "whole", 1)
-LARGE, SMALL = Shape(SD, "decode", 4, 128, 128), Shape(SD, "decode", 4, 8, 8)
+LARGE, SMALL = NetworkShape(SD, "decode", 4, 128, 128), NetworkShape(SD, "decode", 4, 8, 8)
 
 
 def test_a_larger_peak_is_believed_at_once_and_a_smaller_one_slowly():
@@ -97,7 +97,7 @@ def test_a_larger_peak_is_believed_at_once_and_a_smaller_one_slowly():
     forecaster.measured(LARGE, WHOLE, int(1.3 * (first - OVERHEAD)) + OVERHEAD)
     raised = forecaster.peak(LARGE, WHOLE)
     assert (raised - OVERHEAD) / (first - OVERHEAD) == pytest.approx(1.3)
-    other = Shape(SD, "decode", 4, 96, 96)
+    other = NetworkShape(SD, "decode", 4, 96, 96)
     assert (forecaster.peak(other, WHOLE) - OVERHEAD) / (count(other, WHOLE, CPU) * MARGIN) == pytest.approx(1.3)
     forecaster.measured(LARGE, WHOLE, first)
     assert first < forecaster.peak(LARGE, WHOLE) < raised
@@ -139,5 +139,5 @@ def test_a_shape_is_counted_once(monkeypatch):
 
 
 def test_the_network_s_shape_of_a_picture():
-    assert network_shape(MEDIUM, "decode", 64, 32) == Shape(MEDIUM.config, "decode", 4, 32, 16)
-    assert network_shape(MEDIUM, "encode", 64, 32) == Shape(MEDIUM.config, "encode", 3, 64, 32)
+    assert network_shape(MEDIUM, "decode", 64, 32) == NetworkShape(MEDIUM.config, "decode", 4, 32, 16)
+    assert network_shape(MEDIUM, "encode", 64, 32) == NetworkShape(MEDIUM.config, "encode", 3, 64, 32)

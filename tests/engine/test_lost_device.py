@@ -25,7 +25,7 @@ def run(*args):
     compute.probe = fails  # from the first forward on, nothing works any more
     fails()
 
-compute.run = run
+compute.forward = run
 sys.exit(serve(Settings(models=Path(sys.argv[1]), device="cpu"), "127.0.0.1", int(sys.argv[2])))
 """
 

@@ -159,12 +159,12 @@ def test_the_answer_shows_all_plans_and_the_one_chosen():
 
 def test_the_network_s_shape_of_an_array():
     packed = replace(TOY, family=replace(FAMILY, latent_format=LatentFormat(patch=2)))
-    assert shape_of(Task("encode", TOY), (30, 20, 3)) == forecast.Shape(TOY.config, "encode", 3, 30, 20)
-    assert shape_of(Task("encode", TOY), (30, 20, 3), 4) == forecast.Shape(TOY.config, "encode", 3, 30, 20, 4)
+    assert shape_of(Task("encode", TOY), (30, 20, 3)) == forecast.NetworkShape(TOY.config, "encode", 3, 30, 20)
+    assert shape_of(Task("encode", TOY), (30, 20, 3), 4) == forecast.NetworkShape(TOY.config, "encode", 3, 30, 20, 4)
     wide = Task("decode", TOY, output="float32")  # its latents, two bytes each, are not what is meant
-    assert shape_of(wide, (4, 15, 10), 2) == forecast.Shape(TOY.config, "decode", 4, 15, 10, 4)
-    assert shape_of(TASK, (4, 15, 10)) == forecast.Shape(TOY.config, "decode", 4, 15, 10)
-    assert shape_of(Task("decode", packed), (16, 15, 10)) == forecast.Shape(TOY.config, "decode", 4, 30, 20)
-    assert shape_of(Task("decode", packed, latents="raw"), (4, 15, 10)) == forecast.Shape(
+    assert shape_of(wide, (4, 15, 10), 2) == forecast.NetworkShape(TOY.config, "decode", 4, 15, 10, 4)
+    assert shape_of(TASK, (4, 15, 10)) == forecast.NetworkShape(TOY.config, "decode", 4, 15, 10)
+    assert shape_of(Task("decode", packed), (16, 15, 10)) == forecast.NetworkShape(TOY.config, "decode", 4, 30, 20)
+    assert shape_of(Task("decode", packed, latents="raw"), (4, 15, 10)) == forecast.NetworkShape(
         TOY.config, "decode", 4, 15, 10
     )

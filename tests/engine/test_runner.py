@@ -334,7 +334,7 @@ async def test_whoever_has_gone_or_is_late_is_dropped_before_compute_and_counted
 
 @pytest.mark.parametrize("tiling", ["always", "never"])
 async def test_a_run_whose_client_goes_stops_at_the_next_layer_and_leaves_nothing(monkeypatch, tiling):
-    real, checks, modes = compute.run, [], []
+    real, checks, modes = compute.forward, [], []
     loop = asyncio.get_running_loop()
     only = job(Task("decode", TOY, tiling=tiling), latent(32))
 
@@ -352,7 +352,7 @@ async def test_a_run_whose_client_goes_stops_at_the_next_layer_and_leaves_nothin
     async def leave():
         only.future.cancel()
 
-    monkeypatch.setattr(compute, "run", run)
+    monkeypatch.setattr(compute, "forward", run)
     async with running(TOY) as engine:
         worker = engine.workers[0]
         worker.batcher.put(worker.batcher.admit(1, only.pixels, None, 0.0), [only])

@@ -66,7 +66,7 @@ async def test_bands_equal_the_whole_in_half_precision(op):
     item, task = torch.tensor(array, device="cuda"), Task(op, model, output="uint16")
 
     def run(network, plan):
-        return compute.run(network, [item], [task], plan, lambda: None).arrays[0].astype(float)
+        return compute.forward(network, [item], [task], plan, lambda: None).arrays[0].astype(float)
 
     exact = run(wide, ExecutionPlan("fp32", "whole", 1))
     whole = run(module, ExecutionPlan("fp16", "whole", 1))
@@ -88,10 +88,10 @@ def test_the_forecast_covers_the_measured_peak(op, dtype, execution, side):
     module = load(model, torch_dtype, torch.device("cuda"))
     array = latent(side // 8) if op == "decode" else picture(side)
     item = torch.tensor(array, device="cuda")
-    compute.run(module, [item], [Task(op, model)], plan, lambda: None)  # libraries' own workspaces
+    compute.forward(module, [item], [Task(op, model)], plan, lambda: None)  # libraries' own workspaces
     torch.cuda.synchronize()
     memory.begin()
-    compute.run(module, [item], [Task(op, model)], plan, lambda: None)
+    compute.forward(module, [item], [Task(op, model)], plan, lambda: None)
     peak = memory.peak()
     forecast = Forecaster("cuda").peak(network_shape(model, op, side, side), plan)
     assert peak is not None

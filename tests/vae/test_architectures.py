@@ -262,8 +262,10 @@ def test_the_toy_runs_whole_and_in_bands(toy):
     made = []
     for plan in PLANS:
         assert count(network_shape(checkpoint, "decode", 24, 16), plan, CPU) > 24 * 16
-        (latent,) = compute.run(module, [picture], [Task("encode", checkpoint)], plan, lambda: None).arrays
-        (again,) = compute.run(module, [torch.tensor(latent)], [Task("decode", checkpoint)], plan, lambda: None).arrays
+        (latent,) = compute.forward(module, [picture], [Task("encode", checkpoint)], plan, lambda: None).arrays
+        (again,) = compute.forward(
+            module, [torch.tensor(latent)], [Task("decode", checkpoint)], plan, lambda: None
+        ).arrays
         made.append((latent, again))
     for latent, again in made[1:]:
         assert latent.shape == (5, 12, 8)
