@@ -6,6 +6,7 @@ Same weights, same buckets, same precision. Seconds are from the loading of the 
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from benchmarks.cpu import processor
 from benchmarks.pairs import alternate, table
 from benchmarks.peer import NETWORKS, Network, peer
 
+HEADER = ("network", "buckets", "precision", "pictures", "plain loop, pictures/s", "latentd encode", "ratio", "max Δ")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = ((1200, 800), (800, 1200), (1000, 1000), (1600, 900), (900, 1200))
 
@@ -115,21 +117,11 @@ def main() -> None:
         return
     versions = f"torch {torch.__version__}, diffusers {version('diffusers')}, Pillow {version('pillow')}"
     print(f"{processor()}, {torch.get_num_threads()} threads, {versions}, {args.rounds} rounds\n")
-    cases = [
-        (network, buckets, how) for network in args.networks for buckets in args.buckets for how in args.precisions
-    ]
-    rows = [measure(*case, args.pictures, args.rounds) for case in cases]
-    header = (
-        "network",
-        "buckets",
-        "precision",
-        "pictures",
-        "plain loop, pictures/s",
-        "latentd encode",
-        "ratio",
-        "max Δ",
-    )
-    print(table(header, rows))
+    rows = []
+    for network, buckets, precision in itertools.product(args.networks, args.buckets, args.precisions):
+        rows.append(measure(network, buckets, precision, args.pictures, args.rounds))
+        print(" ".join(rows[-1]), flush=True)
+    print(table(HEADER, rows))
 
 
 if __name__ == "__main__":
