@@ -101,7 +101,10 @@ async def remote_decode(
             batch /= 2
             batch += 0.5
             batch = batch.clip(0, 1, out=batch).astype(np.float16)
-        return batch if batch.dtype == np.uint8 else batch.transpose(0, 3, 1, 2)
+        if batch.dtype == np.uint8:
+            return batch
+        pictures = batch.transpose(0, 3, 1, 2)
+        return pictures[:, :, None] if query.output_type == "pt" and len(query.shape) == 5 else pictures
 
     return await _answer(tensor, media, shared, done, clock, origin)
 

@@ -77,7 +77,7 @@ class Worker:
         self.device = torch_device(name)
         self.memory = memory
         self.rate = Rate()
-        self.batcher = Batcher(limits, self.rate, metrics)
+        self.batcher = Batcher(limits, self.device.type, self.rate, metrics)
         of_device = DeviceMetrics(metrics, name)
         self.cache = ModelCache(self._load, memory, cache_bytes, of_device)
         self._load_module = load
@@ -192,8 +192,7 @@ class Worker:
                 if self._running is not None:
                     await asyncio.wait([self._running])
                 staged, self._staged, self._taken = self._staged, None, False
-                self._jobs = staged.jobs  # as long as anybody sees that the device is busy
-                self._running = asyncio.create_task(self._run(staged))
+                self._running = asyncio.create_task(self._run(staged, self._begin(staged.jobs)))
                 self._running.add_done_callback(self._ended)
             except asyncio.CancelledError:  # between the queue and the device: nobody else knows of these jobs
                 for each in (turn, self._cold):
@@ -351,14 +350,19 @@ class Worker:
         self._staged.resident = None
         return True
 
-    async def _run(self, staged: Staged) -> None:
-        jobs = staged.jobs
-        task = jobs[0].task
+    def _begin(self, jobs: list[Job]) -> float:
+        """Notes a batch that is about to run, before anybody finds the device busy; when it began."""
+        self._jobs = jobs
         expected = self.batcher.began(jobs)
         started = self._runner.progress = time.monotonic()
         self._patience = max(STALL_SECONDS, 10 * expected)
         for job in jobs:
             job.seconds["queue"] = max(0.0, started - job.queued - job.seconds["load"])
+        return started
+
+    async def _run(self, staged: Staged, started: float) -> None:
+        jobs = staged.jobs
+        task = jobs[0].task
         await self._runner.run(staged)
         self.batcher.ended()
         if all(job.future.done() and not job.future.cancelled() and not job.future.exception() for job in jobs):
