@@ -1,5 +1,6 @@
 """Fixtures of every test: a folder of small random models, and an environment without settings."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -8,6 +9,12 @@ import pytest
 from safetensors.torch import save_file
 
 from tests.store.weights import state_of
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection needs to walk through torch and diffusers again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
