@@ -192,7 +192,7 @@ class Worker:
                 if self._running is not None:
                     await asyncio.wait([self._running])
                 staged, self._staged, self._taken = self._staged, None, False
-                self._running = asyncio.create_task(self._run(staged))
+                self._running = asyncio.create_task(self._run(staged, self._begin(staged.jobs)))
                 self._running.add_done_callback(self._ended)
             except asyncio.CancelledError:  # between the queue and the device: nobody else knows of these jobs
                 for each in (turn, self._cold):
@@ -259,8 +259,9 @@ class Worker:
         try:
             return await self.cache.acquire(checkpoint, dtype, self._runner.reserved)
         except OutOfMemory:
-            if self._quiet.is_set():
-                raise
+            pass  # tried again outside of it
+        if self._quiet.is_set():  # what was in the way may have ended since it was counted
+            return await self.cache.acquire(checkpoint, dtype)
         self._making_way.set()  # there may be room once what runs and what is staged has let go
         try:
             await self._quiet.wait()
@@ -295,7 +296,8 @@ class Worker:
                 if self._running is not None and self.busy:
                     await asyncio.wait([self._running])
                 elif not await self._put_back():
-                    raise
+                    break
+        return await self.cache.acquire(checkpoint, dtype)  # nothing is in the way any more: what it raises is true
 
     async def _put_back(self) -> bool:
         """Lets go of the module that an overtaken batch waits with; it asks for it again. Whether there was one."""
@@ -348,15 +350,19 @@ class Worker:
         self._staged.resident = None
         return True
 
-    async def _run(self, staged: Staged) -> None:
-        jobs = staged.jobs
-        task = jobs[0].task
+    def _begin(self, jobs: list[Job]) -> float:
+        """Notes a batch that is about to run, before anybody finds the device busy; when it began."""
         self._jobs = jobs
         expected = self.batcher.began(jobs)
         started = self._runner.progress = time.monotonic()
         self._patience = max(STALL_SECONDS, 10 * expected)
         for job in jobs:
             job.seconds["queue"] = max(0.0, started - job.queued - job.seconds["load"])
+        return started
+
+    async def _run(self, staged: Staged, started: float) -> None:
+        jobs = staged.jobs
+        task = jobs[0].task
         await self._runner.run(staged)
         self.batcher.ended()
         if all(job.future.done() and not job.future.cancelled() and not job.future.exception() for job in jobs):

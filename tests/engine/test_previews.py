@@ -7,6 +7,7 @@ import pytest
 from app.engine import previews as module
 from app.engine.jobs import Task
 from app.engine.previews import Previews
+from app.engine.worker import Worker
 from app.errors import Overloaded
 from app.store.linear import FILE, Key, Linear, LinearMaps
 from tests.fakes import Forwards, checkpoint, latent, running, submit, until
@@ -29,6 +30,24 @@ async def test_a_running_preview_is_dropped_when_work_comes(forwards):
                 await spare
         [result] = await work
         assert result.array.shape == (16, 16, 3)
+
+
+async def test_a_batch_that_has_not_begun_yet_is_known_to_the_next_one(monkeypatch):
+    """A model that has come while a batch was staged is next at once, before the event loop runs that batch."""
+    async with running(TOY, OTHER) as engine:
+        await engine.load(TOY, "auto")
+        worker, stage = engine.workers[0], Worker._stage
+
+        async def slowly(worker, turn):
+            if turn.jobs[0].task.checkpoint is TOY:
+                await asyncio.wait([worker._cold.loading])
+            return await stage(worker, turn)
+
+        monkeypatch.setattr(Worker, "_stage", slowly)
+        cold = asyncio.ensure_future(submit(engine, Task("decode", OTHER), latent()))
+        await until(lambda: worker._cold is not None)
+        await submit(engine, Task("decode", TOY), latent())
+        await cold
 
 
 async def test_what_is_fitted_is_not_dropped_and_waits_for_all_work(forwards):
