@@ -42,7 +42,7 @@ def _serve(commands: Commands) -> None:
 def _encode(commands: Commands) -> None:
     encode = commands.add_parser("encode", help="pictures to latents: files, or whole folders")
     encode.add_argument(
-        "inputs", nargs="+", metavar="IMAGE", help="PNG, JPEG or WebP, a folder of them, or - for stdin"
+        "inputs", nargs="+", metavar="IMAGE", help="PNG, JPEG, WebP or AVIF, a folder of them, or - for stdin"
     )
     _work(encode, "a folder; of one picture also a .npy or .safetensors file, or - for stdout")
     posterior = encode.add_mutually_exclusive_group()
@@ -145,7 +145,7 @@ def _merge(commands: Commands) -> None:
 
 def _compare(commands: Commands) -> None:
     compare = commands.add_parser("compare", help="one round trip of a picture through each VAE: a sheet and figures")
-    compare.add_argument("image", type=Path, metavar="IMAGE", help="a PNG, JPEG or WebP")
+    compare.add_argument("image", type=Path, metavar="IMAGE", help="a PNG, JPEG, WebP or AVIF")
     compare.add_argument("--models", type=_names, default=[], metavar="A,B,...", help="default: all usable ones")
     compare.add_argument(
         "-o", "--output", type=Path, default=Path("compare.png"), metavar="SHEET", help="default %(default)s"

@@ -12,7 +12,7 @@ from typing import Annotated
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
-from app.api.answer import JPEG, JSON, PNG, WEBP, ZIP, accepted, content_type, negotiate
+from app.api.answer import AVIF, JPEG, JSON, PNG, WEBP, ZIP, accepted, content_type, negotiate
 from app.api.context import GUARD, Context, Limits, Shared
 from app.api.door.body import deadline_of, read_pictures, while_connected
 from app.api.openapi import COMPARED, PROBLEM, WORK, answers, problems, request_body
@@ -79,10 +79,10 @@ Run = Callable[[], Awaitable[Row]]
         Comparison,
     )
     | problems(*WORK),
-    openapi_extra=request_body("A picture, or a form of one.", (PNG, JPEG, WEBP), form=True),
+    openapi_extra=request_body("A picture, or a form of one.", (PNG, JPEG, WEBP, AVIF), form=True),
 )
 async def compare(request: Request, query: Annotated[CompareQuery, Query()], shared: Shared) -> Response:
-    """One picture through each of `models` and back. Body: the bytes of a PNG, JPEG or WebP."""
+    """One picture through each of `models` and back. Body: the bytes of a PNG, JPEG, WebP or AVIF."""
     clock, deadline = Clock("compare", shared.metrics), deadline_of(request)
     media = negotiate(accepted(request), (PNG, JSON, ZIP))
     trips = await _models(query, shared)

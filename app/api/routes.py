@@ -56,12 +56,12 @@ router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
     openapi_extra=request_body(
         "A picture, a form of several, or an array of them: uint8 (H, W, 3) or (N, H, W, 3), or floats in [-1, 1], "
         "(3, H, W) or (N, 3, H, W).",
-        (PNG, JPEG, WEBP, NPY, SAFETENSORS),
+        (PNG, JPEG, WEBP, AVIF, NPY, SAFETENSORS),
         form=True,
     ),
 )
 async def encode(request: Request, query: Annotated[EncodeQuery, Query()], shared: Shared) -> Response:
-    """Pictures to latents. Body: a PNG, JPEG or WebP, an .npy or safetensors, or a form with parts named `image`."""
+    """Pictures to latents. Body: PNG, JPEG, WebP, AVIF, .npy or safetensors, or a form with parts named `image`."""
     clock, deadline = Clock("encode", shared.metrics), deadline_of(request)
     moments = query.posterior == "moments"
     if moments and "latents" in query.model_fields_set and query.latents == "scaled":

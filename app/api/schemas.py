@@ -108,7 +108,7 @@ class DecodeQuery(CommonQuery):
         None, max_length=8192, description="X-Image-Offset of /encode, for fit=crop: told again with the answer."
     )
     quality: Annotated[int, Field(ge=1, le=100)] | None = Field(
-        None, description="Of JPEG and WebP; 90 where nothing is said."
+        None, description="Of JPEG, WebP and AVIF; 90 where nothing is said."
     )
     bits: Literal["8", "16"] = Field("8", description="A channel, in PNG.")
     dtype: Literal["uint8", "float16", "float32"] = Field(

@@ -45,7 +45,7 @@ export async function take(file) {
   source = null;
   const name = (file.name ?? "pasted").replace(/\.[^.]*$/, "") || "pasted";
   at("source-picture").hidden = at("item-line").hidden = true;
-  if (file.type.startsWith("image/") || /\.(png|jpe?g|webp)$/i.test(file.name ?? "")) await takePicture(file, name);
+  if (file.type.startsWith("image/") || /\.(png|jpe?g|webp|avif)$/i.test(file.name ?? "")) await takePicture(file, name);
   else await takeLatents(file, name);
   await run();
 }

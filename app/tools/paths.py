@@ -27,10 +27,8 @@ class Kind:
 
 
 ENCODE = Kind(
-    frozenset({".png", ".jpg", ".jpeg", ".webp"}),
-    frozenset(
-        {".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".ppm", ".psd", ".tga", ".tif", ".tiff"}
-    ),
+    frozenset({".avif", ".png", ".jpg", ".jpeg", ".webp"}),
+    frozenset({".bmp", ".gif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".ppm", ".psd", ".tga", ".tif", ".tiff"}),
     {".npy": "application/x-npy", ".safetensors": "application/x-safetensors"},
 )
 DECODE = Kind(

@@ -125,6 +125,8 @@ class Run:
             async with self._ready.of(weight(header, self._errand.wish) if header else 0):
                 sent = Ready([body], pixels)
                 if header is not None:
+                    if header.frames > 1 and self._errand.wish.changes:  # else the service sees it, and says the same
+                        self._warn(f"the picture has {header.frames} frames: the first is encoded", say)
                     async with self._decoding.of(header.work if self._errand.wish.changes else 0):
                         sent = await self.in_thread(
                             ready, body, self._errand.wish, self._errand.settings.max_pixels, self._write_pixels
@@ -146,10 +148,15 @@ class Run:
             began = self._maker.sha256[:10]
             raise Stop(f"the model was replaced meanwhile: it began with sha256 {began}, and {came[:10]} answered")
         warning = unquote(answer.headers.get("x-warning", ""))
-        if warning and warning not in self._tally.warnings:
+        if warning:
+            self._warn(warning, say)
+        return content
+
+    def _warn(self, warning: str, say: Callable[[str], None]) -> None:
+        """Once, however many files it is true of."""
+        if warning not in self._tally.warnings:
             self._tally.warnings.add(warning)
             say(f"warning: {warning}")
-        return content
 
     def _header(self, body: bytes) -> PictureHeader | None:
         """Of a picture; what cannot be read is the service's to refuse, or ours where we have to change it."""

@@ -24,16 +24,16 @@ _UNITS = 100_000  # of gAMA
 _NEAR = 0.05  # as libpng has it: a lesser difference shows nowhere
 
 
-def check_colour(colour: dict[bytes, bytes]) -> None:
-    """Raises InvalidImage for a PNG whose cICP chunk says what cannot be turned into sRGB."""
+def check_colour(colour: dict[bytes, bytes], name: str) -> None:
+    """Raises InvalidImage for a picture of the format `name` whose CICP numbers cannot be turned into sRGB."""
     if (said := _cicp(colour)) is None:
         return
     primaries, transfer = said
     if transfer in _HDR:
-        raise InvalidImage(f"the PNG is {_HDR[transfer]} (HDR), as its cICP chunk says; expected sRGB or Display P3")
+        raise InvalidImage(f"the {name} is HDR ({_HDR[transfer]}), as its CICP says; expected sRGB or Display P3")
     if primaries not in (*_SRGB_PRIMARIES, _P3_PRIMARIES):
         raise InvalidImage(
-            f"the PNG has colour primaries {primaries}, as its cICP chunk says; expected 1 (sRGB) or 12 (Display P3)"
+            f"the {name} has colour primaries {primaries}, as its CICP says; expected 1 (sRGB) or 12 (Display P3)"
         )
 
 

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from app.errors import InvalidImage, MalformedBody
+from app.wire.avif import read_avif
 from app.wire.colour import check_colour
 from app.wire.scan import Body, search
 from app.wire.sniff import PICTURES, sniff
@@ -56,17 +57,19 @@ class PictureHeader:
     """Pixels as stored; see `shown`."""
     orientation: int
     """EXIF: 1 is upright, 5 to 8 lie on their side."""
-    kept: tuple[slice, ...]
-    """The parts of the body that make pixels and their colours."""
+    kept: tuple[slice | bytes, ...]
+    """The parts of the body that make pixels and their colours; bytes where they are written anew."""
     colour: dict[bytes, bytes]
-    """The contents of a PNG's chunks in `COLOUR`, a profile still deflated; profiles of others are among `kept`."""
+    """The contents of a PNG's chunks in `COLOUR`, a profile still deflated; an AVIF has its CICP numbers here as well.
+    Profiles of others are among `kept`."""
     frames: int
     """More than one: an animation, of which the first is read."""
 
     @property
     def work(self) -> int:
         """Bytes of memory that decoding takes at most: the file again, and `WORK` for each pixel."""
-        return sum(int(part.stop - part.start) for part in self.kept) + self.width * self.height * WORK
+        parts = (len(part) if isinstance(part, bytes) else int(part.stop - part.start) for part in self.kept)
+        return sum(parts) + self.width * self.height * WORK
 
     @property
     def shown(self) -> tuple[int, int]:
@@ -75,14 +78,25 @@ class PictureHeader:
 
 
 def read_header(file: Body) -> PictureHeader:
-    """The header of a PNG, JPEG or WebP file.
+    """The header of a PNG, JPEG, WebP or AVIF file.
 
     Raises UnsupportedMedia for other formats, MalformedBody where no size is found, and InvalidImage for a JPEG of so
-    many scans that they are an attack, and for colours that cannot become sRGB.
+    many scans that they are an attack, for an AVIF of several pieces, and for colours that cannot become sRGB.
     """
     name = sniff(file, PICTURES)
+    return _avif(memoryview(file)) if name == "AVIF" else _of_parts(memoryview(file), name)
+
+
+def _avif(body: memoryview) -> PictureHeader:
+    found = read_avif(body)
+    colour = {b"cICP": found.cicp} if found.cicp else {}
+    check_colour(colour, "AVIF")
+    return PictureHeader("AVIF", found.width, found.height, found.orientation, found.parts, colour, found.frames)
+
+
+def _of_parts(body: memoryview, name: str) -> PictureHeader:
+    """The header of a file that is one part after the other."""
     layout = _LAYOUTS[name]
-    body = memoryview(file)
     size = orientation = None
     colour: dict[bytes, bytes] = {}
     kept = []
@@ -115,7 +129,7 @@ def read_header(file: Body) -> PictureHeader:
     if size is None or 0 in size:
         raise MalformedBody(f"the {name} file has no width and height in its header")
     _check_scans(scans, *size)
-    check_colour(colour)
+    check_colour(colour, name)
     parts_kept = (slice(0, len(body)),) if layout.keeps is None else tuple(kept)
     return PictureHeader(name, *size, orientation or 1, parts_kept, colour, max(1, frames))
 

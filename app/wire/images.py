@@ -1,4 +1,4 @@
-"""Picture files <-> uint8 pixels: PNG, JPEG and WebP in and out, AVIF out, always upright, opaque and sRGB as an array.
+"""Picture files <-> uint8 pixels: PNG, JPEG, WebP and AVIF, always upright, opaque and sRGB as an array.
 
 Pillow decodes, but only what `headers` hands it, through the format's own plugin: `Image.open` would warn about
 sizes against a limit that is global to the process, and the limit here is an argument.
@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from PIL.AvifImagePlugin import AvifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
@@ -27,8 +28,9 @@ _PLUGINS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
     "PNG": PngImageFile,
     "JPEG": JpegImageFile,
     "WebP": WebPImageFile,
+    "AVIF": AvifImageFile,
 }
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, RuntimeError)  # the last is libavif's
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,7 +53,7 @@ _SETTINGS: dict[str, dict[str, int]] = {
 def read_image(
     body: Body, header: PictureHeader, *, background: tuple[int, int, int], max_pixels: int
 ) -> npt.NDArray[np.uint8]:
-    """The first frame of a PNG, JPEG or WebP file as uint8 (H, W, 3) sRGB, upright, over `background` (r, g, b).
+    """The first frame of a PNG, JPEG, WebP or AVIF file as uint8 (H, W, 3) sRGB, upright, over `background` (r, g, b).
 
     `header` is what `read_header` says of the body. Raises TooLarge above `max_pixels` before any pixel is decoded, and
     MalformedBody for a truncated or corrupt file.
@@ -106,7 +108,7 @@ def check_sides(width: int, height: int, media_type: str) -> None:
 
 def _decode(body: Body, header: PictureHeader) -> Image.Image:
     view = memoryview(body)
-    parts = [view[part] for part in header.kept]
+    parts = [memoryview(part) if isinstance(part, bytes) else view[part] for part in header.kept]
     if header.format == "PNG":
         check_chunks(parts[1:])
     file = io.BytesIO(b"".join(parts))

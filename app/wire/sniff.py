@@ -5,7 +5,7 @@ import re
 from app.errors import UnsupportedMedia
 from app.wire.scan import Body
 
-PICTURES = ("PNG", "JPEG", "WebP")
+PICTURES = ("PNG", "JPEG", "WebP", "AVIF")
 ARRAYS = ("npy", "npz", "safetensors", "pt")
 
 # The formats that are not read are here so that an error can name what came.

@@ -63,7 +63,7 @@ async def test_a_picture_becomes_float16_npy_and_the_headers_say_how(service):
     assert float(stages["compute"]) > 0
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WebP"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WebP", "AVIF"])
 @pytest.mark.parametrize("content_type", ["text/plain", "application/json", "image/gif"])
 async def test_the_format_is_sniffed_whatever_the_content_type_says(service, kind, content_type):
     answer = await service.post("/encode", content=picture(kind=kind), headers={"Content-Type": content_type})
@@ -395,7 +395,7 @@ def animated(kind: str, frames: int = 3) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WebP"])
+@pytest.mark.parametrize("kind", ["PNG", "WebP", "AVIF"])
 async def test_the_first_frame_of_an_animation_is_encoded_with_a_warning(service, kind):
     answer = await service.post("/encode", content=animated(kind))
     assert answer.headers["X-Warning"].endswith("the picture has 3 frames: the first is encoded")

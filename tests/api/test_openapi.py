@@ -25,7 +25,7 @@ def test_it_describes_what_goes_in_and_comes_out(document):
     assert "composition" not in document["info"]["summary"]
     encode, decode = document["paths"]["/encode"]["post"], document["paths"]["/decode"]["post"]
     assert set(encode["requestBody"]["content"]) == {
-        *("image/png", "image/jpeg", "image/webp", "application/octet-stream", "multipart/form-data"),
+        *("image/png", "image/jpeg", "image/webp", "image/avif", "application/octet-stream", "multipart/form-data"),
         *("application/x-npy", "application/x-safetensors"),
     }
     assert set(decode["requestBody"]["content"]) == {

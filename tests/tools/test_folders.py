@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from app.settings import Settings
 from app.tools import run
@@ -94,6 +95,16 @@ def test_pixels_are_deflated_for_a_network_alone(service, tmp_path, url, begins)
     asked = replace(errand(settings=Settings(device="cpu")), url=url, wish=Wish(flip=True))
     assert send_files(asked, [pictures(tmp_path / "in", 1)], str(tmp_path / "out")) == 0
     assert [request.content[: len(begins)] for request in service.asked] == [begins] * 2
+
+
+def test_a_picture_that_moves_is_told_of_where_it_is_decoded_here(service, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    for name in ("a.webp", "b.webp", "c.avif"):
+        frames[0].save(folder / name, save_all=True, append_images=frames[1:])
+    assert send_files(replace(errand(), wish=Wish(flip=True)), [str(folder)], str(tmp_path / "out")) == 0
+    assert capsys.readouterr().err.count("warning: the picture has 2 frames: the first is encoded") == 1
 
 
 def test_the_queue_and_the_memory_bound_what_is_in_flight(service, tmp_path, monkeypatch):

@@ -61,9 +61,18 @@ def test_display_p3_of_cicp_becomes_srgb_whatever_the_profile_says():
     np.testing.assert_array_equal(read(plain), smooth())
 
 
+def test_display_p3_of_an_avif_becomes_srgb():
+    body = saved(smooth(), "AVIF", quality=100, subsampling="4:4:4")
+    assert body.count(b"nclx\0\1")
+    read_as_p3 = read(body.replace(b"nclx\0\1", b"nclx\0\x0c"))
+    np.testing.assert_allclose(read_as_p3, p3_in_srgb(read(body)), atol=2)
+    profiled = saved(smooth(), "AVIF", quality=100, subsampling="4:4:4", icc_profile=display_p3())
+    np.testing.assert_allclose(read(profiled), p3_in_srgb(read(body)), atol=2)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x09", b"\x09\x10\0"])
 def test_a_broken_cicp_says_nothing(content):
-    check_colour({b"cICP": content})
+    check_colour({b"cICP": content}, "PNG")
     np.testing.assert_array_equal(read(with_chunk(saved(noise()), chunk(b"cICP", content))), noise())
 
 

@@ -10,7 +10,7 @@ from app.errors import InvalidImage, MalformedBody, UnsupportedMedia
 from app.wire import headers
 from app.wire.headers import MAX_PARTS, MAX_SCANS, read_header
 
-FORMATS = ["PNG", "JPEG", "WebP"]
+FORMATS = ["PNG", "JPEG", "WebP", "AVIF"]
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -76,7 +76,7 @@ def test_big_endian_exif_after_the_pixels():
         b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x0112, 2, 1, 6, 0, 0),  # text
     ],
 )
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WebP"])
 def test_broken_exif_is_upright(kind, tiff):
     body = picture(kind, exif=b"Exif\0\0" + tiff)
     assert read_header(body).orientation == 1
@@ -129,11 +129,11 @@ def test_endless_parts_are_refused(body):
         (b"just some text", "just some te"),
         (b"GIF89a....", "GIF"),
         (b"\x93NUMPY\1\0", "npy"),
-        (b"\0\0\0\x20ftypavif", "AVIF"),
+        (b"\0\0\0\x20ftypheic", "HEIC"),
     ],
 )
 def test_other_formats_are_named(body, named):
-    with pytest.raises(UnsupportedMedia, match=f"expected PNG, JPEG or WebP, got .*{named}"):
+    with pytest.raises(UnsupportedMedia, match=f"expected PNG, JPEG, WebP or AVIF, got .*{named}"):
         read_header(body)
 
 
@@ -186,7 +186,7 @@ def test_junk_is_bounded_altogether():
         read_header(b"\xff\xd8\xff\x01" + junk * 5 + frame)
 
 
-@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WebP", {"lossless": True})])
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WebP", {"lossless": True}), ("AVIF", {})])
 def test_frames_are_counted(kind, options):
     frames = [Image.new("RGB", (20, 12), colour) for colour in ("red", "green", "blue")]
     assert read_header(picture(kind, **options)).frames == 1

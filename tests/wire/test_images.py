@@ -63,7 +63,7 @@ def with_chunk_before_data(body, extra):
 # ------------------------------------------------------------------------------------------------------------- formats
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WebP"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WebP", "AVIF"])
 def test_equals_pillow(kind):
     body = saved(smooth(), kind)
     pixels = read(body)
@@ -74,7 +74,7 @@ def test_equals_pillow(kind):
     assert image_size(body) == (56, 40)
 
 
-@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WebP", {"lossless": True}), ("JPEG", {})])
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WebP", {"lossless": True}), ("JPEG", {}), ("AVIF", {})])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied(kind, options, orientation):
     exif = Image.Exif()
@@ -283,7 +283,7 @@ def broken_profiles():
 
 
 @pytest.mark.parametrize("profile", broken_profiles().values(), ids=broken_profiles())
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WebP"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WebP", "AVIF"])
 def test_broken_profile_is_ignored(kind, profile):
     options = {"lossless": True} if kind == "WebP" else {}
     body = saved(smooth(), kind, icc_profile=profile, **options)
@@ -303,7 +303,7 @@ def test_deflated_profile_cannot_explode():
 # ------------------------------------------------------------------------------------------------------------- hostile
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WebP"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WebP", "AVIF"])
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.95])
 def test_truncated(kind, kept):
     body = saved(noise(64, 64), kind)

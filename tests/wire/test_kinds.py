@@ -141,11 +141,36 @@ READ: dict[str, tuple[Callable[[], bytes], np.ndarray, int]] = {
         colours(),
         0,
     ),
+    "AVIF": (lambda: file(RGB, "AVIF", quality=95), colours(), 12),
+    "AVIF, grey": (lambda: file(GREY, "AVIF", quality=95), GREYS, 8),
+    "AVIF, alpha": (lambda: file(with_alpha(RGB), "AVIF", quality=95), over(RGB), 12),
+    "AVIF, alpha multiplied in": (
+        lambda: file(with_alpha(RGB), "AVIF", quality=100, alpha_premultiplied=True),
+        over(RGB),
+        24,
+    ),
+    "AVIF, ICC profile": (lambda: file(RGB, "AVIF", quality=95, icc_profile=SRGB), colours(), 12),
+    "AVIF, turned (irot, imir)": (lambda: file(RGB, "AVIF", quality=95, exif=turned()), UPRIGHT, 12),
+    "AVIF, a sequence": (
+        lambda: file(RGB, "AVIF", quality=95, save_all=True, append_images=[SECOND]),
+        colours(),
+        12,
+    ),
 }
+
+
+def relabelled(before: bytes, after: bytes) -> bytes:
+    """An AVIF that says something else."""
+    body = file(RGB, "AVIF")
+    assert body.count(before)
+    return body.replace(before, after)
+
 
 REFUSED: dict[str, tuple[Callable[[], bytes], type[Exception], str]] = {
     "PNG, cICP of PQ": (chunked(b"cICP", bytes([9, 16, 0, 1])), InvalidImage, "HDR"),
-    "AVIF": (lambda: file(RGB, "AVIF"), UnsupportedMedia, "got AVIF$"),
+    "AVIF, a grid of pictures": (lambda: relabelled(b"av01", b"grid"), InvalidImage, "got a grid of pictures$"),
+    "AVIF, layers of one picture": (lambda: relabelled(b"pixi", b"lsel"), InvalidImage, "several layers"),
+    "AVIF, PQ or HLG": (lambda: relabelled(b"nclx\0\1\0\x0d", b"nclx\0\x09\0\x10"), InvalidImage, "AVIF is HDR"),
     "HEIC": (lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", UnsupportedMedia, "got HEIC or HEIF$"),
     "JPEG XL": (lambda: b"\0\0\0\x0cJXL \r\n\x87\n", UnsupportedMedia, "got JPEG XL$"),
     "JPEG 2000": (lambda: file(RGB, "JPEG2000"), UnsupportedMedia, "got JPEG 2000$"),
@@ -158,7 +183,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], type[Exception], str]] = {
     "TGA": (lambda: file(RGB, "TGA"), UnsupportedMedia, "got bytes that begin with"),
 }
 
-ELSEWHERE = {"PNG, cICP of Display P3"}
+ELSEWHERE = {"PNG, cICP of Display P3", "AVIF, CICP of Display P3"}
 """tests/wire/test_colour.py."""
 
 
@@ -199,5 +224,5 @@ def test_files_that_are_no_pictures_are_named_too():
         (b"<?xml version='1.0'?><svg/>", "SVG or XML"),
         (b" " * 65 + b"<svg/>", "bytes that begin"),
     ):
-        with pytest.raises(UnsupportedMedia, match=f"expected PNG, JPEG or WebP, got {name}"):
+        with pytest.raises(UnsupportedMedia, match=f"expected PNG, JPEG, WebP or AVIF, got {name}"):
             read_header(body)

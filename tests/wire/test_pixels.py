@@ -35,7 +35,7 @@ def refuse(body: bytes, error: type[Exception], match: str) -> None:
         pixels_header(body)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WebP"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WebP", "AVIF"])
 def test_a_picture_file_is_one_picture(kind):
     body = picture(30, 20, kind=kind)
     assert sizes(body) == [(30, 20)]
@@ -107,7 +107,7 @@ def test_pixels_far_out_of_range_are_refused(value):
 def test_a_body_that_is_cut_off_or_something_else_is_refused():
     refuse(npy(pixels())[:-1], MalformedBody, "bytes of data")
     refuse(tensors(pixels(), "U8")[:-1], MalformedBody, "bytes of data")
-    refuse(b"no picture", UnsupportedMedia, "PNG, JPEG, WebP, npy or safetensors")
+    refuse(b"no picture", UnsupportedMedia, "PNG, JPEG, WebP, AVIF, npy or safetensors")
     file = io.BytesIO()
     np.savez(file, pixels())
     refuse(file.getvalue(), UnsupportedMedia, "got npz")

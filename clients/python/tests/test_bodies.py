@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from latentd_client.bodies import (
+    AVIF,
     LATENTS,
     NPY,
     PICTURES,
@@ -85,6 +86,9 @@ def test_anything_else_is_a_type_error():
 def test_what_came_as_an_array():
     np.testing.assert_array_equal(array_of(npy(pixels()), NPY), pixels())
     np.testing.assert_array_equal(array_of(picture(), PNG), pixels()[None])
+    avif = io.BytesIO()
+    Image.fromarray(pixels()).save(avif, "AVIF", quality=100, subsampling="4:4:4")
+    np.testing.assert_allclose(array_of(avif.getvalue(), AVIF), pixels()[None], atol=8)
     with pytest.raises(ValueError, match="no single array"):
         array_of(b"", ZIP)
     hostile = io.BytesIO()

@@ -21,11 +21,11 @@ Picture: TypeAlias = "Pathname | bytes | Array | Image"
 (N, 3, H, W) in [-1, 1]."""
 
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
-PNG, JPEG, WEBP = "image/png", "image/jpeg", "image/webp"
+PNG, JPEG, WEBP, AVIF = "image/png", "image/jpeg", "image/webp", "image/avif"
 ZIP = "application/zip"
 
 LATENTS = {".npy": NPY, ".npz": NPZ, ".safetensors": SAFETENSORS}
-PICTURES = {".npy": NPY, ".png": PNG, ".jpg": JPEG, ".jpeg": JPEG, ".webp": WEBP, ".zip": ZIP}
+PICTURES = {".npy": NPY, ".png": PNG, ".jpg": JPEG, ".jpeg": JPEG, ".webp": WEBP, ".avif": AVIF, ".zip": ZIP}
 
 
 def picture_body(picture: Picture) -> bytes:
@@ -98,11 +98,11 @@ def npy(array: Array) -> bytes:
 
 
 def array_of(content: bytes, media: str) -> Array:
-    """An .npy as an array, a PNG, JPEG or WebP as uint8 (1, H, W, 3). Raises ValueError for other types."""
+    """An .npy as an array, a PNG, JPEG, WebP or AVIF as uint8 (1, H, W, 3). Raises ValueError for other types."""
     if media == NPY:
         array: Array = np.load(io.BytesIO(content), allow_pickle=False)
         return array
-    if media in (PNG, JPEG, WEBP):
+    if media in (PNG, JPEG, WEBP, AVIF):
         from PIL import Image
 
         with Image.open(io.BytesIO(content)) as picture:

@@ -101,7 +101,7 @@ def decode(
     """Latents to pictures. What is not said is as the service has it.
 
     What `encode` gave says its own model, convention, family and picture size. `to` asks for the type that the file's
-    name says (.png, .jpg, .webp, .zip, .npy) and writes it. Raises LatentdError, and OSError for files.
+    name says (.png, .jpg, .webp, .avif, .zip, .npy) and writes it. Raises LatentdError, and OSError for files.
     """
     media = NPY if to is None else media_of(to, PICTURES)
     if isinstance(latents, Encoded):

@@ -1,0 +1,193 @@
+"""The calls of the service, each once, as generators of steps: what is asked, and what its answer means."""
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, TypeVar
+from urllib.parse import quote
+
+import httpx
+
+from latentd_client.bodies import (
+    LATENTS,
+    NPY,
+    PICTURES,
+    ZIP,
+    Array,
+    Pathname,
+    Picture,
+    latents_body,
+    media_of,
+    picture_body,
+    picture_file,
+    write_file,
+)
+from latentd_client.errors import UnexpectedAnswer
+from latentd_client.results import Change, Comparison, Convention, Decoded, Encoded, Model
+from latentd_client.steps import Policy, Send, Steps, Work, exchange
+
+Fit = Change | Literal["error"]
+Precision = Literal["auto", "fp16", "bf16", "fp32"]
+Tiling = Literal["auto", "never", "always"]
+JSON = frozenset({"application/json"})
+
+T = TypeVar("T")
+
+
+def encode(
+    policy: Policy,
+    picture: Picture,
+    *,
+    model: str | None = None,
+    latents: Convention | None = None,
+    posterior: Literal["mode", "sample", "moments"] | None = None,
+    seed: int | None = None,
+    dtype: Literal["float16", "float32"] | None = None,
+    fit: Fit | None = None,
+    background: str | None = None,
+    precision: Precision | None = None,
+    tiling: Tiling | None = None,
+    deterministic: bool | None = None,
+    to: Pathname | None = None,
+    timeout: float | None = None,
+) -> Steps[Encoded]:
+    """Pictures to latents. What is not said is as the service has it.
+
+    `to` asks for the type that the file's name says (.npy, .npz, .safetensors) and writes it; `timeout` is in seconds,
+    repetitions included. Raises LatentdError, and OSError for files.
+    """
+    media = NPY if to is None else media_of(to, LATENTS)
+    content = yield Work(partial(picture_body, picture))
+    params = _params(
+        model=model,
+        latents=latents,
+        posterior=posterior,
+        seed=seed,
+        dtype=dtype,
+        fit=fit,
+        background=background,
+        precision=precision,
+        tiling=tiling,
+        deterministic=deterministic,
+    )
+    send = Send("POST", "/encode", params, _headers(media), content)
+    response = yield from exchange(policy, send, frozenset({media}), timeout)
+    if to is not None:
+        yield Work(partial(write_file, to, response.content))
+    return Encoded.of(response)
+
+
+def decode(
+    policy: Policy,
+    latents: Encoded | Pathname | bytes | Array,
+    *,
+    model: str | None = None,
+    convention: Convention | None = None,
+    family: str | None = None,
+    size: str | None = None,
+    fit: Change | None = None,
+    offset: str | None = None,
+    dtype: Literal["uint8", "float16", "float32"] | None = None,
+    quality: int | None = None,
+    bits: Literal[8, 16] | None = None,
+    precision: Precision | None = None,
+    tiling: Tiling | None = None,
+    deterministic: bool | None = None,
+    to: Pathname | None = None,
+    timeout: float | None = None,
+) -> Steps[Decoded]:
+    """Latents to pictures. What is not said is as the service has it.
+
+    What `encode` gave says its own model, convention, family and picture size. `to` asks for the type that the file's
+    name says (.png, .jpg, .webp, .zip, .npy) and writes it. Raises LatentdError, and OSError for files.
+    """
+    media = NPY if to is None else media_of(to, PICTURES)
+    if isinstance(latents, Encoded):
+        came, content = latents, latents.content
+        model = model or came.model
+        convention, family = convention or came.convention, family or came.family
+        if size is None:
+            size, fit, offset = came.image_size, fit or came.image_fit, offset or came.image_offset
+    else:
+        content = yield Work(partial(latents_body, latents))
+    params = _params(
+        model=model,
+        latents=convention,
+        size=size,
+        fit=fit,
+        offset=offset,
+        dtype=dtype,
+        quality=quality,
+        bits=bits,
+        precision=precision,
+        tiling=tiling,
+        deterministic=deterministic,
+    )
+    headers = _headers(media) | ({} if family is None else {"X-Latents-Family": family})
+    send = Send("POST", "/decode", params, headers, content)
+    response = yield from exchange(policy, send, frozenset({media}), timeout)
+    if to is not None:
+        yield Work(partial(write_file, to, response.content))
+    return Decoded.of(response)
+
+
+def models(policy: Policy, *, timeout: float | None = None) -> Steps[list[Model]]:
+    """All model files, unreadable ones with their `error`. Raises LatentdError."""
+    response = yield from exchange(policy, Send("GET", "/models"), JSON, timeout)
+    return _parsed(response, lambda found: [Model.of(row) for row in found["models"]])
+
+
+def model(policy: Policy, name: str, *, timeout: float | None = None) -> Steps[Model]:
+    """One model, by its name or at least 8 digits of its sha256. Raises LatentdError."""
+    response = yield from exchange(policy, Send("GET", f"/models/{quote(name)}"), JSON, timeout)
+    return _parsed(response, Model.of)
+
+
+def compare(
+    policy: Policy,
+    picture: Picture,
+    *,
+    models: list[str] | None = None,
+    fit: Fit | None = None,
+    background: str | None = None,
+    precision: Precision | None = None,
+    tiling: Tiling | None = None,
+    timeout: float | None = None,
+) -> Steps[Comparison]:
+    """One picture through these models, or all, and back: numbers and a contact sheet. Raises LatentdError.
+
+    An array is uint8 (H, W, 3) here.
+    """
+    content = yield Work(partial(picture_file, picture))
+    names = None if models is None else ",".join(models)
+    params = _params(models=names, fit=fit, background=background, precision=precision, tiling=tiling)
+    send = Send("POST", "/compare", params, _headers(ZIP), content)
+    response = yield from exchange(policy, send, frozenset({ZIP}), timeout)
+    try:
+        with zipfile.ZipFile(io.BytesIO(response.content)) as both:
+            return Comparison.of(json.loads(both.read("numbers.json")), both.read("sheet.png"))
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise UnexpectedAnswer(f"not the zip of a comparison: {error}") from error
+
+
+def _parsed(response: httpx.Response, parse: Callable[[Any], T]) -> T:
+    """A JSON answer. Raises UnexpectedAnswer for one that is not what latentd sends."""
+    try:
+        return parse(response.json())
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnexpectedAnswer(f"JSON, but not latentd's: {response.text[:80]!r}", status=200) from error
+
+
+def _params(**given: Any) -> dict[str, str]:
+    """The query: what was said, as the service spells it."""
+    return {
+        name: str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in given.items()
+        if value is not None
+    }
+
+
+def _headers(media: str) -> dict[str, str]:
+    return {"Accept": media, "Content-Type": "application/octet-stream"}

@@ -1,0 +1,112 @@
+"""The blocking shell: does what the calls want done, one step after the other."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+
+import httpx
+
+from latentd_client import calls
+from latentd_client.progress import counting
+from latentd_client.shell import Shell, arguments
+from latentd_client.steps import Policy, Send, Step, Steps, Wait, broken
+
+P = ParamSpec("P")
+A = TypeVar("A")
+T = TypeVar("T")
+
+
+def _blocking(call: Callable[Concatenate[Policy, P], Steps[T]]) -> Callable[Concatenate["Client", P], T]:
+    """A method that goes through with a call."""
+
+    @wraps(call)
+    def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.run(call(self.policy, *args, **kwargs))
+
+    return method
+
+
+def _many(
+    call: Callable[Concatenate[Policy, A, P], Steps[T]],
+) -> Callable[Concatenate["Client", Iterable[A], P], Generator[T]]:
+    """The same for many items."""
+
+    def method(self: "Client", items: Iterable[A], /, *args: P.args, **kwargs: P.kwargs) -> Generator[T]:
+        """The same of each item, `at_once` at a time; results in the items' order.
+
+        Items are taken as there is room for them. The first failure ends it, and nothing more is begun.
+        """
+
+        def one(item: A) -> T:
+            return self.run(call(self.policy, item, *args, **kwargs))
+
+        return self._in_order(one, items)
+
+    return method
+
+
+class Client(Shell):
+    """The service, for programs that wait. One client may be used from many threads."""
+
+    _http: httpx.Client
+
+    encode = _blocking(calls.encode)
+    decode = _blocking(calls.decode)
+    models = _blocking(calls.models)
+    model = _blocking(calls.model)
+    compare = _blocking(calls.compare)
+    encode_many = _many(calls.encode)
+    decode_many = _many(calls.decode)
+
+    def _connect(self, **how: Any) -> None:
+        self._http = httpx.Client(**how)
+
+    def run(self, steps: Steps[T]) -> T:
+        """Does the steps of a call, and returns its result."""
+        go: Callable[[], Step] = partial(next, steps)
+        try:
+            while True:
+                step = go()
+                try:
+                    go = partial(steps.send, self._do(step))
+                except httpx.RequestError as error:
+                    go = partial(steps.throw, broken(error))
+        except StopIteration as done:
+            result: T = done.value
+            return result
+
+    def _do(self, step: Step) -> Any:
+        if isinstance(step, Send):
+            return self._http.request(step.method, step.path, **arguments(step))
+        if isinstance(step, Wait):
+            return time.sleep(step.seconds)
+        return step.function()
+
+    def _in_order(self, one: Callable[[A], T], items: Iterable[A]) -> Generator[T]:
+        pool = ThreadPoolExecutor(self.at_once, "latentd")
+        waiting: deque[Future[T]] = deque()
+        try:
+            with counting(self.progress, items) as advance:
+                for item in items:
+                    if len(waiting) >= 2 * self.at_once:  # one that is slow holds up few of the others
+                        yield waiting.popleft().result()
+                        advance()
+                    waiting.append(pool.submit(one, item))
+                while waiting:
+                    yield waiting.popleft().result()
+                    advance()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
