@@ -259,8 +259,9 @@ class Worker:
         try:
             return await self.cache.acquire(checkpoint, dtype, self._runner.reserved)
         except OutOfMemory:
-            if self._quiet.is_set():
-                raise
+            pass  # tried again outside of it
+        if self._quiet.is_set():  # what was in the way may have ended since it was counted
+            return await self.cache.acquire(checkpoint, dtype)
         self._making_way.set()  # there may be room once what runs and what is staged has let go
         try:
             await self._quiet.wait()
@@ -295,7 +296,8 @@ class Worker:
                 if self._running is not None and self.busy:
                     await asyncio.wait([self._running])
                 elif not await self._put_back():
-                    raise
+                    break
+        return await self.cache.acquire(checkpoint, dtype)  # nothing is in the way any more: what it raises is true
 
     async def _put_back(self) -> bool:
         """Lets go of the module that an overtaken batch waits with; it asks for it again. Whether there was one."""
