@@ -38,6 +38,9 @@ def expressions() -> Iterator[tuple[str, str]]:
         for target in panel["targets"]:
             yield f"panel {panel['title']}", target["expr"]
     yield from RECORDED.items()
+    scaler = yaml.safe_load((ROOT / "deploy/kubernetes/components/autoscaling/scaledobject.yaml").read_text())
+    for trigger in scaler["spec"]["triggers"]:
+        yield "the scaler", trigger["metadata"]["query"]
     for rule in ALERTS:
         yield rule["alert"], rule["expr"]
 
