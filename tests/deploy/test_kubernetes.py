@@ -97,7 +97,7 @@ def test_probes_ask_what_there_is():
         assert probe["path"].endswith(name.replace("readiness", "ready").replace("liveness", "live"))
         assert probe["port"] == "http"
     assert read("components/monitoring/podmonitor.yaml")["spec"]["podMetricsEndpoints"][0]["path"] in OFTEN
-    assert "/healthz/live" in re.findall(r"HEALTHCHECK.*?\n\n", DOCKERFILE, re.DOTALL)[0]
+    assert "/opt/latentd/healthcheck.py" in re.findall(r"HEALTHCHECK.*?\n\n", DOCKERFILE, re.DOTALL)[0]
 
 
 def test_the_user_is_one_and_may_do_nothing_else():
