@@ -23,13 +23,13 @@ from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable
 from app import __version__, startup
 from app.allocator import Heap
 from app.api import compare, docs, errors, health, models, openapi, page, remote, routes, storing
-from app.api.access import Access
-from app.api.bounds import Bounds
-from app.api.codecs import Codecs
-from app.api.connection import Connection, connections_for
 from app.api.context import Context, Limits
+from app.api.door.access import Access
+from app.api.door.bounds import Bounds
+from app.api.door.codecs import Codecs
+from app.api.door.connection import Connection, connections_for
+from app.api.door.room import Room
 from app.api.keys import Keys
-from app.api.room import Room
 from app.api.uploads import Uploads
 from app.engine.batcher import QueueLimits
 from app.engine.engine import Engine, EngineOptions

@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     precision: Precision = "auto"
     queue_size: int = Field(_QUEUE.items, gt=0)
     queue_pixels: int = Field(_QUEUE.pixels, gt=0)
-    batch_pixels: int = Field(_QUEUE.batch_pixels, gt=0)
+    batch_pixels: int | None = Field(None, gt=0)
     max_body_bytes: Bytes = 256 << 20
     max_upload_bytes: Bytes = 8 << 30
     buffer_bytes: Bytes | None = None

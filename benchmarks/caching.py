@@ -2,15 +2,17 @@
 
 `python -m benchmarks.caching` makes JPEG files of several aspects and encodes them in turns, each time in a new
 process: with diffusers' autoencoder in a loop (open, resize, cut, encode, save), and with `latentd encode --buckets`.
-Same weights, same buckets, float32. Seconds are from the loading of the model to the last file, imports aside.
+Same weights, same buckets, same precision. Seconds are from the loading of the model to the last file, imports aside.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +26,8 @@ from benchmarks.cpu import processor
 from benchmarks.pairs import alternate, table
 from benchmarks.peer import NETWORKS, Network, peer
 
+HEADER = ("network", "buckets", "precision", "pictures", "plain loop, pictures/s", "latentd encode", "ratio", "max Δ")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = ((1200, 800), (800, 1200), (1000, 1000), (1600, 900), (900, 1200))
 
 
@@ -38,35 +42,35 @@ def draw(folder: Path, count: int) -> None:
 
 
 @torch.inference_mode()
-def plain(network: Network, weights: Path, folder: Path, out: Path, buckets: str) -> None:
+def plain(network: Network, weights: Path, folder: Path, out: Path, buckets: str, precision: str) -> None:
     """The loop; prints its seconds."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
     start = time.perf_counter()
     kind: Any = AutoencoderTiny if network == "tiny" else AutoencoderKL
-    model = kind.from_pretrained(weights).eval()
+    model = kind.from_pretrained(weights, torch_dtype=DTYPES[precision]).eval()
     sizes = parse_buckets(buckets)
     for path in sorted(folder.iterdir()):
         picture = Image.open(path).convert("RGB")
         cut = sizes.cut(*picture.size)
         picture = picture.resize(cut.resized, Image.Resampling.BOX).crop(cut.box)
         x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
-        encoded = model.encode(x)
+        encoded = model.encode(x.to(model.dtype))
         latent = encoded.latents if network == "tiny" else encoded.latent_dist.mode()
-        np.save(out / f"{path.stem}.npy", latent.numpy())
+        np.save(out / f"{path.stem}.npy", latent.float().numpy())
     print(time.perf_counter() - start)
 
 
-def ours(models: Path, folder: Path, out: Path, buckets: str) -> float:
+def ours(models: Path, folder: Path, out: Path, buckets: str, precision: str) -> float:
     """Seconds of `latentd encode`."""
     told = out / "summary.json"
     command = [sys.executable, "-m", "app", "encode", str(folder), "-o", str(out), "--buckets", buckets]
-    command += ["--models", str(models), "--device", "cpu", "--precision", "fp32", "--latents", "raw", "--force"]
+    command += ["--models", str(models), "--device", "cpu", "--precision", precision, "--latents", "raw", "--force"]
     subprocess.run([*command, "--summary", str(told)], check=True, stderr=subprocess.DEVNULL)
     return float(json.loads(told.read_text())["seconds"])
 
 
-def measure(network: Network, buckets: str, count: int, rounds: int) -> list[str]:
+def measure(network: Network, buckets: str, precision: str, count: int, rounds: int) -> list[str]:
     """One row of the table."""
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
@@ -77,15 +81,15 @@ def measure(network: Network, buckets: str, count: int, rounds: int) -> list[str
             (top / out).mkdir()
 
         def loop() -> float:
-            given = [network, str(weights), str(top / "in"), str(top / "plain"), buckets]
+            given = [network, str(weights), str(top / "in"), str(top / "plain"), buckets, precision]
             command = [sys.executable, "-m", "benchmarks.caching", "--plain", *given]
             return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
-        runs = {"plain": loop, "ours": lambda: ours(top / "models", top / "in", top / "ours", buckets)}
+        runs = {"plain": loop, "ours": lambda: ours(top / "models", top / "in", top / "ours", buckets, precision)}
         seconds = alternate(runs, rounds, warmup=0)
         ratio = median(a / b for a, b in zip(seconds["plain"], seconds["ours"], strict=True))
         rates = [f"{count / median(seconds[name]):.2f}" for name in ("plain", "ours")]
-        return [NETWORKS[network], buckets, str(count), *rates, f"×{ratio:.2f}", f"{_apart(top):.0e}"]
+        return [NETWORKS[network], buckets, precision, str(count), *rates, f"×{ratio:.2f}", f"{_apart(top):.0e}"]
 
 
 def _apart(top: Path) -> float:
@@ -99,22 +103,25 @@ def _apart(top: Path) -> float:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--plain", nargs=5, help=argparse.SUPPRESS)
+    options.add_argument("--plain", nargs=6, help=argparse.SUPPRESS)
     options.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
-    options.add_argument("--side", type=int, default=256, help="of a square of the buckets' area")
+    options.add_argument("--buckets", nargs="+", default=["512x512:512:512-512", "512x512:64"])
+    options.add_argument("--precisions", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--pictures", type=int, default=24)
     args = options.parse_args()
     if args.plain:
-        network, *paths, buckets = args.plain
+        network, *paths, buckets, precision = args.plain
         weights, folder, out = map(Path, paths)
-        plain("tiny" if network == "tiny" else "kl", weights, folder, out, buckets)
+        plain("tiny" if network == "tiny" else "kl", weights, folder, out, buckets, precision)
         return
-    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} rounds\n")
-    area = f"{args.side}x{args.side}:64"
-    rows = [measure(network, area, args.pictures, args.rounds) for network in args.networks]
-    header = ("network", "buckets", "pictures", "plain loop, pictures/s", "latentd encode", "ratio", "max Δ")
-    print(table(header, rows))
+    versions = f"torch {torch.__version__}, diffusers {version('diffusers')}, Pillow {version('pillow')}"
+    print(f"{processor()}, {torch.get_num_threads()} threads, {versions}, {args.rounds} rounds\n")
+    rows = []
+    for network, buckets, precision in itertools.product(args.networks, args.buckets, args.precisions):
+        rows.append(measure(network, buckets, precision, args.pictures, args.rounds))
+        print(" ".join(rows[-1]), flush=True)
+    print(table(HEADER, rows))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 from prometheus_client import CollectorRegistry
 
-from app.api.connection import Connection
+from app.api.door.connection import Connection
 from app.engine.memory import host_memory
 from app.main import JsonFormatter, Server, TextFormatter, build_engine, create_app, server_of
 from app.settings import InvalidSetting, Settings

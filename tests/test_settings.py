@@ -15,7 +15,7 @@ DEFAULTS = {
     "precision": "auto",
     "queue_size": 256,
     "queue_pixels": 512 << 20,
-    "batch_pixels": 4 << 20,
+    "batch_pixels": None,
     "max_body_bytes": 256 << 20,
     "max_upload_bytes": 8 << 30,
     "buffer_bytes": None,

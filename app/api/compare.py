@@ -13,8 +13,8 @@ import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
 from app.api.answer import JPEG, JSON, PNG, WEBP, ZIP, accepted, content_type, negotiate
-from app.api.body import deadline_of, read_pictures, while_connected
 from app.api.context import GUARD, Context, Limits, Shared
+from app.api.door.body import deadline_of, read_pictures, while_connected
 from app.api.openapi import COMPARED, PROBLEM, WORK, answers, problems, takes
 from app.api.schemas import Compared, CompareQuery, Comparison
 from app.api.work import Clock, Size, latent_shape_of, picture_shape
@@ -89,7 +89,7 @@ async def compare(request: Request, query: Annotated[CompareQuery, Query()], sha
     for trip in trips:
         if isinstance(trip.model, Checkpoint):
             shared.engine.check_open(trip.model)
-    files = await read_pictures(request, shared)
+    files = await read_pictures(request, shared.limits.body_bytes)
     if len(files) != 1:
         raise InvalidParameter(f"one picture is compared at a time; the form has {len(files)}")
     body = files[0].content

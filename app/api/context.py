@@ -11,10 +11,10 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
-from app.api.codecs import Codecs
+from app.api.door.codecs import Codecs
+from app.api.door.room import Room
 from app.api.errors import Forbidden, Unauthorized
 from app.api.keys import Keys
-from app.api.room import Room
 from app.api.uploads import Uploads
 from app.engine.engine import Engine
 from app.engine.previews import Previews

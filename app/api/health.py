@@ -11,17 +11,6 @@ from app.api.schemas import Health
 router = APIRouter(tags=["health"])
 FAILING: Responses = {503: {"description": "Failing, in the same form.", "model": Health}}
 
-PROBES = frozenset(
-    {
-        *("/healthz/live", "/healthz/ready", "/healthz/startup", "/health", "/livez", "/readyz"),
-        *("/v2/health/live", "/v2/health/ready"),
-    }
-)
-"""Answered however crowded it is. Nothing that they depend on may wait for a thread."""
-
-OFTEN = PROBES | {"/metrics"}
-"""Paths that machines ask for every few seconds."""
-
 
 def _answer(good: bool, **facts: object) -> JSONResponse:
     return JSONResponse({"status": "ok" if good else "failing", **facts}, 200 if good else 503)

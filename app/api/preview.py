@@ -7,8 +7,8 @@ import numpy as np
 from fastapi import Request, Response
 
 from app.api.answer import PICTURES, WEBP, accepted, answer, content_type, header_value, negotiate, pictures_body
-from app.api.body import read_body
 from app.api.context import Context
+from app.api.door.body import read_body
 from app.api.mismatch import check_family, convention_of
 from app.api.schemas import DecodeQuery
 from app.api.work import Clock, Done, Given, Size, decoding, finished, picture_size
@@ -50,7 +50,7 @@ async def preview(
     request.state.op = "preview"
     clock = Clock("preview", shared.metrics)
     with shared.previews.entered():
-        body = await read_body(request, shared)
+        body = await read_body(request, shared.limits.body_bytes)
         with clock.stage("read"):
             header = await shared.sketches.run(len(body), lambda: latent_shape(body))
         asked = _asked(request, query, checkpoint, header, body, shared)

@@ -15,8 +15,8 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import ValidationError
 
 from app.api.answer import JPEG, JSON, PNG, accepted, answer, pictures_body
-from app.api.body import deadline_of, read_body
 from app.api.context import KEYED, Context, Shared
+from app.api.door.body import deadline_of, read_body
 from app.api.errors import REMOTE
 from app.api.mismatch import warning
 from app.api.remote_query import RemoteDecodeQuery, RemoteEncodeQuery, RemoteQuery
@@ -101,7 +101,10 @@ async def remote_decode(
             batch /= 2
             batch += 0.5
             batch = batch.clip(0, 1, out=batch).astype(np.float16)
-        return batch if batch.dtype == np.uint8 else batch.transpose(0, 3, 1, 2)
+        if batch.dtype == np.uint8:
+            return batch
+        pictures = batch.transpose(0, 3, 1, 2)
+        return pictures[:, :, None] if query.output_type == "pt" and len(query.shape) == 5 else pictures
 
     return await _answer(tensor, media, shared, done, clock, origin)
 
@@ -161,7 +164,7 @@ def _output(request: Request, query: RemoteDecodeQuery) -> tuple[Output, str]:
 
 async def _read(request: Request, query: Q, shared: Context, clock: Clock) -> tuple[Body, Q]:
     """The bytes of the tensor or the picture, and what is said of them."""
-    body = await read_body(request, shared)
+    body = await read_body(request, shared.limits.body_bytes)
     if not request.headers.get("content-type", "").lower().startswith((BASE64, JSON)):
         return body, query
     with clock.stage("read"):

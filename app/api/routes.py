@@ -27,9 +27,9 @@ from app.api.answer import (
     negotiate,
     pictures_body,
 )
-from app.api.body import deadline_of, read_body, read_pictures
 from app.api.context import GUARD, Limits, Shared
-from app.api.form import Part, naming
+from app.api.door.body import deadline_of, read_body, read_pictures
+from app.api.door.form import Part, naming
 from app.api.mismatch import check_family, convention_of, warning
 from app.api.openapi import DECODED, ENCODED, LATENTS_FAMILY, PROBLEM, WORK, answers, problems, takes
 from app.api.preview import preview
@@ -69,7 +69,7 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
         raise InvalidParameter("posterior=moments are raw; latents=scaled are a mode or a sample")
     checkpoint = await resolved(request, query.model, shared)
     shared.engine.check_open(checkpoint)
-    files = await read_pictures(request, shared)
+    files = await read_pictures(request, shared.limits.body_bytes)
     with clock.stage("read"):
         headers = await asyncio.to_thread(_headers, files, shared.limits)
     sizes = [header.size for header in headers for _ in range(header.count)]
@@ -135,7 +135,7 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
     if query.preview is not None:
         return await preview(request, query, checkpoint, deadline, shared)
     shared.engine.check_open(checkpoint)
-    body = await read_body(request, shared)
+    body = await read_body(request, shared.limits.body_bytes)
     with clock.stage("read"):
         header = await asyncio.to_thread(latent_shape, body)
     shared.limits.check_items(header.batch)  # nothing of a claimed length is made before

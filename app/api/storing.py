@@ -7,8 +7,8 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 
 from app.api.answer import OCTETS
-from app.api.body import SILENT_SECONDS
 from app.api.context import ADMIN, Context, Shared
+from app.api.door.body import SILENT_SECONDS
 from app.api.errors import ClientGone, SlowBody
 from app.api.models import Name, Nothing, model_row
 from app.api.openapi import BINARY, PROBLEM, problems

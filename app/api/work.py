@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from fastapi import Request
 
-from app.api.body import while_connected
 from app.api.context import Context
+from app.api.door.body import while_connected
 from app.api.errors import request_id
 from app.engine.batcher import Admission
 from app.engine.jobs import Prepare, Result, Task, Work

@@ -77,7 +77,7 @@ class Worker:
         self.device = torch_device(name)
         self.memory = memory
         self.rate = Rate()
-        self.batcher = Batcher(limits, self.rate, metrics)
+        self.batcher = Batcher(limits, self.device.type, self.rate, metrics)
         of_device = DeviceMetrics(metrics, name)
         self.cache = ModelCache(self._load, memory, cache_bytes, of_device)
         self._load_module = load

@@ -4,16 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from app.engine.batcher import QueueLimits
 from app.engine.devices import device_names, torch_device
 from app.settings import Settings
 from app.tools.pictures import Wish
 
 BATCHES = 2
 """So many batches of pixels are in flight: one is computed while another gathers."""
-
-CPU_PIXELS = 1 << 18
-"""In flight where this process computes on a CPU, whose caches hold no more: 64 pictures of 256 x 256 took 10.2 s of
-its time in one batch, 9.3 s in batches of 16 and 7.0 s in batches of 4 or one by one (latentd-small, two cores)."""
 
 Existing = Literal["refuse", "skip", "replace"]
 """What becomes of targets that are there."""
@@ -37,6 +34,6 @@ class Errand:
 def pixels_at_once(errand: Errand) -> int:
     """That may be in flight."""
     settings = errand.settings
-    most = min(BATCHES * settings.batch_pixels, settings.queue_pixels)
+    limits = QueueLimits(settings.queue_size, settings.queue_pixels, settings.batch_pixels)
     here = errand.url is None and all(torch_device(name).type == "cpu" for name in device_names(settings.devices))
-    return min(most, CPU_PIXELS) if here else most
+    return min(BATCHES * limits.batch_on("cpu" if here else "cuda"), limits.pixels)

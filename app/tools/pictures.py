@@ -1,9 +1,11 @@
 """What `encode` makes of a picture file before it is sent: its bucket's size, and its mirrored twin."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from app.tools.buckets import Buckets, Cut, Size, cut_picture
 from app.wire.headers import PictureHeader, read_header
@@ -11,6 +13,9 @@ from app.wire.images import read_image
 from app.wire.png import write_png
 
 Form = Literal["npy", "safetensors", "kohya"]
+
+Write = Callable[[npt.NDArray[np.uint8]], bytes]
+"""A body of pixels (H, W, 3), of a kind that /encode reads."""
 
 WHITE = (255, 255, 255)
 """Shows through what is transparent, as where the service reads a picture."""
@@ -54,7 +59,7 @@ class Ready:
     cut: Cut | None = None
 
 
-def ready(body: bytes, wish: Wish, max_pixels: int) -> Ready:
+def ready(body: bytes, wish: Wish, max_pixels: int, write: Write = write_png) -> Ready:
     """A picture file as it is to be sent; untouched where nothing is asked for. Raises as `read_image`."""
     header = wish.seen(read_header(body))
     width, height = header.shown
@@ -65,7 +70,7 @@ def ready(body: bytes, wish: Wish, max_pixels: int) -> Ready:
     if cut is not None:
         picture = cut_picture(picture, cut)
     twins = [picture, np.ascontiguousarray(picture[:, ::-1])] if wish.flip else [picture]
-    return Ready([write_png(each) for each in twins], sum(each.shape[0] * each.shape[1] for each in twins), cut)
+    return Ready([write(each) for each in twins], sum(each.shape[0] * each.shape[1] for each in twins), cut)
 
 
 def weight(header: PictureHeader, wish: Wish) -> int:

@@ -27,6 +27,8 @@ from app.tools.summary import Tally
 from app.tools.targets import part, twin
 from app.wire.arrays import latent_shape, read_latents
 from app.wire.headers import PictureHeader, read_header
+from app.wire.npy import write_npy
+from app.wire.png import write_png
 
 T = TypeVar("T")
 
@@ -65,6 +67,7 @@ class Run:
         self._client = client
         self._maker = maker
         self._side = side  # pixels per position of a raw latent
+        self._write_pixels = write_npy if errand.url is None else write_png  # a network is slower than deflating
         self._form = kohya.form_of(maker.family) if errand.wish.form == "kohya" else None
         self._manifest = Manifest(found.folder) if found.folder is not None else None
         self._noted: dict[Path, Manifest] = {}  # of the folders that files come from
@@ -123,7 +126,9 @@ class Run:
                 sent = Ready([body], pixels)
                 if header is not None:
                     async with self._decoding.of(header.work if self._errand.wish.changes else 0):
-                        sent = await self.in_thread(ready, body, self._errand.wish, self._errand.settings.max_pixels)
+                        sent = await self.in_thread(
+                            ready, body, self._errand.wish, self._errand.settings.max_pixels, self._write_pixels
+                        )
                 headers["Accept"] = media
                 async with self._pixels.of(sent.pixels):
                     path = f"/{self._errand.op}"

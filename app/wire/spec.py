@@ -87,7 +87,9 @@ def array_spec(
         raise purpose.error(f"expected {expected}, got {_OTHERS.get(code.lstrip('<>|='), code)[:40]}")
     if purpose.frames and len(shape) == 5 and max(shape) < _LONGEST:
         if shape[2] != 1:
-            raise purpose.error(f"expected one frame, (N, C, 1, h, w), got {shape[2]} of them in a shape of {shape}")
+            raise purpose.error(
+                f"expected one frame, (N, C, 1, h, w), got {shape[2]} in a shape of {shape}: video is not supported yet"
+            )
         shape = (*shape[:2], *shape[3:])
         strides = strides and (*strides[:2], *strides[3:])
     if len(shape) not in (3, 4) or max(shape) >= _LONGEST:

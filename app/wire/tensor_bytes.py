@@ -55,13 +55,11 @@ def latent_layout(
     factor: int,
     patched: bool = False,
 ) -> Layout:
-    """The layout of latents (N, C, h, w), or (C, h, w); or packed ones, (N, patches, 4 C) or (patches, 4 C).
+    """The layout of latents (N, C, h, w), (C, h, w), or (N, C, 1, h, w); or packed: (N, patches, 4 C), (patches, 4 C).
 
     `size` is the picture's (height, width) in pixels: without it nothing is packed. `channels` and `factor` are those
     of the model's raw latents. Raises InvalidLatent for other shapes, else as `bytes_spec`.
     """
-    if len(shape) == 5:
-        raise LATENTS.error(f"expected latents of pictures, got a shape of {list(shape)}: video is not decoded yet")
     wide = PATCH**2 * channels
     if len(shape) in (2, 3) and shape[-1] == wide:
         grid = None if size is None else (size[0] // (PATCH * factor), size[1] // (PATCH * factor))

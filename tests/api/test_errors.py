@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import app.api.body  # noqa: F401  every module that defines an error
+import app.api.door.body  # noqa: F401  every module that defines an error
 from app import errors
 from app.api.errors import LONGEST, STATUS, kind_of
 from tests.service import latent, npy, picture, refused, serving
@@ -108,7 +108,7 @@ async def test_a_bug_is_told_without_its_traceback_and_logged_with_it(service, m
 
 
 async def test_a_bug_in_the_middleware_is_a_problem_as_well(service, monkeypatch):
-    monkeypatch.setattr("app.api.access.uuid", None)
+    monkeypatch.setattr("app.api.door.access.uuid", None)
     answer = await service.get("/models")
     assert answer.status_code == 500
     assert answer.headers["content-type"] == "application/problem+json"

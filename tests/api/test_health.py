@@ -6,7 +6,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.api.health import PROBES
+from app.api.door.bounds import PROBES
 from app.main import create_app
 from app.settings import Settings
 from tests.service import SIDE, occupied, picture, refused, serving

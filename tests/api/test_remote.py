@@ -11,9 +11,10 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLWan, AutoencoderTiny
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.remote_utils import remote_decode, remote_encode
+from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -60,10 +61,17 @@ def networks() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def url(networks, tmp_path_factory) -> Iterator[str]:
+def wan() -> Any:
+    torch.manual_seed(21)
+    return AutoencoderKLWan(base_dim=8, num_res_blocks=2)
+
+
+@pytest.fixture(scope="module")
+def url(networks, wan, tmp_path_factory) -> Iterator[str]:
     folder: Path = tmp_path_factory.mktemp("remote")
     for family, network in networks.items():
         network.save_pretrained(folder / "VAE" / family)
+    wan.save_pretrained(folder / "VAE" / "wan")
     with listening(folder) as (_, port):
         yield f"http://127.0.0.1:{port}/remote"
 
@@ -239,6 +247,21 @@ def test_several_pictures_of_one_tensor(url):
     torch.testing.assert_close(both[1:], remote_encode(f"{url}/sd1/encode", pair[1:]), rtol=1e-3, atol=1e-3)
 
 
+def test_latents_of_one_frame_come_back_as_pictures_of_one_frame(url, wan):
+    z = noise("wan", n=2)[:, :, None]
+    expected = decoded(wan, z)
+    form = {"do_scaling": False, "output_type": "pt"}
+    found = remote_decode(f"{url}/wan/decode", z, return_type="pt", **form)
+    assert found.shape == expected.shape == (2, 3, 1, 32, 48)
+    torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=2e-3)
+    frames = remote_decode(f"{url}/wan/decode", z, VideoProcessor(), return_type="pil", **form)
+    assert [frame.size for frame in frames] == [(48, 32)]
+    packed_too = remote_decode(f"{url}/wan/decode", packed(z[:, :, 0]), height=32, width=48, return_type="pt", **form)
+    assert torch.equal(packed_too, found[:, :, 0])
+    picture = remote_decode(f"{url}/wan/decode", z[:1], do_scaling=False, image_format="png")
+    assert np.abs(np.asarray(picture) - levels(expected[:1, :, 0])[0]).max() <= 1.0
+
+
 def test_there_is_no_limit_of_2048(url):
     found = remote_decode(f"{url}/taesd/decode", noise("taesd", h=2, w=264), output_type="pil", do_scaling=False)
     assert found.size == (2112, 16)
@@ -250,7 +273,7 @@ def test_the_client_shows_what_was_refused(url):
     with pytest.raises(RuntimeError, match="video"):
         remote_decode(f"{url}/sd1/decode", noise("sd1"), do_scaling=False, output_type="mp4", return_type="mp4")
     with pytest.raises(RuntimeError, match=r"video"):
-        remote_decode(f"{url}/sd1/decode", noise("sd1")[:, :, None], do_scaling=False)
+        remote_decode(f"{url}/sd1/decode", noise("sd1")[:, :, None].repeat(1, 1, 2, 1, 1), do_scaling=False)
     with pytest.raises(RuntimeError, match="takes raw latents of 4 channels"):
         remote_decode(f"{url}/sd1/decode", noise("flux"), do_scaling=False)
 
@@ -382,7 +405,7 @@ async def test_parameters_in_json_are_looked_at_as_those_of_the_query(service):
         (np.zeros((0, 4, 4, 4), np.float16), {}, 422, "no dimension of 0"),
         (latent(2, 4, 4, 4), {"output_type": "pil"}, 422, "output_type=pt"),
         (latent(1, 5, 4, 4), {}, 422, "4 channels"),
-        (latent(1, 4, 1, 4, 4), {}, 422, "video"),
+        (latent(1, 4, 2, 4, 4), {}, 422, "video"),
     ],
 )
 async def test_what_does_not_fit_is_refused_with_an_error_in_json(service, array, more, status, words):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from app.api import body, storing
+from app.api import storing
+from app.api.door import body
 from app.store.incoming import HIDDEN, Incoming
 from tests.service import array_of, latent, listening, npy, occupied, picture, refused, serving, until
 from tests.store.weights import state_of

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from app.api.health import OFTEN, PROBES
+from app.api.door.access import OFTEN
+from app.api.door.bounds import PROBES
 from app.arguments import parser
 from app.engine.worker import STOP_SECONDS
 from app.main import CLOSING_SECONDS

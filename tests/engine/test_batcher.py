@@ -24,7 +24,7 @@ def metrics():
 
 @pytest.fixture
 def batcher(metrics):
-    return Batcher(LIMITS, Rate(), metrics)
+    return Batcher(LIMITS, "cpu", Rate(), metrics)
 
 
 def value(metrics, name, **labels):
@@ -267,3 +267,8 @@ async def test_lower_ranks_wait_for_all_work_and_count_as_no_wait(batcher):
     taken = [await batcher.take() for _ in range(4)]
     assert {id(each[0]) for each in taken[:2]} == {id(each) for each in work}
     assert taken[2:] == [[later], [spare]]
+
+
+@pytest.mark.parametrize(("device", "said", "most"), [("cpu", None, 1 << 18), ("cuda", None, 4 << 20), ("cpu", 7, 7)])
+def test_what_a_batch_may_have_is_the_device_s_where_nobody_says(device, said, most):
+    assert QueueLimits(batch_pixels=said).batch_on(device) == most

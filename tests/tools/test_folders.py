@@ -89,6 +89,13 @@ def test_so_many_are_in_flight_that_two_batches_fill(service, tmp_path):
     assert (len(service.asked), service.most) == (50, 20)
 
 
+@pytest.mark.parametrize(("url", "begins"), [("http://x", b"\x89PNG"), (None, b"\x93NUMPY")])
+def test_pixels_are_deflated_for_a_network_alone(service, tmp_path, url, begins):
+    asked = replace(errand(settings=Settings(device="cpu")), url=url, wish=Wish(flip=True))
+    assert send_files(asked, [pictures(tmp_path / "in", 1)], str(tmp_path / "out")) == 0
+    assert [request.content[: len(begins)] for request in service.asked] == [begins] * 2
+
+
 def test_the_queue_and_the_memory_bound_what_is_in_flight(service, tmp_path, monkeypatch):
     folder = pictures(tmp_path / "in", 30)
     small = Settings(queue_size=5)

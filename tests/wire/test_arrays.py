@@ -103,7 +103,9 @@ def test_a_clip_of_one_frame_is_a_picture(order):
     body = saved(np.asarray(clip, order=order))
     assert latent_shape(body).parts == ((2, 4, 3, 5),)
     assert np.array_equal(np.stack(read_latents(body, max_bytes=1 << 20).items), clip[:, :, 0])
-    refuse(saved(noise(1, 4, 2, 3, 5)), InvalidLatent, r"expected one frame, \(N, C, 1, h, w\), got 2 of them")
+    refuse(
+        saved(noise(1, 4, 2, 3, 5)), InvalidLatent, r"\(N, C, 1, h, w\), got 2 in .* \(1, 4, 2, 3, 5\): video is not"
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (4, 2), (1, 1, 1, 4, 2, 2)])

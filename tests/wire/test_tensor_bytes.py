@@ -78,13 +78,18 @@ def test_a_latent_that_is_as_wide_as_a_patch_is_no_packed_one():
         ((15, 16), None, "height and width"),
         ((15, 15), (48, 80), "expected a shape"),
         ((240,), (48, 80), "expected a shape"),
-        ((1, 4, 1, 6, 10), None, "video"),
+        ((1, 4, 2, 6, 10), None, r"got 2 in a shape of \(1, 4, 2, 6, 10\): video is not supported yet"),
         ((1, 1, 4, 1, 6, 10), None, "expected a shape"),
     ],
 )
 def test_other_shapes_are_refused(shape, size, words):
     with pytest.raises(InvalidLatent, match=words):
         layout(noise(*shape), size)
+
+
+def test_a_clip_of_one_frame_is_a_picture():
+    z = noise(2, 4, 1, 6, 10)
+    np.testing.assert_array_equal(read(z), z[:, :, 0])
 
 
 def test_a_shape_that_its_bytes_are_not():

@@ -56,6 +56,12 @@ def drive(answers, *, timeout=None, seconds=1.0, **policy):
         return error, steps
 
 
+def test_a_connection_that_was_not_there_in_time_is_a_deadline():
+    error, _ = drive([Unreachable("ConnectTimeout")], timeout=1.0, seconds=1.0)
+    assert isinstance(error, DeadlineExceeded)
+    assert "ConnectTimeout" in str(error)
+
+
 def waits(steps):
     return [step.seconds for step in steps if isinstance(step, Wait)]
 

@@ -77,6 +77,8 @@ def exchange(policy: Policy, send: Send, media: frozenset[str], timeout: float |
             response: httpx.Response = yield _within(send, left)
             error = error_of(response, media)
         except Unreachable as broken:
+            if end is not None and policy.clock() >= end:  # a connection that was not there in time
+                raise DeadlineExceeded(f"no answer within {timeout:g} s: {broken}") from broken
             error = broken
         if error is None:
             return response

@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager
 import httpx
 import pytest
 
-from app.api import connection
-from app.api.connection import SPARE, SPARE_FILES, connections_for
+from app.api.door import connection
+from app.api.door.connection import SPARE, SPARE_FILES, connections_for
 from app.engine.engine import Engine
 from tests.service import listening, occupied, picture, until
 

@@ -3,9 +3,8 @@ import time
 import httpx
 import pytest
 
-from app.api.bounds import PIECE, Bounds
-from app.api.health import PROBES
-from app.api.room import Room
+from app.api.door.bounds import PIECE, PROBES, Bounds
+from app.api.door.room import Room
 from tests.service import picture, refused, serving
 
 

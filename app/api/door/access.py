@@ -11,13 +11,18 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.errors import BUG, CLIENT_GONE, LONGEST, REMOTE
-from app.api.health import OFTEN
+from app.api.door.bounds import PROBES
+from app.api.errors import BUG, CLIENT_GONE, LONGEST, REMOTE, STATUS
+from app.errors import TooLarge, TooManyBytes
 from app.metrics import Metrics
 from app.text import one_line
 
 log = logging.getLogger("app.access")
 OPS = {"/encode": "encode", "/decode": "decode", "/compare": "compare"}
+OFTEN = PROBES | {"/metrics"}
+"""Paths that machines ask for every few seconds."""
+REFUSED = frozenset(STATUS[each].code for each in (TooLarge, TooManyBytes))
+"""Codes that are counted here; whoever else refuses counts itself."""
 SAFE_ID = re.compile(rb"[A-Za-z0-9._:+/=-]{1,128}")
 
 
@@ -57,8 +62,11 @@ class Access:
         if op := state.get("op") or OPS.get(path) or _remote(path):
             self.metrics.requests.labels(op, model, str(status)).inc()
             self.metrics.request_seconds.labels(op, model).observe(seconds)
-        if status == 413:
-            self.metrics.rejected.labels("too_large").inc()
+        if status == BUG.status:
+            state.setdefault("problem", (BUG.code, "an unexpected error; see its traceback"))
+        found = state.get("problem")
+        if found and found[0] in REFUSED:
+            self.metrics.rejected.labels(found[0]).inc()
         elif status == CLIENT_GONE:
             self.metrics.cancelled.labels("request").inc()
         facts = {
@@ -72,9 +80,7 @@ class Access:
         words = [f"{facts['method']} {facts['path']} {status} {facts['ms']} ms request={facts['request_id']}"]
         if model:
             words.append(f"model={quote(model)}")
-        if status == BUG.status:
-            state.setdefault("problem", (BUG.code, "an unexpected error; see its traceback"))
-        if found := state.get("problem"):
+        if found:
             facts |= {"code": found[0], "reason": one_line(found[1])[:LONGEST]}
             words.append(f"{facts['code']}: {facts['reason']}")
         level = logging.DEBUG if path in OFTEN else logging.WARNING if status >= BUG.status else logging.INFO

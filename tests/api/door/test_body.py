@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from app.api import body
+from app.api.door import body
 from tests.service import SIDE, array_of, latent, npy, occupied, picture, picture_of, refused, serving, until
 
 

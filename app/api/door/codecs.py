@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from app.api.room import Room
+from app.api.door.room import Room
 
 T = TypeVar("T")
 

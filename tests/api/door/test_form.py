@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from app.api.form import MAX_PARTS, naming, parts_of
+from app.api.door.form import MAX_PARTS, naming, parts_of
 from app.errors import InvalidImage, InvalidParameter, MalformedBody
 
 TYPE = "multipart/form-data; boundary=b"

@@ -5,8 +5,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from app.api.codecs import Codecs
-from app.api.room import Room
+from app.api.door.codecs import Codecs
+from app.api.door.room import Room
 from tests.service import until
 
 

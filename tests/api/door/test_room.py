@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from app.api.room import Held, Room
+from app.api.door.room import Held, Room
 from app.errors import TooManyBytes
 
 
