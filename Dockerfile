@@ -5,10 +5,12 @@
 # torch's CUDA wheels carry the CUDA libraries, so the slim Python base serves a GPU too. BASE may be any Debian or
 # Ubuntu with Python 3.11 or newer in its archive, a CUDA image for instance:
 #   --build-arg BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
+# For builds that are the same on any day, name it by digest: BASE=python:3.11-slim@sha256:...
 ARG BASE=python:3.11-slim
+
 # The tag is the builder's to choose, here and in BASE.
 # hadolint ignore=DL3006
-FROM ${BASE}
+FROM ${BASE} AS packages
 
 # Where torch's wheels are looked for beside PyPI, whose own wheels for Linux bring CUDA. Empty for those, or
 # https://download.pytorch.org/whl/cu126 and the like where the host's driver is older than they want.
@@ -37,14 +39,28 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1
 
 # The dependencies first, gigabytes that change with pyproject.toml alone; app/__init__.py is there for the version.
-# One stage: nothing is compiled, and a copied environment would be one layer that changes with every line of app/.
-COPY pyproject.toml LICENSE ./
+# Of torch, what runs nothing here goes again: its C++ tests and headers, protoc, and the tests of its Python half.
+COPY pyproject.toml LICENSE README.md ./
+COPY deploy/latentd_build.py deploy/
 COPY app/__init__.py app/
-RUN pip install --no-cache-dir --disable-pip-version-check ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} .
+RUN pip install --no-cache-dir --disable-pip-version-check ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} . \
+    && cd "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch" \
+    && find bin -type f ! -name torch_shm_manager -delete \
+    && rm -rf include test
 
 COPY app app
 RUN pip install --no-cache-dir --disable-pip-version-check --no-deps --force-reinstall .
 
+# What is in it, as CycloneDX: made by a tool that the image does not keep.
+FROM packages AS contents
+RUN python3 -m venv /opt/sbom \
+    && /opt/sbom/bin/pip install --no-cache-dir --disable-pip-version-check 'cyclonedx-bom>=7.5' \
+    && /opt/sbom/bin/cyclonedx-py environment --output-reproducible -o /opt/sbom.cdx.json /opt/venv/bin/python
+
+FROM packages
+
+COPY --from=contents /opt/sbom.cdx.json /opt/latentd/
+COPY deploy/healthcheck.py /opt/latentd/
 COPY --chown=latentd:latentd models /models
 VOLUME /models
 
@@ -58,9 +74,19 @@ USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 
-# http.client, which unlike urllib sees no proxy settings; the port is the one of CMD.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/healthz/live'); raise SystemExit(c.getresponse().status != 200)"]
+    CMD ["python", "/opt/latentd/healthcheck.py"]
 
 ENTRYPOINT ["latentd"]
 CMD ["serve", "--host", "0.0.0.0", "--port", "8000"]
+
+# Last: they change with each build.
+ARG BASE
+ARG VERSION=
+ARG REVISION=
+LABEL org.opencontainers.image.title=latentd \
+      org.opencontainers.image.description="A service that turns pictures into VAE latents and latents into pictures" \
+      org.opencontainers.image.licenses=MIT \
+      org.opencontainers.image.version=${VERSION} \
+      org.opencontainers.image.revision=${REVISION} \
+      org.opencontainers.image.base.name=${BASE}

@@ -17,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test check browser bench bench-gpu comfyui train
+.PHONY: help demo serve test check browser bench bench-gpu comfyui image-test manifests wheel train
 
 help:
 	@echo 'make demo       start the server, send a picture through it and back, stop it'
@@ -28,6 +28,9 @@ help:
 	@echo 'make bench      CPU: encode and decode beside diffusers (ARGS=--quick for the small sizes)'
 	@echo 'make bench-gpu  the GPU tests, then fp16 encode and decode beside diffusers'
 	@echo 'make comfyui    our nodes in a real ComfyUI, beside its own (COMFYUI=path to one that runs)'
+	@echo 'make wheel      dist/latentd-*.whl, to install anywhere'
+	@echo 'make image-test builds the container image and serves from it: root, buildah, debootstrap'
+	@echo 'make manifests  deploy/ against the schemas of Kubernetes, and the rules against promtool'
 	@echo 'make train      train the embedded default VAE anew: hours'
 
 # One stamp for each set of packages, inside .venv so that removing it starts over.
@@ -46,6 +49,10 @@ help:
 
 .venv/browser: .venv/test
 	$(INSTALL) -e '.[browser]'
+	@touch $@
+
+.venv/deploy: .venv/test
+	$(INSTALL) -e '.[deploy]'
 	@touch $@
 
 .venv/train: .venv/runtime
@@ -92,6 +99,17 @@ comfyui: .venv/test
 	else \
 		$(BIN)/python -m tests.comfyui '$(COMFYUI)' $(ARGS); \
 	fi
+
+image-test:
+	TORCH_INDEX='$(TORCH_INDEX)' tests/deploy/image.sh
+
+wheel: .venv/runtime
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps -w dist .
+
+manifests: .venv/deploy
+	@command -v kustomize kubectl >/dev/null || { echo 'manifests: needs kustomize or kubectl'; exit 1; }
+	@command -v promtool >/dev/null || { echo 'manifests: needs promtool, of the package prometheus'; exit 1; }
+	$(BIN)/pytest tests/deploy -n 0 $(ARGS)
 
 train: .venv/train
 	$(BIN)/python models/train_latentd_small.py $(ARGS)

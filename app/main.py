@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -27,6 +28,7 @@ from app.api.door.access import Access
 from app.api.door.bounds import Bounds
 from app.api.door.connection import Connection, connections_for
 from app.api.door.room import Codecs, Room
+from app.api.keys import Keys
 from app.api.uploads import Uploads
 from app.engine.batcher import QueueLimits
 from app.engine.engine import Engine, EngineOptions
@@ -36,7 +38,7 @@ from app.engine.previews import Previews
 from app.metrics import Metrics, StateCollector
 from app.settings import InvalidSetting, Settings, check_folders
 from app.store.store import ModelStore
-from app.text import one_line
+from app.text import one_line, reason, shown
 from app.vae.families import FAMILIES
 from app.wire.photographs import photographs
 
@@ -84,6 +86,16 @@ def _check(settings: Settings) -> None:
             raise InvalidSetting(f"device: {name} is not there; torch finds {cards} CUDA devices")
 
 
+def _keys(name: str, given: frozenset[str], file: Path | None) -> Keys:
+    """Raises InvalidSetting."""
+    if given and file is not None:
+        raise InvalidSetting(f"{name}_file: keys come from {name} or from a file; both are set")
+    try:
+        return Keys(given, file)
+    except (OSError, ValueError) as error:
+        raise InvalidSetting(f"{name}_file: {shown(file or '')}: {reason(error)}") from error
+
+
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The ASGI app; `uvicorn --factory app.main:create_app` works too."""
     settings = settings or Settings()
@@ -128,8 +140,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         uploads=uploads,
         previews=previews,
         sketches=sketches,
-        api_keys=settings.keys,
-        admin_key=settings.admin_key.get_secret_value() if settings.admin_key else None,
+        api_keys=_keys("api_keys", settings.keys, settings.api_keys_file),
+        admin_keys=_keys("admin_key", settings.admin_keys, settings.admin_key_file),
         metrics_public=settings.metrics_public,
     )
     latents = (routes.router, remote.router, compare.router)

@@ -76,7 +76,9 @@ class Settings(BaseSettings):
     max_pixels: int = Field(8192 * 8192, gt=0)
     drain_seconds: float = Field(30.0, ge=0, le=86_400)
     api_keys: SecretStr | None = None  # comma separated
+    api_keys_file: Path | None = None
     admin_key: SecretStr | None = None
+    admin_key_file: Path | None = None
     metrics_public: bool = True
     log_format: Literal["json", "text"] = "text"
 
@@ -89,6 +91,11 @@ class Settings(BaseSettings):
     def keys(self) -> frozenset[str]:
         """`api_keys`, split at their commas; none: the service is open."""
         return frozenset(_parts(self.api_keys.get_secret_value())) if self.api_keys else frozenset()
+
+    @property
+    def admin_keys(self) -> frozenset[str]:
+        """`admin_key`, or nothing."""
+        return frozenset({self.admin_key.get_secret_value()}) if self.admin_key else frozenset()
 
     @field_validator("device")
     @classmethod

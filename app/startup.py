@@ -34,7 +34,7 @@ def served(settings: Settings, engine: Engine) -> str:
             f"precision {settings.precision}",
             f"queue {settings.queue_size} items, {settings.queue_pixels} pixels",
             f"body {size(settings.max_body_bytes)}, picture {settings.max_pixels} pixels",
-            f"keys {'on' if settings.keys else 'off'}",
+            f"keys {'on' if settings.keys or settings.api_keys_file else 'off'}",
         )
     )
 

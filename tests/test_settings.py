@@ -23,7 +23,9 @@ DEFAULTS = {
     "max_pixels": 64 << 20,
     "drain_seconds": 30.0,
     "api_keys": None,
+    "api_keys_file": None,
     "admin_key": None,
+    "admin_key_file": None,
     "metrics_public": True,
     "log_format": "text",
 }
@@ -58,6 +60,8 @@ def test_these_are_the_settings_and_their_defaults():
         ("drain_seconds", "0.5", 0.5),
         ("api_keys", "a,b", SecretStr("a,b")),
         ("admin_key", "c", SecretStr("c")),
+        ("api_keys_file", "/run/keys", Path("/run/keys")),
+        ("admin_key_file", "/run/admin", Path("/run/admin")),
         ("metrics_public", "false", False),
         ("log_format", "json", "json"),
     ],

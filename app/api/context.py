@@ -4,7 +4,7 @@ import hashlib
 import hmac
 from base64 import b64decode
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, cast
 
@@ -13,6 +13,7 @@ from fastapi.security import HTTPBearer
 
 from app.api.door.room import Codecs, Room
 from app.api.errors import Forbidden, Unauthorized
+from app.api.keys import Keys
 from app.api.uploads import Uploads
 from app.engine.engine import Engine
 from app.engine.previews import Previews
@@ -61,8 +62,8 @@ class Context:
     uploads: Uploads
     previews: Previews
     sketches: Codecs  # the one thread that previews have
-    api_keys: frozenset[str] = frozenset()
-    admin_key: str | None = None
+    api_keys: Keys
+    admin_keys: Keys
     metrics_public: bool = True
 
 
@@ -82,25 +83,25 @@ BEARER = HTTPBearer(auto_error=False, description="An API key; as the password o
 
 async def require_key(request: Request, shared: Shared) -> None:
     """Lets a request pass that brings an API key or the admin key, or any request where no API keys are set."""
-    if not shared.api_keys:
+    keys = await shared.api_keys.current()
+    if not keys:
         return
     given = _given(request)
     if given is None:
         raise Unauthorized("a key is needed: Authorization: Bearer KEY, or KEY as the password of Basic")
-    keys = shared.api_keys | ({shared.admin_key} if shared.admin_key else set())
-    matches = [_same(given, key) for key in keys]  # every key is compared, whichever fits
-    if not any(matches):
+    if not _any(given, keys | await shared.admin_keys.current()):
         raise Forbidden("this key is not known")
 
 
 async def require_admin(request: Request, shared: Shared) -> None:
     """Lets a request pass that brings the admin key."""
-    if shared.admin_key is None:
-        raise Forbidden("admin routes are off: set LATENTD_ADMIN_KEY to use them")
+    keys = await shared.admin_keys.current()
+    if not keys:
+        raise Forbidden("admin routes are off: set LATENTD_ADMIN_KEY or LATENTD_ADMIN_KEY_FILE to use them")
     given = _given(request)
     if given is None:
         raise Unauthorized("the admin key is needed: Authorization: Bearer KEY")
-    if not _same(given, shared.admin_key):
+    if not _any(given, keys):
         raise Forbidden("this is not the admin key")
 
 
@@ -132,6 +133,11 @@ def _given(request: Request) -> bytes | None:
         except ValueError:
             return None
     return None
+
+
+def _any(given: bytes, keys: Iterable[str]) -> bool:
+    matches = [_same(given, key) for key in keys]  # every key is compared, whichever fits
+    return any(matches)
 
 
 def _same(given: bytes, key: str) -> bool:

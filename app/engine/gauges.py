@@ -28,6 +28,9 @@ def gauges(engine: Engine) -> Iterator[Gauge]:
     yield "queue_pixels", "Pixels admitted and waiting.", {}, sum(batcher.pixels for batcher in batchers)
     oldest = max(batcher.oldest_age(now) for batcher in batchers)
     yield "queue_oldest_age_seconds", "Age of the oldest waiting job.", {}, oldest
+    for worker in engine.workers:
+        seconds = worker.batcher.wait_seconds()
+        yield "queue_seconds", "Until what is admitted should be done.", {"device": worker.name}, seconds
     yield "requests_in_flight", "Requests admitted and not ended.", {}, engine.open_requests
     yield "draining", "Shutting down.", {}, engine.draining
     for worker in engine.workers:

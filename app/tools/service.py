@@ -47,7 +47,7 @@ async def connect(url: str | None, key: str | None, settings: Settings) -> Async
         async with remote as client:
             yield client
         return
-    app = create_app(settings.model_copy(update={"api_keys": None}))
+    app = create_app(settings.model_copy(update=UNGUARDED))
     transport = httpx.ASGITransport(app=app)
     async with (
         app.router.lifespan_context(app),
@@ -55,6 +55,10 @@ async def connect(url: str | None, key: str | None, settings: Settings) -> Async
     ):
         await app.state.context.engine.first_scan()  # however large the folder
         yield client
+
+
+UNGUARDED = {"api_keys": None, "api_keys_file": None, "admin_key_file": None}
+"""Of a service in this process: nobody else reaches it, and key files may not be this user's to read."""
 
 
 async def model_of(client: httpx.AsyncClient, model: str | None) -> Model:

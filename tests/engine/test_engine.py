@@ -467,8 +467,8 @@ async def test_shapes_are_checked_before_anything_is_admitted():
 
 
 GAUGES = {
-    "queue_depth", "queue_pixels", "queue_oldest_age_seconds", "requests_in_flight", "draining", "models",
-    "model_resident", "model_resident_bytes", "model_in_use", "device_memory_bytes",
+    "queue_depth", "queue_pixels", "queue_oldest_age_seconds", "queue_seconds", "requests_in_flight", "draining",
+    "models", "model_resident", "model_resident_bytes", "model_in_use", "device_memory_bytes",
     "worker_last_progress_timestamp_seconds", "worker_up",
 }  # fmt: skip
 COUNTERS = {
@@ -476,6 +476,16 @@ COUNTERS = {
     "mode_executions", "mode_fallbacks", "oom", "nonfinite", "model_loads", "model_load_duration_seconds",
     "model_evictions", "batch_size", "pixels", "requests", "request_duration_seconds", "stage_duration_seconds",
 }  # fmt: skip
+
+
+async def test_the_work_that_waits_is_told_in_seconds(forwards):
+    async with running(HOT) as engine:
+        await submit(engine, Task("decode", HOT), latent())  # how long one takes is known from here on
+        with forwards.held():
+            answers = asyncio.ensure_future(submit_all(engine, Task("decode", HOT), [latent()] * 9))
+            await until(lambda: engine.open_requests == 9)
+            assert value(engine, "vae_queue_seconds", device="cpu") > 0
+        await answers
 
 
 async def test_the_metrics_exist_and_add_up(forwards):
@@ -498,9 +508,8 @@ async def test_the_metrics_exist_and_add_up(forwards):
         assert total("pixels_total") == 2 * (5 + 3) * 16 * 16
         assert {sample.labels.get("device") for sample in samples if sample.name == "vae_pixels_total"} == {"cpu"}
         assert total("model_resident_bytes") == 2 * HOT.weight_bytes(torch.float32)
-        assert [total(name) for name in ("queue_depth", "queue_pixels", "requests_in_flight", "model_in_use")] == [
-            0
-        ] * 4
+        idle = ("queue_depth", "queue_pixels", "queue_seconds", "requests_in_flight", "model_in_use")
+        assert [total(name) for name in idle] == [0] * 5
         assert all(sample.value >= 0 for sample in samples)
         models = {sample.labels["model"] for sample in samples if "model" in sample.labels}
         assert models == {"hot", "cold"}

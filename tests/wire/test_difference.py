@@ -6,7 +6,7 @@ from skimage.color import lab2rgb, rgb2lab
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from app.wire import difference as module
-from app.wire.difference import difference
+from app.wire.difference import cielab, difference
 
 
 def lab_picture(lightness: float = 60.0, chroma: float = 30.0, turn: float = 0.0, side: int = 48) -> np.ndarray:
@@ -104,6 +104,12 @@ def test_it_is_what_scikit_image_says(shape):
     found = difference(first, second)
     assert found.psnr == pytest.approx(peak_signal_noise_ratio(first, second))
     assert found.ssim == pytest.approx(structural_similarity(first, second, channel_axis=-1, data_range=255))
+
+
+def test_cielab_is_what_scikit_image_says():
+    levels = np.array([0, 1, 2, 10, 11, 60, 128, 254, 255], np.uint8)
+    picture = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 9, 3)
+    assert np.abs(cielab(picture) - rgb2lab(picture)).max() < 1e-3  # whose constants are rounded
 
 
 def test_bands_do_not_show(monkeypatch):
