@@ -22,7 +22,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH
 help:
 	@echo 'make demo       start the server, send a picture through it and back, stop it'
 	@echo 'make serve      the service on http://127.0.0.1:8000'
-	@echo 'make test       every test that needs no GPU'
+	@echo 'make test       every test that needs no GPU (ARGS="-n 0" in one process)'
 	@echo 'make check      lint, formatting, types, import contracts'
 	@echo 'make browser    the page in chromium: every action, an accessibility audit, pictures in browser-output/'
 	@echo 'make bench      CPU: encode and decode beside diffusers (ARGS=--quick for the small sizes)'
@@ -58,8 +58,9 @@ demo: .venv/runtime
 serve: .venv/runtime
 	$(BIN)/latentd serve $(ARGS)
 
+# A process for each core with one thread each: the networks are small, and two threads of one wait for each other.
 test: .venv/test
-	$(BIN)/pytest -m 'not gpu and not browser' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not gpu and not browser' -n auto --maxprocesses 8 $(ARGS)
 
 check: .venv/check
 	$(BIN)/ruff check

@@ -143,7 +143,7 @@ def count(shape: Shape, plan: ExecutionPlan, device: torch.device) -> int:
         return maps + _ends(shape, plan, device)
     module.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's annotation lacks memory_format
     x = torch.empty(size, dtype=dtype, device="meta", memory_format=torch.channels_last)
-    mode = CountingMode()
+    mode = CountingMode(module.state_dict().values())
     with mode, torch.inference_mode():
         network(Whole(), x)
     return mode.peak + _ends(shape, plan, device)

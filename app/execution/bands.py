@@ -77,9 +77,7 @@ class Walk:
             node: merged(node.op.conv.weight) for node in each.nodes if isinstance(node.op, Conv) and node.op.up == 2
         }
         self._statistics = statistics
-        self._prepare = {
-            node: _prepare(node, statistics) for node in each.nodes if not isinstance(node.op, Pointwise)
-        }
+        self._prepare = {node: _prepare(node, statistics) for node in each.nodes if not isinstance(node.op, Pointwise)}
         self._read: dict[Node, dict[tuple[Node, str], int]] = {}  # rows that each reader of a map has done with
         for node in each.nodes:
             for role, source in _roles(node):

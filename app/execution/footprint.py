@@ -30,8 +30,11 @@ def whole_elements(program: Program) -> int:
         prepared = 0
         if isinstance(node.op, Conv) and node.x is not None:
             copies = [node.op.norm is not None, node.op.act is not None].count(True)
-            prepared = node.x.elements * (4 if node.op.up == 2 else copies)
-            prepared = max(prepared, prepared // max(copies, 1) + node.elements)
+            if node.op.up == 2:  # the last copy, its padding, the output, and one parity of its rows
+                prepared = node.x.elements * (1 + min(copies, 1)) + node.elements + node.elements // 2
+            else:
+                prepared = node.x.elements * copies
+                prepared = max(prepared, prepared // max(copies, 1) + node.elements)
         elif isinstance(node.op, Pointwise) and node.x is not None:
             prepared = node.elements + node.op.scratch(node.x.elements)
         peak = max(peak, sum(live.values()) + max(prepared, node.elements))
@@ -178,10 +181,9 @@ class _Rehearsal:
         for source in node.sources:
             self._make(source)
         assert node.x is not None
-        rows = op.reads(self.rows[node])
-        joined = 0
         self._take(self._size(node))
-        self._peak = max(self._peak, self._live + joined + op.scratch(node.x.elements // node.x.shape[2] * rows))
+        read = node.x.elements // node.x.shape[2] * op.reads(self.rows[node])
+        self._peak = max(self._peak, self._live + op.scratch(read))
         for source in node.sources:
             self._read(source)
 

@@ -1,4 +1,4 @@
-"""The functions of maps that see no neighbours: a row of theirs needs one row of their sources, or the two that it halves.
+"""The functions of maps that see no neighbours: a row of theirs needs one row of the sources, or two that become one.
 
 Channels are moved between space and depth, repeated, averaged, gated, joined. Linear attention is one of them once its
 sums over all positions are known, as a GroupNorm is once its statistics are.

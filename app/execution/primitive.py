@@ -1,8 +1,8 @@
 """The one primitive that every network is written against, and its plain execution.
 
 A network never calls torch layers itself: it asks an `Execution` for norm -> activation -> (up-sampling)
-convolution -> residual add, for attention and for pointwise functions. `Whole` does it in one go on whole feature maps; `banded.Banded`
-does it over bands of rows and gives the same picture from a fraction of the memory.
+convolution -> residual add, for attention, and for pointwise functions. `Whole` does it in one go on whole feature
+maps; `banded.Banded` does it over bands of rows and gives the same picture from a fraction of the memory.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from app.execution.enlarging import enlarged
 from app.execution.norms import Norm
 from app.execution.pointwise import Pointwise
 
@@ -106,6 +107,20 @@ def padding_of(conv: nn.Conv2d, pad: Pad | None) -> Pad:
     return pad if pad is not None else (pad_w, pad_w, pad_h, pad_h)
 
 
+def _folds(conv: nn.Conv2d, around: Pad) -> bool:
+    """Whether the doubling of the map may be folded into the weights; see `enlarging`."""
+    plain = (conv.kernel_size, conv.stride, conv.dilation, conv.groups) == ((3, 3), (1, 1), (1, 1), 1)
+    return plain and around == (1, 1, 1, 1) and conv.padding_mode == "zeros"
+
+
+def _plain(x: Tensor, conv: nn.Conv2d, around: Pad) -> Tensor:
+    left, right, top, bottom = around
+    own = conv.padding_mode == "zeros" and (left, top) == (right, bottom)  # which the convolution does itself
+    if not own:
+        x = F.pad(x, around, mode=PADDINGS[conv.padding_mode])
+    return F.conv2d(x, conv.weight, conv.bias, conv.stride, (top, left) if own else (0, 0), conv.dilation, conv.groups)
+
+
 def tokens(x: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, 1, h*w, C); free of copies for channels_last maps."""
     return x.permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1)
@@ -131,14 +146,11 @@ class Whole:
             x = norm(x)
         if act is not None:
             x = act(x)
-        if up:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        left, right, top, bottom = around = padding_of(conv, pad)
-        own = conv.padding_mode == "zeros" and (left, top) == (right, bottom)  # which the convolution does itself
-        if not own:
-            x = F.pad(x, around, mode=PADDINGS[conv.padding_mode])
-        padding = (top, left) if own else (0, 0)
-        x = F.conv2d(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
+        around = padding_of(conv, pad)
+        if up and not torch.is_grad_enabled() and _folds(conv, around):
+            x = enlarged(x, conv.weight, conv.bias)
+        else:
+            x = _plain(F.interpolate(x, scale_factor=2.0, mode="nearest") if up else x, conv, around)
         if add is not None:
             x += add  # a convolution's backward needs its input, not its output: safe in training too
         return x if then is None else then(x)

@@ -134,7 +134,7 @@ class Program:
 
     @cached_property
     def flops(self) -> int:
-        """The work of `Whole`."""
+        """The work of the network as it is written, enlarged maps convolved as such."""
         return sum(node.flops for node in self.nodes)
 
     @cached_property
