@@ -130,7 +130,7 @@ class Walk:
         if isinstance(op, GlobalPointwise):
             totals = self._statistics[node.sources[0]]
             assert isinstance(totals, Totals)
-            out = op.applied(*parts, totals)
+            out = op.applied(parts[0], totals)
         else:
             out = op(*parts)
         del parts

@@ -204,10 +204,10 @@ class Gate(Pointwise):
 
 
 @dataclass(frozen=True, eq=False)
-class NormAdd(Pointwise):
-    """norm(first) + second, with a pointwise norm."""
+class Add(Pointwise):
+    """norm(first) + second, the norm a pointwise one; first + second without."""
 
-    norm: nn.Module
+    norm: nn.Module | None = None
 
     def shape(self, *sources: Shape) -> Shape:
         first, second = sources
@@ -216,9 +216,11 @@ class NormAdd(Pointwise):
         return first
 
     def __call__(self, *sources: Tensor) -> Tensor:
-        x, residual = sources
+        x, other = sources
+        if self.norm is None:
+            return x + other
         out: Tensor = self.norm(x)
-        return out.add_(residual)
+        return out.add_(other)
 
 
 @dataclass(frozen=True)

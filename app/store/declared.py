@@ -58,6 +58,10 @@ def from_config(path: Path) -> Declared:
     act = architecture.diffusers.act_fn
     if content.get("act_fn", act) != act:
         raise UnsupportedCheckpoint(f"{path.name}: act_fn is {short(str(content['act_fn']))}; expected {act}")
+    for key, value in architecture.diffusers.expects.items():
+        said = content.get(key, value)
+        if said != value and not (isinstance(said, list) and all(each == value for each in said)):
+            raise UnsupportedCheckpoint(f"{path.name}: {key} is {short(str(said))}; expected {value}")
     if content.get("latents_mean") is not None or content.get("latents_std") is not None:
         raise UnsupportedCheckpoint(f"{path.name}: latents_mean and latents_std per channel are not supported")
     if "_family" in content:

@@ -16,6 +16,7 @@ from app.text import short
 from app.vae.architectures import Architecture
 from app.vae.autoencoder import Config
 from app.weights.files import TensorInfo, WeightFile, dtype_name, open_weights
+from app.weights.parts import parted
 from app.weights.renames import DROPPED, HALVES, NUMBERED, PREFIXES, canonical_keys, half_of, prefix_of
 
 MOST_TENSORS = 4096  # of an autoencoder: SDXL's has 248
@@ -107,7 +108,7 @@ def _weights(source: Source) -> _Weights:
     others: dict[str, str] = {}
     files = tuple(open_weights(path) for path in source.files)
     row = told_of(files)
-    for header in files:
+    for header in (parted(each, row) for each in files):
         names = canonical_keys(header.tensors, row, header.path.stem)
         others |= _others(header, row, header.path.stem)
         metadata.update(header.metadata)

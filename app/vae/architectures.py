@@ -6,12 +6,14 @@ such a network, its publisher's: the names that our network's attributes have.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from app.terms import EXECUTIONS, ExecutionName
-from app.vae import layout_kl, layout_tiny
+from app.vae import layout_dc, layout_hunyuan, layout_kl, layout_tiny
 from app.vae.autoencoder import Autoencoder, Config, Shape, Shapes
+from app.vae.autoencoder_dc import AutoencoderDC, DCConfig
+from app.vae.autoencoder_hunyuan import AutoencoderHunyuan, HunyuanConfig
 from app.vae.autoencoder_kl import NORM_GROUPS, AutoencoderKL, KLConfig
 from app.vae.autoencoder_tiny import AutoencoderTiny, TinyConfig
 from app.vae.families import FAMILIES
@@ -31,6 +33,8 @@ class Diffusers:
     # config.json but for the family's constants, given whether fp16 is known to be sound; raises UnsupportedCheckpoint
     config: Callable[[Any, bool], dict[str, object]]
     shape: Callable[[str, Shape], Shape] = lambda name, shape: shape  # of a canonical name, given the canonical one
+    # Of a config.json that says it: what no shape tells, and our network has.
+    expects: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Architecture:
     # The convolution that makes the picture, by its canonical name; None where the decoder does not end in a plain one.
     output: Callable[[Any], str | None]
     shape: Callable[[str, Shape], Shape] = lambda name, shape: shape  # the canonical one, given that of any layout
+    # The end of a key in the publisher's layout, and of the canonical names of its equal parts, first rows first.
+    parts: tuple[str, tuple[str, ...]] | None = None
     encoder: tuple[str, ...] = ("encoder.",)  # canonical names begin so; all others are the decoder's
     statistics: tuple[str, ...] = ()  # names begin so: the latents' statistics, kept as they are in every precision
     counters: frozenset[str] = frozenset()  # of training: some files lack them, and nothing reads them
@@ -64,6 +70,8 @@ def _has(pattern: str) -> Told:
 
 def _kl_told(shapes: Shapes) -> bool:
     """A residual block with a plain convolution of two dimensions in level 0 of either half, in either layout."""
+    if layout_hunyuan.told(shapes):  # which has such blocks, too
+        return False
     blocks = [f"{half}.{level}" for half, way in (("encoder", "down"), ("decoder", "up")) for level in _levels(way)]
     return any(len(shapes.get(f"{block}.conv2.weight", ())) == 4 for block in blocks)
 
@@ -75,6 +83,41 @@ def _levels(way: str) -> tuple[str, str]:
 ARCHITECTURES: dict[str, Architecture] = {
     row.name: row
     for row in (
+        Architecture(
+            name="dc",
+            told=lambda shapes: any(layout_dc.KEY.match(key) for key in shapes),
+            config=DCConfig,
+            configure=lambda shapes, groups: DCConfig.from_shapes(shapes),
+            module=AutoencoderDC,
+            keys=layout_dc.published_keys,
+            shape=layout_dc.canonical_shape,
+            parts=layout_dc.PARTS,
+            diffusers=Diffusers(
+                classes={"AutoencoderDC": 1.0},
+                act_fn="silu",
+                keys=layout_dc.diffusers_keys,
+                shape=layout_dc.diffusers_shape,
+                config=layout_dc.diffusers_config,
+                expects=layout_dc.EXPECTS,
+            ),
+            output=lambda config: config.output,
+        ),
+        Architecture(
+            name="hunyuan",
+            told=layout_hunyuan.told,
+            config=HunyuanConfig,
+            configure=lambda shapes, groups: HunyuanConfig.from_shapes(shapes),
+            module=AutoencoderHunyuan,
+            keys=layout_hunyuan.published_keys,
+            diffusers=Diffusers(
+                classes={"AutoencoderKLHunyuanImage": 1.0},
+                act_fn="silu",
+                keys=layout_hunyuan.diffusers_keys,
+                config=layout_hunyuan.diffusers_config,
+                expects=layout_hunyuan.EXPECTS,
+            ),
+            output=lambda config: "decoder.conv_out",
+        ),
         Architecture(
             name="kl",
             told=_kl_told,

@@ -1,7 +1,8 @@
 """The families: one row each, with the constants that no weight file holds. To add a family, add a row.
 
 Sources of the constants: CompVis v1-inference.yaml (0.18215), generative-models sd_xl_base.yaml (0.13025), the
-diffusers configs of SD3 (1.5305, 0.0609), FLUX.1 (0.3611, 0.1159) and FLUX.2 (BatchNorm over 2x2 patches),
+diffusers configs of SD3 (1.5305, 0.0609), FLUX.1 (0.3611, 0.1159), FLUX.2 (BatchNorm over 2x2 patches), Sana (0.41407)
+and HunyuanImage 2.1 (0.75289),
 github.com/madebyollin/taesd (tiny autoencoders: pixels in [0, 1], latents as the diffusion model sees them).
 """
 
@@ -20,7 +21,7 @@ are small by nature, aside) and to 1.15 and less with latentd-small, to 0.53 and
 taken for scaled ones come to about 1 / scaling_factor (SD 1.x 5.5, SDXL 7.7, FLUX.1 2.8), scaled ones scaled again to
 scaling_factor (0.18, 0.13, 0.36). SD3's factor of 1.5305 is too near to 1 to show.
 """
-NEAR = (0.4, 2.0)  # the same for FLUX.1, whose scaling factor is nearer to 1
+NEAR = (0.4, 2.0)  # the same for FLUX.1 and Sana, whose scaling factors are nearer to 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ def _tiny(
     return Family(name, "tiny", channels, form, pixel_range=(0.0, 1.0), space=space, cached=cached, **more)
 
 
+def _other(name: str, architecture: str, channels: int, latent_format: LatentFormat, **more: Any) -> Family:
+    """A family with a network and a space of its own, 32 pixels to a position, that sd-scripts keeps nothing of."""
+    return Family(name, architecture, channels, latent_format, 32, space=name, cached=None, **more)
+
+
 FAMILIES: dict[str, Family] = {
     row.name: row
     for row in (
@@ -78,6 +84,8 @@ FAMILIES: dict[str, Family] = {
         _kl("flux", 16, LatentFormat(0.3611, 0.1159), "flux", usual=NEAR, cached="scaled"),
         _kl("flux2", 32, LatentFormat(patch=2, statistics=True), "flux2"),
         _kl("latentd-small", 4, LatentFormat(), "latentd-small", by_name=True, demonstration=True),
+        _other("sana", "dc", 32, LatentFormat(0.41407), usual=NEAR),
+        _other("hunyuanimage", "hunyuan", 64, LatentFormat(0.75289)),
         _tiny("taesd", 4, "sd1"),
         _tiny("taesdxl", 4, "sdxl"),
         _tiny("taesd3", 16, "sd3"),
