@@ -218,7 +218,7 @@ class Add(Pointwise):
     def __call__(self, *sources: Tensor) -> Tensor:
         x, other = sources
         if self.norm is None:
-            return x + other
+            return torch.add(x, other, out=torch.empty_like(x, memory_format=torch.channels_last))
         out: Tensor = self.norm(x)
         return out.add_(other)
 
@@ -247,7 +247,8 @@ class LinearAttention(GlobalPointwise):
         return source[0] * source[1] // 3 * (self.width + 1)
 
     def scratch(self, source: int) -> int:
-        return min(source, CHUNK) * 3  # float32 beside half precision counts twice, and the products are as many
+        # Of a chunk k and v, or q and what it makes; in half precision float32 counts twice.
+        return min(source, CHUNK) * 2 // 3 * 2
 
     def flops(self, source: int) -> int:
         return 4 * source // 3 * (self.width + 1)
@@ -257,7 +258,8 @@ class LinearAttention(GlobalPointwise):
         b, c, _, w = x.shape
         out = x.new_empty((b, x.shape[2], w, c // 3))
         for row, part in _chunks(x):
-            query = _heads(part, self.width)[0].relu_()
+            (query,) = _heads(part, self.width, slice(0, 1))
+            query.relu_()
             made = query @ totals.products  # (B, heads, positions, width + 1)
             made = made[..., :-1].div_(made[..., -1:] + TINY)
             rows = part.shape[2]
@@ -274,7 +276,7 @@ class KeyValues(Totals):
 
     def add(self, band: Tensor) -> None:
         for _, part in _chunks(band):
-            _, key, value = _heads(part, self._width)
+            key, value = _heads(part, self._width, slice(1, 3))
             key = key.relu_().transpose(2, 3)  # (B, heads, width, positions)
             made = torch.cat([key @ value, key.sum(dim=3, keepdim=True)], dim=3)
             self.products = self.products + made if self.products.numel() else made
@@ -288,9 +290,8 @@ def _chunks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield row, x[:, :, row : row + rows]
 
 
-def _heads(x: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v (B, heads, positions, width) in float32, tensors of their own."""
+def _heads(x: Tensor, width: int, which: slice) -> Tensor:
+    """Those asked for of q, k and v, (n, B, heads, positions, width) in float32 and memory of their own."""
     b, c, h, w = x.shape
-    grouped = _last(x).reshape(b, h * w, c // (3 * width), 3, width).permute(3, 0, 2, 1, 4)
-    q, k, v = torch.empty(grouped.shape, dtype=torch.float32, device=x.device).copy_(grouped)
-    return q, k, v
+    grouped = _last(x).reshape(b, h * w, c // (3 * width), 3, width).permute(3, 0, 2, 1, 4)[which]
+    return torch.empty(grouped.shape, dtype=torch.float32, device=x.device).copy_(grouped)

@@ -100,6 +100,8 @@ def write_checkpoint(
         for spec in ordered:
             parts = [tensor.to(spec.dtype) for tensor in islice(stream, len(names[spec.key]))]
             yield (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(spec.shape)
+        if next(stream, None) is not None:
+            raise ValueError("more tensors came than were asked for")
 
     def check() -> None:
         for source in sources:

@@ -177,8 +177,8 @@ class ResBlock(nn.Module):
 
     def forward(self, run: Execution[Any], x: Any) -> Any:
         first, second = self.main["conv1"], self.main["conv2"]
-        h = run.conv(x, first.conv, then=F.silu)
-        return run.apply(Add(second.norm), run.conv(h, second.conv), x)
+        # Nested, here and below, as a name for a map would keep it alive while the next is made.
+        return run.apply(Add(second.norm), run.conv(run.conv(x, first.conv, then=F.silu), second.conv), x)
 
 
 class Attention(nn.Module):
@@ -200,12 +200,16 @@ class Attention(nn.Module):
         self.heads = LinearAttention(head)
 
     def forward(self, run: Execution[Any], x: Any) -> Any:
-        qkv = run.apply(Join(), *(run.conv(x, self.main[name]) for name in ("to_q", "to_k", "to_v")))
-        if self.wider:
-            depthwise, mix = (self.main["aggreg"]["0"][each] for each in "01")
-            qkv = run.apply(Join(), qkv, run.conv(run.conv(qkv, depthwise), mix))
         proj = self.main["proj"]
-        return run.apply(Add(proj.norm), run.conv(run.apply(self.heads, qkv), proj.conv), x)
+        return run.apply(Add(proj.norm), run.conv(run.apply(self.heads, self.qkv(run, x)), proj.conv), x)
+
+    def qkv(self, run: Execution[Any], x: Any) -> Any:
+        """(B, c, h, w) -> (B, 3c, h, w), or twice as many channels with the second branch."""
+        qkv = run.apply(Join(), *(run.conv(x, self.main[name]) for name in ("to_q", "to_k", "to_v")))
+        if not self.wider:
+            return qkv
+        depthwise, mix = (self.main["aggreg"]["0"][each] for each in "01")
+        return run.apply(Join(), qkv, run.conv(run.conv(qkv, depthwise), mix))
 
 
 class Mixer(nn.Module):
@@ -224,8 +228,8 @@ class Mixer(nn.Module):
 
     def forward(self, run: Execution[Any], x: Any) -> Any:
         inverted, depth, point = (self.main[name] for name in ("inverted_conv", "depth_conv", "point_conv"))
-        h = run.apply(Gate(), run.conv(run.conv(x, inverted.conv, then=F.silu), depth.conv))
-        return run.apply(Add(point.norm), run.conv(h, point.conv), x)
+        wide = run.conv(run.conv(x, inverted.conv, then=F.silu), depth.conv)
+        return run.apply(Add(point.norm), run.conv(run.apply(Gate(), wide), point.conv), x)
 
 
 class EfficientViTBlock(nn.Module):

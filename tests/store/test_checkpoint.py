@@ -15,10 +15,11 @@ from app.vae.families import FAMILIES
 from tests.store.weights import (
     SUFFIXES,
     as_diffusers,
+    as_published,
+    config_of,
     kl_config,
     module_of,
     state_of,
-    tiny_config,
     under,
     write,
     write_folder,
@@ -44,11 +45,11 @@ def test_every_family_in_every_layout_there_and_back(tmp_path, family, layout):
     module = module_of(family)
     # the five file forms take turns, so that each meets every layout
     suffix = SUFFIXES[(list(FAMILIES).index(family) + list(LAYOUTS).index(layout)) % len(SUFFIXES)]
-    path = write(tmp_path / f"x{suffix}", LAYOUTS[layout](module.state_dict()))
+    path = write(tmp_path / f"x{suffix}", LAYOUTS[layout](as_published(module.state_dict())))
     sidecar(path, family)
     checkpoint = open_checkpoint(path)
     assert checkpoint.family == FAMILIES[family]
-    assert checkpoint.config == (kl_config(family) if FAMILIES[family].architecture == "kl" else tiny_config(family))
+    assert checkpoint.config == config_of(family)
     assert checkpoint.parameters == sum(value.numel() for value in module.parameters())
     loaded = load_autoencoder(checkpoint, torch.float32, CPU)
     assert loaded.state_dict().keys() == module.state_dict().keys()

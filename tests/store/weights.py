@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from app.vae.architectures import ARCHITECTURES, architecture_of
+from app.vae.architectures import Architecture, architecture_of, told
 from app.vae.autoencoder import Autoencoder, Config
+from app.vae.autoencoder_dc import DCConfig, DCHalf
+from app.vae.autoencoder_hunyuan import HunyuanConfig
 from app.vae.autoencoder_kl import KLConfig
 from app.vae.autoencoder_tiny import TinyConfig, TinyLayer
 from app.vae.families import FAMILIES
+from app.weights.parts import whole_of
 
 State = dict[str, Tensor]
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -57,11 +61,35 @@ def tiny_config(family: str = "taesd", width: int = 4) -> TinyConfig:
     return TinyConfig(tuple(encoder), tuple(decoder))
 
 
+def dc_config(family: str = "sana", width: int = 16) -> DCConfig:
+    """Six levels, of which the coarsest attend."""
+    width = max(width, FAMILIES[family].latent_channels)
+    half = DCHalf((width,) * 6, (1,) * 6, ("res",) * 4 + ("vit",) * 2, (0, 0, 0, 0, 0, 5), False, 8)
+    return DCConfig(half, replace(half, kernels=(0, 0, 0, 0, 5, 5)), FAMILIES[family].latent_channels)
+
+
+def hunyuan_config(family: str = "hunyuanimage", width: int = WIDTH) -> HunyuanConfig:
+    """Six levels; the coarsest have channels enough for the means that make a latent."""
+    latent = FAMILIES[family].latent_channels
+    return HunyuanConfig((width,) * 4 + (2 * width, max(4 * width, 2 * latent)), 1, 2, latent)
+
+
+CONFIGS: dict[str, Callable[..., Config]] = {
+    "kl": kl_config,
+    "tiny": tiny_config,
+    "dc": dc_config,
+    "hunyuan": hunyuan_config,
+}
+
+
+def config_of(family: str, **changes: Any) -> Config:
+    return CONFIGS[FAMILIES[family].architecture](family, **changes)
+
+
 def module_of(family: str = "sd1", seed: int = 0, **changes: Any) -> Autoencoder:
     """A random network; the same weights for the same arguments."""
     generator = torch.Generator().manual_seed(seed)
-    kl = FAMILIES[family].architecture == "kl"
-    config: Config = kl_config(family, **changes) if kl else tiny_config(family, **changes)
+    config = config_of(family, **changes)
     module = architecture_of(config).module(config)
     for value in module.state_dict().values():
         if value.is_floating_point():
@@ -72,13 +100,32 @@ def module_of(family: str = "sd1", seed: int = 0, **changes: Any) -> Autoencoder
 
 
 def state_of(family: str = "sd1", seed: int = 0, **changes: Any) -> State:
-    """A random state dict with LDM names."""
-    return module_of(family, seed, **changes).state_dict()
+    """A random state dict as a file has it, with canonical names."""
+    return as_published(module_of(family, seed, **changes).state_dict())
+
+
+def as_published(state: Mapping[str, Tensor]) -> State:
+    """What a file of the publisher's has of the same network."""
+    return {
+        key: torch.cat([state[name] for name in names]) if len(names) > 1 else state[key]
+        for key, names in whole_of(state, told_of_state(state)).items()
+    }
+
+
+def told_of_state(state: Mapping[str, Tensor]) -> Architecture:
+    return told({key: tuple(value.shape) for key, value in state.items()})
 
 
 def as_diffusers(state: Mapping[str, Tensor]) -> State:
     """The same tensors as diffusers saves them: its names, attention as linear layers."""
-    theirs = ARCHITECTURES["tiny" if "decoder.1.weight" in state else "kl"].diffusers
+    row = told_of_state(state)
+    if row.parts is not None:
+        whole, ends = row.parts
+        for key in [key for key in state if key.endswith(whole)]:
+            thirds = state[key].chunk(len(ends))
+            state = {name: value for name, value in state.items() if name != key}
+            state |= {key.removesuffix(whole) + end: value for end, value in zip(ends, thirds, strict=True)}
+    theirs = row.diffusers
     keys = theirs.keys(state)
     return {keys[name]: value.reshape(theirs.shape(name, tuple(value.shape))) for name, value in state.items()}
 

@@ -16,6 +16,8 @@ PINNED = {
     "flux": ("kl", 16, 0.3611, 0.1159, 1, False, 8),
     "flux2": ("kl", 32, 1.0, 0.0, 2, True, 8),
     "latentd-small": ("kl", 4, 1.0, 0.0, 1, False, 8),
+    "sana": ("dc", 32, 0.41407, 0.0, 1, False, 32),
+    "hunyuanimage": ("hunyuan", 64, 0.75289, 0.0, 1, False, 32),
     "taesd": ("tiny", 4, 1.0, 0.0, 1, False, 8),
     "taesdxl": ("tiny", 4, 1.0, 0.0, 1, False, 8),
     "taesd3": ("tiny", 16, 1.0, 0.0, 1, False, 8),
@@ -53,7 +55,7 @@ def test_numbers_per_channel_are_as_many(row):
 
 @pytest.mark.parametrize("row", FAMILIES.values(), ids=FAMILIES)
 def test_pixel_range_is_the_architecture_s(row):
-    assert row.pixel_range == ((-1.0, 1.0) if row.architecture == "kl" else (0.0, 1.0))
+    assert row.pixel_range == ((0.0, 1.0) if row.architecture == "tiny" else (-1.0, 1.0))
 
 
 def test_packed_families_pad_to_whole_patches():
@@ -91,6 +93,8 @@ def test_a_row_is_a_value():
         ("taesd", "sdxl", False, False),
         ("taesdxl", "taesd", False, False),
         ("taesana", "sdxl", False, False),
+        ("taesana", "sana", True, False),
+        ("sana", "taesana", False, False),
         ("custom", "custom", True, True),
         ("custom", "sd1", False, False),
         ("sd1", "custom", False, False),
@@ -102,9 +106,9 @@ def test_which_latents_a_family_decodes(model, latents, scaled, raw):
     assert takes(model, latents, "raw") is raw
 
 
-def test_every_tiny_family_shows_a_full_one_except_where_there_is_none():
-    full = {row.space for row in FAMILIES.values() if row.architecture == "kl"}
-    assert [row.name for row in FAMILIES.values() if row.space not in full] == ["taesana"]
+def test_every_tiny_family_shows_a_full_one():
+    full = {row.space for row in FAMILIES.values() if row.architecture != "tiny"}
+    assert {row.space for row in FAMILIES.values()} == full
 
 
 def test_what_a_diffusion_model_sees_does_not_tell_rows_apart():
