@@ -16,9 +16,10 @@ from app.store.family import doubt_of
 from app.store.tree import Stamp, stamp
 from app.terms import Fp16
 from app.text import short
-from app.vae.architectures import Architecture, architecture_of, told, unsupported
+from app.vae.architectures import Architecture, architecture_of, told
 from app.vae.autoencoder import Autoencoder, Config
 from app.vae.families import Family
+from app.vae.unsupported import unsupported
 from app.weights.files import Format, WeightFile, open_weights
 from app.weights.parts import parted
 from app.weights.renames import canonical_keys, inner_shapes

@@ -1,7 +1,7 @@
 """Finds out what a source of weights is: headers and shapes first, its bytes' hash last, no tensor at all."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from app.errors import UnsupportedCheckpoint
@@ -15,6 +15,7 @@ from app.store.tree import Stamp
 from app.text import short
 from app.vae.architectures import Architecture
 from app.vae.autoencoder import Config
+from app.vae.unsupported import no_vae
 from app.weights.files import TensorInfo, WeightFile, dtype_name, open_weights
 from app.weights.parts import parted
 from app.weights.renames import DROPPED, HALVES, NUMBERED, PREFIXES, canonical_keys, half_of, prefix_of
@@ -119,7 +120,7 @@ def _weights(source: Source) -> _Weights:
         if prefix := prefix_of(header.tensors):
             own = (prefix, *DROPPED)
             pipeline |= {key: info.shape for key, info in header.tensors.items() if not key.startswith(own)}
-    _check_halves(source, tensors)
+    _check_halves(source, tensors, {key: info.shape for file in files for key, info in file.tensors.items()})
     return _Weights(row, files, tensors, pipeline, metadata, others)
 
 
@@ -142,13 +143,14 @@ def _beside(source: Source) -> Mapping[str, tuple[int, ...]]:
     return {key: info.shape for key, info in header.tensors.items() if not key.startswith(own)}
 
 
-def _check_halves(source: Source, names: Iterable[str]) -> None:
+def _check_halves(source: Source, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UnsupportedCheckpoint unless canonical `names` are of two halves; `shapes` are by the files' own keys."""
     names = list(names)
     there = [half for half in HALVES if any(name.startswith(f"{half}.") for name in names)]
     if not there:
-        raise UnsupportedCheckpoint(
-            f"no VAE inside: no key begins with encoder. or decoder. ({some(names) or 'no tensors'})"
-        )
+        kind = no_vae(shapes)
+        why = f"this is {kind}" if kind else "no key begins with encoder. or decoder."
+        raise UnsupportedCheckpoint(f"no VAE inside: {why} ({some(names) or 'no tensors'})")
     if len(there) == 1:
         other = next(half for half in HALVES if half not in there)
         stem = source.stem.removesuffix(f"_{there[0]}")

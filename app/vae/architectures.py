@@ -4,7 +4,6 @@ A row's functions are given its own class of configuration. Canonical names are 
 such a network, its publisher's: the names that our network's attributes have.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,11 +60,6 @@ class Architecture:
     # What no shape tells, where it is not the usual: keys of a sidecar and their values.
     untold: Callable[[Any], dict[str, int]] = lambda config: {}
     executions: tuple[ExecutionName, ...] = EXECUTIONS
-
-
-def _has(pattern: str) -> Told:
-    """Some key begins with the pattern."""
-    return lambda shapes: any(re.match(pattern, key) for key in shapes)
 
 
 def _kl_told(shapes: Shapes) -> bool:
@@ -157,17 +151,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     )
 }
 
-UNSUPPORTED: dict[str, Told] = {
-    # what it is, by keys that no other autoencoder has
-    "a VQModel (its latents are rows of a table)": _has(r"quantize\.embedding\.weight"),
-    "an AsymmetricAutoencoderKL (for inpainting)": _has(r"decoder\.condition_encoder\."),
-    "a ConsistencyDecoderVAE": _has(r"decoder_unet\."),
-    "an AutoencoderKLTemporalDecoder (of Stable Video Diffusion)": _has(
-        r"decoder\.(.+\.temporal_res_block|.+\.time_stack|time_conv_out|conv_out\.time_mix_conv)\."
-    ),
-}
-"""Autoencoders that are known and not run."""
-
 
 def told(shapes: Shapes) -> Architecture:
     """The row of these tensors, without what stands before them in a full checkpoint.
@@ -175,11 +158,6 @@ def told(shapes: Shapes) -> Architecture:
     Where no row is told it is `kl`, whose words are the field's: its configuration names what the file lacks.
     """
     return next((row for row in ARCHITECTURES.values() if row.told(shapes)), ARCHITECTURES["kl"])
-
-
-def unsupported(shapes: Shapes) -> str | None:
-    """What these tensors are, if it is known and there is no network for it."""
-    return next((name for name, its in UNSUPPORTED.items() if its(shapes)), None)
 
 
 def architecture_of(config: Config) -> Architecture:

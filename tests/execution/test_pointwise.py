@@ -28,6 +28,11 @@ def space_to_blocks(x):
     return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
 
 
+def shape_of(x):
+    b, c, h, w = x.shape
+    return b, c, h, w
+
+
 def mean(x, of):
     return x.unflatten(1, (-1, of)).mean(dim=2)
 
@@ -60,7 +65,7 @@ def test_is_what_torch_says(name, layout):
     kept = [x.clone() for x in sources]
     out = function(*sources)
     torch.testing.assert_close(out, expected)
-    assert tuple(out.shape) == function.shape(*(tuple(x.shape) for x in sources))
+    assert tuple(out.shape) == function.shape(*map(shape_of, sources))
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert all(torch.equal(x, before) for x, before in zip(sources, kept, strict=True))
     assert not any(out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for x in sources)
@@ -92,7 +97,7 @@ def test_linear_attention_is_its_definition(bands):
     out = torch.cat([attention.applied(band, totals) for band in x.split(bands, dim=2)], dim=2)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(attention(x), out, atol=1e-6, rtol=1e-5)
-    assert totals.products.numel() == attention.totalled(tuple(x.shape))
+    assert totals.products.numel() == attention.totalled(shape_of(x))
 
 
 def test_sums_are_in_float32():

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AsymmetricAutoencoderKL, AutoencoderKLTemporalDecoder, ConsistencyDecoderVAE, VQModel
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,7 +16,6 @@ from app.engine import compute
 from app.engine.forecast import count, network_shape
 from app.engine.jobs import Task
 from app.engine.planning import ExecutionPlan
-from app.errors import UnsupportedCheckpoint
 from app.execution.banded import Banded, gather
 from app.execution.primitive import Whole
 from app.store.checkpoint import blank, load_autoencoder
@@ -26,12 +24,10 @@ from app.tools.convert import Output, convert
 from app.tools.merge import Blend, merge
 from app.vae.architectures import (
     ARCHITECTURES,
-    UNSUPPORTED,
     Architecture,
     Diffusers,
     architecture_of,
     told,
-    unsupported,
 )
 from app.vae.autoencoder import Autoencoder, Config, Shapes
 from app.vae.autoencoder_dc import DCConfig, DCHalf, Kind
@@ -41,6 +37,7 @@ from app.vae.families import FAMILIES, Family
 from app.vae.latent_format import LatentFormat
 from app.vae.layout import replaced
 from app.vae.posterior import Dirac
+from app.vae.unsupported import unsupported
 from tests.store.weights import as_diffusers, state_of, tiny_config, write
 
 CPU = torch.device("cpu")
@@ -137,37 +134,6 @@ def test_every_family_s_architecture_is_a_row():
 
 def test_what_nothing_tells_is_read_as_kl():
     assert told({"encoder.something.weight": (3,)}).name == "kl"
-
-
-SMALL = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",), "norm_num_groups": 4}
-OTHERS: dict[str, Callable[[], nn.Module]] = {
-    "a VQModel": lambda: VQModel(block_out_channels=(8,), num_vq_embeddings=4, **SMALL),
-    "an AsymmetricAutoencoderKL": lambda: AsymmetricAutoencoderKL(
-        down_block_out_channels=(8,), up_block_out_channels=(8,), **SMALL
-    ),
-    "a ConsistencyDecoderVAE": lambda: ConsistencyDecoderVAE(
-        encoder_block_out_channels=(32,),
-        encoder_down_block_types=("DownEncoderBlock2D",),
-        decoder_block_out_channels=(32,),
-        decoder_down_block_types=("ResnetDownsampleBlock2D",),
-        decoder_up_block_types=("ResnetUpsampleBlock2D",),
-    ),
-    "an AutoencoderKLTemporalDecoder": lambda: AutoencoderKLTemporalDecoder(
-        block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",)
-    ),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
-def test_what_is_known_and_not_supported_is_named(tmp_path, name, prefix):
-    state = {prefix + key: value for key, value in OTHERS[name]().state_dict().items()}
-    with pytest.raises(UnsupportedCheckpoint, match=f"this is {name}.* not supported"):
-        open_checkpoint(write(tmp_path / "x.safetensors", state), "sd1")
-
-
-def test_all_of_the_unsupported_are_tested():
-    assert sorted(key.split(" (")[0] for key in UNSUPPORTED) == sorted(OTHERS)
 
 
 # ------------------------------------------------------------------------------------------------ a toy: the network
