@@ -1,7 +1,7 @@
 """Finds out what a source of weights is: headers and shapes first, its bytes' hash last, no tensor at all."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from app.errors import UnsupportedCheckpoint

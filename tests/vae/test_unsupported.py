@@ -74,8 +74,8 @@ NEEDED: dict[str, dict[str, Any]] = {
 }
 
 
-def classes() -> dict[str, type[nn.Module]]:
-    found = {}
+def classes() -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for module in pkgutil.iter_modules(autoencoders.__path__):
         name = f"{autoencoders.__name__}.{module.name}"
         for key, value in vars(importlib.import_module(name)).items():
