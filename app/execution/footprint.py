@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from app.execution.passes import Pass, band_rows
+from app.execution.pointwise import Pointwise
 from app.execution.program import Conv, Node, Program
 
 SMALL = 1 << 11  # what statistics are made with: a few numbers per channel
@@ -34,6 +35,8 @@ def whole_elements(program: Program) -> int:
             else:
                 prepared = node.x.elements * copies
                 prepared = max(prepared, prepared // max(copies, 1) + node.elements)
+        elif isinstance(node.op, Pointwise) and node.x is not None:
+            prepared = node.elements + node.op.scratch(node.x.elements)
         peak = max(peak, sum(live.values()) + max(prepared, node.elements))
         if node is not program.input:
             live[node] = node.elements
@@ -94,7 +97,8 @@ def working_set(each: Pass) -> WorkingSet:
         for node, read in rows.items()
         if node in each.nodes
     }
-    first = _Rehearsal(each, {node: max(read) for node, read in rows.items()}, left)
+    ragged = frozenset(node for node, read in rows.items() if max(read) > min(read))
+    first = _Rehearsal(each, {node: max(read) for node, read in rows.items()}, left, ragged)
     # The weights of enlarging convolutions are merged for the pass, from sums that need as much again.
     merged = sum(_workspace(node) * 2 for node in each.nodes if isinstance(node.op, Conv) and node.op.up == 2)
     beginning = max(2 * merged, merged + first.band())
@@ -102,7 +106,7 @@ def working_set(each: Pass) -> WorkingSet:
         return WorkingSet(beginning, 0)
     later = {node: max(1, max(read) - first.rows[node]) for node, read in _rows_read(each, 2 * each.rows).items()}
     carried = first.carried + sum(left.values())
-    return WorkingSet(beginning, merged + _Rehearsal(each, later, {}, carried).band())
+    return WorkingSet(beginning, merged + _Rehearsal(each, later, {}, ragged, carried).band())
 
 
 def _rows_read(each: Pass, stop: int) -> dict[Node, list[int]]:
@@ -113,6 +117,9 @@ def _rows_read(each: Pass, stop: int) -> dict[Node, list[int]]:
             rows.setdefault(node.x, []).append(node.op.reads(max(rows[node]), node.x.shape[2]))
             if node.add is not None:
                 rows.setdefault(node.add, []).append(max(rows[node]))
+        elif isinstance(node.op, Pointwise):
+            for source in node.sources:
+                rows.setdefault(source, []).append(node.op.reads(max(rows[node])))
     return rows
 
 
@@ -120,15 +127,25 @@ class _Rehearsal:
     """One band of a pass: `rows` of each map are computed.
 
     Of the first, `left` numbers of each map stay; of a later one, `carried` numbers are there from the band before.
+    The bands of `ragged` maps are not those that are read of them.
     """
 
-    def __init__(self, each: Pass, rows: dict[Node, int], left: dict[Node, int], carried: int = 0) -> None:
+    def __init__(
+        self,
+        each: Pass,
+        rows: dict[Node, int],
+        left: dict[Node, int],
+        ragged: frozenset[Node],
+        carried: int = 0,
+    ) -> None:
         self.rows = rows
         self._left = left
         self.carried = carried  # of a first band, afterwards: what its windows leave to the next
         self._nodes = frozenset(each.nodes)
         self._first = carried == 0
         self._targets = each.targets
+        self._gathers = each.gathers
+        self._ragged = ragged
         self._live = self._peak = carried
         self._made: set[Node] = set()
         self._unread: dict[Node, int] = {}
@@ -140,13 +157,16 @@ class _Rehearsal:
         """The peak; the targets' own band is part of it."""
         for target in self._targets:
             self._make(target)
-        return self._peak
+        return max(self._peak, self._live + self._gathers)
 
     def _make(self, node: Node) -> None:
         if node not in self._nodes or node in self._made:
             return
         self._made.add(node)
         op, x = node.op, node.x
+        if isinstance(op, Pointwise):
+            self._apply(node, op)
+            return
         assert isinstance(op, Conv) and x is not None
         self._make(x)
         window = self._window(op, x, self.rows[node])
@@ -167,6 +187,22 @@ class _Rehearsal:
         if node.add is not None:
             self._make(node.add)
             self._read(node.add)
+
+    def _apply(self, node: Node, op: Pointwise) -> None:
+        for source in node.sources:
+            self._make(source)
+        assert node.x is not None
+        rows = op.reads(self.rows[node])
+        joined = (
+            0
+            if self._first
+            else sum(each.elements // each.shape[2] * rows for each in node.sources if each in self._ragged)
+        )
+        self._take(self._size(node))
+        read = node.x.elements // node.x.shape[2] * rows
+        self._peak = max(self._peak, self._live + joined + op.scratch(read))
+        for source in node.sources:
+            self._read(source)
 
     def _window(self, op: Conv, x: Node, rows: int) -> int:
         if op.windowless:

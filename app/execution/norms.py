@@ -27,7 +27,23 @@ class RMSNorm(nn.Module):
         return out if self.bias is None else out.add_(self.bias)
 
 
-Norm = nn.GroupNorm | RMSNorm
+class AffineRMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight + bias over the channels of each position: the same by the names of DC-AE.
+
+    `weight` and `bias` are (C,).
+    """
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__(channels, eps)
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> the same; makes one map."""
+        out = F.rms_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.eps)
+        return out.add_(self.bias).movedim(-1, 1)
+
+
+Norm = nn.GroupNorm | RMSNorm | AffineRMSNorm
 
 
 def global_norm(norm: Norm | None) -> nn.GroupNorm | None:

@@ -6,6 +6,7 @@ A map that is not kept is computed anew in every pass that needs it, and once mo
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from app.execution.pointwise import GlobalPointwise
 from app.execution.program import Node, Program, inside
 
 MAX_BANDS = 64  # per map: a picture of any size costs a bounded number of operations
@@ -20,6 +21,7 @@ class Pass:
     rows: int  # of the targets, per band
     keep: bool  # False: the walk is for the targets' statistics only
     frees: tuple[Node, ...] = ()  # kept maps that no later pass reads
+    gathers: int = 0  # numbers that it takes to gather a band's statistics, where they are not few
 
     @property
     def flops(self) -> int:
@@ -53,16 +55,20 @@ def passes_between(program: Program, start: Node, kept: Iterable[Node], end: Nod
     last_read: dict[Node, int] = {}
     for i, (_, nodes, _) in enumerate(drafts):
         last_read.update((source, i) for node in nodes for source in node.sources if source in known)
-    return [
-        Pass(
-            targets,
-            nodes,
-            band_rows(nodes, targets[0].shape[2], band_elements),
-            keep,
-            tuple(node for node, last in last_read.items() if last == i and node is not program.input),
-        )
-        for i, (targets, nodes, keep) in enumerate(drafts)
-    ]
+    passes = []
+    for i, (targets, nodes, keep) in enumerate(drafts):
+        rows = band_rows(nodes, targets[0].shape[2], band_elements)
+        frees = tuple(node for node, last in last_read.items() if last == i and node is not program.input)
+        gathers = max(_gathering(program, target, rows) for target in targets)
+        passes.append(Pass(targets, nodes, rows, keep, frees, gathers))
+    return passes
+
+
+def _gathering(program: Program, target: Node, rows: int) -> int:
+    """Numbers needed beside a band of so many rows while its statistics are gathered."""
+    band = target.elements // target.shape[2] * rows
+    layers = [reader.op for reader in program.readers[target]]
+    return max((layer.scratch(band) for layer in layers if isinstance(layer, GlobalPointwise)), default=0)
 
 
 def _groups(kept: Sequence[Node], known: Iterable[Node]) -> Iterator[tuple[Node, ...]]:

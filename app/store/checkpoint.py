@@ -17,10 +17,12 @@ from app.store.family import doubt_of
 from app.store.tree import Stamp, stamp
 from app.terms import Fp16
 from app.text import short
-from app.vae.architectures import Architecture, architecture_of, told, unsupported
+from app.vae.architectures import Architecture, architecture_of, told
 from app.vae.autoencoder import Autoencoder, Config
 from app.vae.families import Family
+from app.vae.unsupported import unsupported
 from app.weights.files import Format, WeightFile, open_weights
+from app.weights.parts import parted
 from app.weights.renames import canonical_keys, inner_shapes
 
 NAMED = 3  # keys that an error lists
@@ -121,7 +123,7 @@ def read_state(checkpoint: Checkpoint, prefixes: tuple[str, ...] = ("",)) -> Ite
     `prefixes` of canonical names are those that are wanted. Raises UnsupportedCheckpoint when a file cannot be read.
     """
     for path in checkpoint.files:
-        file = open_weights(path)
+        file = parted(open_weights(path), checkpoint.architecture)
         names = canonical_keys(file.tensors, checkpoint.architecture, path.stem)
         for key, tensor in file.read(key for key in names if names[key].startswith(prefixes)):
             yield names[key], tensor

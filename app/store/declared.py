@@ -61,6 +61,10 @@ def from_config(path: Path) -> Declared:
     act = architecture.diffusers.act_fn
     if act is not None and content.get("act_fn", act) != act:
         raise UnsupportedCheckpoint(f"{path.name}: act_fn is {short(str(content['act_fn']))}; expected {act}")
+    for key, value in architecture.diffusers.expects.items():
+        said = content.get(key, value)
+        if said != value and not (isinstance(said, list) and all(each == value for each in said)):
+            raise UnsupportedCheckpoint(f"{path.name}: {key} is {short(str(said))}; expected {value}")
     content |= _normalised(content, path.name)
     if "_family" in content:
         content["family"] = content.pop("_family")  # as `latentd convert` writes it: diffusers skips the underscore

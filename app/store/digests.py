@@ -21,6 +21,7 @@ from app.store.checkpoint import told_of
 from app.store.known import Known, lookup
 from app.store.tree import Stamp
 from app.weights.files import WeightFile, open_regular
+from app.weights.parts import parted
 from app.weights.renames import canonical_keys
 
 CACHE = ".latentd-hashes.json"  # hidden, so that no scan takes it for a sidecar
@@ -50,7 +51,7 @@ def digest_of(files: Sequence[WeightFile], check: Callable[[], None] = lambda: N
     """
     row = told_of(files)
     total, halves, lines = hashlib.sha256(), [], []
-    for file in files:
+    for file in (parted(each, row) for each in files):
         halves.append(hashlib.sha256())
         take = partial(_feed, check, [total, halves[-1]] if len(files) > 1 else [total])
         names = canonical_keys(file.tensors, row, file.path.stem)

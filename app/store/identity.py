@@ -17,7 +17,9 @@ from app.store.tree import Stamp
 from app.text import short
 from app.vae.architectures import Architecture
 from app.vae.autoencoder import Config
+from app.vae.unsupported import no_vae
 from app.weights.files import TensorInfo, WeightFile, dtype_name, open_weights
+from app.weights.parts import parted
 from app.weights.renames import DROPPED, HALVES, NUMBERED, PREFIXES, canonical_keys, half_of, prefix_of
 
 MOST_TENSORS = 4096  # of an autoencoder: SDXL's has 248
@@ -114,7 +116,7 @@ def _weights(source: Source) -> _Weights:
     others: dict[str, str] = {}
     files = tuple(open_weights(path) for path in source.files)
     row = told_of(files)
-    for header in files:
+    for header in (parted(each, row) for each in files):
         names = canonical_keys(header.tensors, row, header.path.stem)
         others |= _others(header, row, header.path.stem)
         metadata.update(header.metadata)
@@ -125,7 +127,7 @@ def _weights(source: Source) -> _Weights:
         if prefix := prefix_of(header.tensors):
             own = (prefix, *DROPPED)
             pipeline |= {key: info.shape for key, info in header.tensors.items() if not key.startswith(own)}
-    _check_halves(source, tensors)
+    _check_halves(source, tensors, {key: info.shape for file in files for key, info in file.tensors.items()})
     return _Weights(row, files, tensors, pipeline, metadata, others)
 
 
@@ -148,13 +150,14 @@ def _beside(source: Source) -> Mapping[str, tuple[int, ...]]:
     return {key: info.shape for key, info in header.tensors.items() if not key.startswith(own)}
 
 
-def _check_halves(source: Source, names: Iterable[str]) -> None:
+def _check_halves(source: Source, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UnsupportedCheckpoint unless canonical `names` are of two halves; `shapes` are by the files' own keys."""
     names = list(names)
     there = [half for half in HALVES if any(name.startswith(f"{half}.") for name in names)]
     if not there:
-        raise UnsupportedCheckpoint(
-            f"no VAE inside: no key begins with encoder. or decoder. ({some(names) or 'no tensors'})"
-        )
+        kind = no_vae(shapes)
+        why = f"this is {kind}" if kind else "no key begins with encoder. or decoder."
+        raise UnsupportedCheckpoint(f"no VAE inside: {why} ({some(names) or 'no tensors'})")
     if len(there) == 1:
         other = next(half for half in HALVES if half not in there)
         stem = source.stem.removesuffix(f"_{there[0]}")

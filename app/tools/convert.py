@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import reduce
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from app.tools.facts import file_layout
 from app.vae.architectures import Architecture
 from app.vae.families import FAMILIES
 from app.weights.files import DTYPE_NAMES, SUFFIXES, TensorInfo, dtype_name, open_weights
+from app.weights.parts import parted, whole_of
 from app.weights.renames import Layout, canonical_keys, half_of
 from app.weights.writing import TensorSpec, Write, file_order, publish, safetensors_writer
 
@@ -35,6 +38,7 @@ class Place:
     path: Path
     key: str
     info: TensorInfo
+    architecture: Architecture
 
 
 @dataclass(frozen=True)
@@ -83,16 +87,21 @@ def write_checkpoint(
     for source in sources:
         _check_apart(source, weights)
     theirs = like.architecture.diffusers if layout == "diffusers" else None
-    keys = theirs.keys(dtypes) if theirs else {name: name for name in dtypes}
-    names = {key: name for name, key in keys.items()}
     shapes = {name: like.architecture.shape(name, place.info.shape) for name, place in places_of(like).items()}
     if theirs:
         shapes = {name: theirs.shape(name, shape) for name, shape in shapes.items()}
-    ordered = file_order(TensorSpec(key, dtypes[name], shapes[name]) for key, name in names.items())
+        names = {key: [name] for name, key in theirs.keys(dtypes).items()}
+    else:
+        names = whole_of(dtypes, like.architecture)
+    ordered = file_order(_spec(key, parts, dtypes, shapes) for key, parts in names.items())
 
     def shaped() -> Iterator[Tensor]:
-        for spec, tensor in zip(ordered, tensors([names[spec.key] for spec in ordered]), strict=True):
-            yield tensor.reshape(spec.shape)
+        stream = tensors([name for spec in ordered for name in names[spec.key]])
+        for spec in ordered:
+            parts = [tensor.to(spec.dtype) for tensor in islice(stream, len(names[spec.key]))]
+            yield (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(spec.shape)
+        if next(stream, None) is not None:
+            raise ValueError("more tensors came than were asked for")
 
     def check() -> None:
         for source in sources:
@@ -117,13 +126,23 @@ def write_checkpoint(
     return weights
 
 
+def _spec(
+    key: str, parts: list[str], dtypes: Mapping[str, torch.dtype], shapes: Mapping[str, tuple[int, ...]]
+) -> TensorSpec:
+    """What is written under a key: a tensor, or the rows of several."""
+    dtype = reduce(torch.promote_types, (dtypes[name] for name in parts))
+    rows = sum(shapes[name][0] for name in parts if shapes[name])
+    shape = shapes[parts[0]]
+    return TensorSpec(key, dtype, (rows, *shape[1:]) if shape else shape)
+
+
 def places_of(checkpoint: Checkpoint) -> dict[str, Place]:
     """Where the tensors of a checkpoint lie, by canonical name. Raises UnsupportedCheckpoint."""
     places: dict[str, Place] = {}
     for path in checkpoint.files:
-        tensors = open_weights(path).tensors
+        tensors = parted(open_weights(path), checkpoint.architecture).tensors
         for key, name in canonical_keys(tensors, checkpoint.architecture, path.stem).items():
-            places[name] = Place(path, key, tensors[key])
+            places[name] = Place(path, key, tensors[key], checkpoint.architecture)
     return places
 
 
@@ -131,8 +150,8 @@ def read_places(places: Iterable[Place]) -> Iterator[Tensor]:
     """The tensors at these places in this order, as the files have them; each file is opened once."""
     places = list(places)
     readers = {
-        path: open_weights(path).read([place.key for place in places if place.path == path])
-        for path in {place.path for place in places}
+        path: parted(open_weights(path), row).read([place.key for place in places if place.path == path])
+        for path, row in {place.path: place.architecture for place in places}.items()
     }
     for place in places:
         _, tensor = next(readers[place.path])

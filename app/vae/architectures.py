@@ -4,16 +4,17 @@ A row's functions are given its own class of configuration. Canonical names are 
 such a network, its publisher's: the names that our network's attributes have.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from app.terms import EXECUTIONS, ExecutionName
-from app.vae import layout_kl, layout_tiny, layout_wan
+from app.vae import layout_dc, layout_hunyuan, layout_kl, layout_tiny, layout_wan
 from app.vae.autoencoder import Autoencoder, Config, Shape, Shapes
+from app.vae.autoencoder_dc import AutoencoderDC, DCConfig
+from app.vae.autoencoder_hunyuan import AutoencoderHunyuan, HunyuanConfig
 from app.vae.autoencoder_kl import NORM_GROUPS, AutoencoderKL, KLConfig
 from app.vae.autoencoder_tiny import AutoencoderTiny, TinyConfig
 from app.vae.autoencoder_wan import AutoencoderWan, WanConfig, picture_tensors
@@ -35,6 +36,8 @@ class Diffusers:
     # config.json but for the family's constants, given whether fp16 is known to be sound; raises UnsupportedCheckpoint
     config: Callable[[Any, bool], dict[str, object]]
     shape: Callable[[str, Shape], Shape] = lambda name, shape: shape  # of a canonical name, given the canonical one
+    # Of a config.json that says it: what no shape tells, and our network has.
+    expects: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Architecture:
     resident: Callable[[str, Tensor], Iterable[tuple[str, Tensor]]] = lambda name, tensor: ((name, tensor),)
     # Canonical names of tensors that are never all zero in a file that is whole.
     never_zero: frozenset[str] = frozenset()
+    # The end of a key in the publisher's layout, and of the canonical names of its equal parts, first rows first.
+    parts: tuple[str, tuple[str, ...]] | None = None
     encoder: tuple[str, ...] = ("encoder.",)  # canonical names begin so; all others are the decoder's
     statistics: tuple[str, ...] = ()  # names begin so: the latents' statistics, kept as they are in every precision
     counters: frozenset[str] = frozenset()  # of training: some files lack them, and nothing reads them
@@ -65,13 +70,10 @@ class Architecture:
     executions: tuple[ExecutionName, ...] = EXECUTIONS
 
 
-def _has(pattern: str) -> Told:
-    """Some key begins with the pattern."""
-    return lambda shapes: any(re.match(pattern, key) for key in shapes)
-
-
 def _kl_told(shapes: Shapes) -> bool:
     """A residual block with a plain convolution of two dimensions in level 0 of either half, in either layout."""
+    if layout_hunyuan.told(shapes):  # which has such blocks, too
+        return False
     blocks = [f"{half}.{level}" for half, way in (("encoder", "down"), ("decoder", "up")) for level in _levels(way)]
     return any(len(shapes.get(f"{block}.conv2.weight", ())) == 4 for block in blocks)
 
@@ -83,6 +85,41 @@ def _levels(way: str) -> tuple[str, str]:
 ARCHITECTURES: dict[str, Architecture] = {
     row.name: row
     for row in (
+        Architecture(
+            name="dc",
+            told=lambda shapes: any(layout_dc.KEY.match(key) for key in shapes),
+            config=DCConfig,
+            configure=lambda shapes, groups: DCConfig.from_shapes(shapes),
+            module=AutoencoderDC,
+            keys=layout_dc.published_keys,
+            shape=layout_dc.canonical_shape,
+            parts=layout_dc.PARTS,
+            diffusers=Diffusers(
+                classes={"AutoencoderDC": 1.0},
+                act_fn="silu",
+                keys=layout_dc.diffusers_keys,
+                shape=layout_dc.diffusers_shape,
+                config=layout_dc.diffusers_config,
+                expects=layout_dc.EXPECTS,
+            ),
+            output=lambda config: config.output,
+        ),
+        Architecture(
+            name="hunyuan",
+            told=layout_hunyuan.told,
+            config=HunyuanConfig,
+            configure=lambda shapes, groups: HunyuanConfig.from_shapes(shapes),
+            module=AutoencoderHunyuan,
+            keys=layout_hunyuan.published_keys,
+            diffusers=Diffusers(
+                classes={"AutoencoderKLHunyuanImage": 1.0},
+                act_fn="silu",
+                keys=layout_hunyuan.diffusers_keys,
+                config=layout_hunyuan.diffusers_config,
+                expects=layout_hunyuan.EXPECTS,
+            ),
+            output=lambda config: "decoder.conv_out",
+        ),
         Architecture(
             name="kl",
             told=_kl_told,
@@ -121,11 +158,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         Architecture(
             name="wan21",
-            told=_has(
-                r"(?:encoder\.downsamples|decoder\.upsamples)\.0\.residual\.0\.gamma"
-                r"|encoder\.down_blocks\.0\.norm1\.gamma"
-                r"|decoder\.up_blocks\.0\.upsamplers\.0\.(?:resample|time_conv)\."
-            ),
+            told=layout_wan.told,
             config=WanConfig,
             configure=lambda shapes, groups: WanConfig.from_shapes(shapes),
             module=AutoencoderWan,
@@ -145,17 +178,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     )
 }
 
-UNSUPPORTED: dict[str, Told] = {
-    # what it is, by keys that no other autoencoder has
-    "a VQModel (its latents are rows of a table)": _has(r"quantize\.embedding\.weight"),
-    "an AsymmetricAutoencoderKL (for inpainting)": _has(r"decoder\.condition_encoder\."),
-    "a ConsistencyDecoderVAE": _has(r"decoder_unet\."),
-    "an AutoencoderKLTemporalDecoder (of Stable Video Diffusion)": _has(
-        r"decoder\.(.+\.temporal_res_block|.+\.time_stack|time_conv_out|conv_out\.time_mix_conv)\."
-    ),
-}
-"""Autoencoders that are known and not run."""
-
 
 def told(shapes: Shapes) -> Architecture:
     """The row of these tensors, without what stands before them in a full checkpoint.
@@ -163,11 +185,6 @@ def told(shapes: Shapes) -> Architecture:
     Where no row is told it is `kl`, whose words are the field's: its configuration names what the file lacks.
     """
     return next((row for row in ARCHITECTURES.values() if row.told(shapes)), ARCHITECTURES["kl"])
-
-
-def unsupported(shapes: Shapes) -> str | None:
-    """What these tensors are, if it is known and there is no network for it."""
-    return next((name for name, its in UNSUPPORTED.items() if its(shapes)), None)
 
 
 def architecture_of(config: Config) -> Architecture:

@@ -1,8 +1,8 @@
 """The families: one row each, with the constants that no weight file holds. To add a family, add a row.
 
 Sources of the constants: CompVis v1-inference.yaml (0.18215), generative-models sd_xl_base.yaml (0.13025), the
-diffusers configs of SD3 (1.5305, 0.0609), FLUX.1 (0.3611, 0.1159), FLUX.2 (BatchNorm over 2x2 patches) and of both Wan
-2.1 and Qwen-Image (the same mean and standard deviation per channel),
+diffusers configs of SD3 (1.5305, 0.0609), FLUX.1 (0.3611, 0.1159), FLUX.2 (BatchNorm over 2x2 patches), Sana
+(0.41407), HunyuanImage 2.1 (0.75289) and of both Wan 2.1 and Qwen-Image (the same mean and deviation per channel),
 github.com/madebyollin/taesd (tiny autoencoders: pixels in [0, 1], latents as the diffusion model sees them).
 """
 
@@ -21,7 +21,7 @@ are small by nature, aside) and to 1.15 and less with latentd-small, to 0.53 and
 taken for scaled ones come to about 1 / scaling_factor (SD 1.x 5.5, SDXL 7.7, FLUX.1 2.8), scaled ones scaled again to
 scaling_factor (0.18, 0.13, 0.36). SD3's factor of 1.5305 is too near to 1 to show.
 """
-NEAR = (0.4, 2.0)  # the same for FLUX.1, whose scaling factor is nearer to 1
+NEAR = (0.4, 2.0)  # the same for FLUX.1 and Sana, whose scaling factors are nearer to 1
 WAN_USUAL = (0.3, 1.6)
 """Of Wan's: the 16 frames of a real clip came to 0.60 to 0.98 and to 0.49 to 0.90; as raw latents to 1.0 to 2.0."""
 
@@ -71,6 +71,11 @@ def _tiny(
     return Family(name, "tiny", channels, form, pixel_range=(0.0, 1.0), space=space, cached=cached, **more)
 
 
+def _other(name: str, architecture: str, channels: int, latent_format: LatentFormat, **more: Any) -> Family:
+    """A family with a network and a space of its own, 32 pixels to a position, that sd-scripts keeps nothing of."""
+    return Family(name, architecture, channels, latent_format, 32, space=name, cached=None, **more)
+
+
 WAN_MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
     *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
@@ -91,6 +96,8 @@ FAMILIES: dict[str, Family] = {
         _kl("flux2", 32, LatentFormat(patch=2, statistics=True), "flux2"),
         Family("wan21", "wan21", 16, per_channel(WAN_MEAN, WAN_STD), space="wan21", usual=WAN_USUAL, cached=None),
         _kl("latentd-small", 4, LatentFormat(), "latentd-small", by_name=True, demonstration=True),
+        _other("sana", "dc", 32, LatentFormat(0.41407), usual=NEAR),
+        _other("hunyuanimage", "hunyuan", 64, LatentFormat(0.75289)),
         _tiny("taesd", 4, "sd1"),
         _tiny("taesdxl", 4, "sdxl"),
         _tiny("taesd3", 16, "sd3"),

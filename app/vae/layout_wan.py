@@ -6,6 +6,7 @@ Facts: the key lists of Wan2.1_VAE.pth and of diffusers' AutoencoderKLWan and Au
 import re
 from collections.abc import Iterable
 
+from app.vae.autoencoder import Shapes
 from app.vae.autoencoder_wan import DEPTH, MULTIPLES, WanConfig
 from app.vae.layout import unlike
 
@@ -26,7 +27,18 @@ HALF_MIDDLE = re.compile(r"(encoder|decoder)\.mid_block\.(resnets\.\d|attentions
 DOWN = re.compile(r"encoder\.down_blocks\.(\d+)\.(.+)")
 UP = re.compile(r"decoder\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.(.+)")
 
+TOLD = re.compile(
+    r"(?:encoder\.downsamples|decoder\.upsamples)\.0\.residual\.0\.gamma"
+    r"|encoder\.down_blocks\.0\.norm1\.gamma"
+    r"|decoder\.up_blocks\.0\.upsamplers\.0\.(?:resample|time_conv)\."
+)
+
 LAYERS = DEPTH + 2  # of a level of the decoder: its residual blocks and what enlarges
+
+
+def told(shapes: Shapes) -> bool:
+    """Whether either half is there, in either layout: levels without levels of their own, whose norms have a gamma."""
+    return any(TOLD.match(key) for key in shapes)
 
 
 def wan_keys(keys: Iterable[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ torch.save writes is the business of `archives` and `pickles`, which run no code
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,6 +44,18 @@ DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {name: getattr(torch, name.removeprefix("torch.")) for name in DTYPES}
 )
+
+FOREIGN = (
+    # how files of other programs begin, and what they are
+    (rb"version https://git-lfs", "a Git LFS pointer, of which `git lfs pull` makes the file"),
+    (rb"\s*<(!doctype html|html|head)\b", "an HTML page: saved in place of the file that it tells of"),
+    (rb"\s*<\?xml", "an XML document, as servers answer in place of a file"),
+    (rb"GGUF", "a GGUF file; .safetensors or what torch.save wrote was expected"),
+    (rb"\x89PNG|\xff\xd8\xff|RIFF....WEBP", "a picture"),
+    (rb"7z\xbc\xaf|Rar!|\x1f\x8b|\x28\xb5\x2f\xfd", "a compressed archive: unpack it first"),
+    (rb"\x89HDF\r", "an HDF5 file, as Keras writes"),
+)
+LONGEST_BEGIN = 64  # bytes of a file that are looked at for them
 
 CHUNK = 1 << 20  # bytes that are read at once where no tensor is wanted
 
@@ -124,7 +137,10 @@ def open_weights(path: Path) -> WeightFile:
     """
     with _open(path) as file:
         state = _state_of(file)
-        tells = file.read(PREFIX + 1)  # some programs give safetensors a pickle's suffix
+        begin = file.read(LONGEST_BEGIN)
+        if what := next((what for pattern, what in FOREIGN if re.match(pattern, begin, re.I | re.S)), None):
+            raise UnsupportedCheckpoint(f"this is {what}")
+        tells = begin[: PREFIX + 1]  # some programs give safetensors a pickle's suffix
         if SUFFIXES.get(path.suffix.lower()) == "safetensors" or tells[PREFIX:] == b"{":
             return _open_safetensors(path, file, state)
         return _open_archive(path, file, state)

@@ -76,7 +76,16 @@ def test_an_old_config_means_diffusers_default(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"_class_name": "AutoencoderDC"}, "_class_name is AutoencoderDC; expected one of AutoencoderKL,"),
+        ({"_class_name": "AutoencoderNobody"}, "_class_name is AutoencoderNobody; expected one of "),
+        ({"_class_name": "AutoencoderDC", "decoder_conv_act_fn": "silu"}, "decoder_conv_act_fn is silu; expected relu"),
+        (
+            {"_class_name": "AutoencoderDC", "decoder_norm_types": ["batch_norm", "rms_norm"]},
+            "decoder_norm_types is .*; expected rms_norm",
+        ),
+        (
+            {"_class_name": "AutoencoderKLHunyuanImage", "upsample_match_channel": False},
+            "upsample_match_channel is False",
+        ),
         ({"act_fn": "gelu"}, "act_fn is gelu; expected silu"),
         ({"latents_mean": [0.0]}, "latents_mean and latents_std are lists of one length"),
         ({"latents_mean": [0.0], "latents_std": [1.0, 1.0]}, "lists of one length"),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from app.vae.architectures import ARCHITECTURES, architecture_of
+from app.vae.architectures import Architecture, architecture_of, told
 from app.vae.autoencoder import Autoencoder, Config
+from app.vae.autoencoder_dc import DCConfig, DCHalf
+from app.vae.autoencoder_hunyuan import HunyuanConfig
 from app.vae.autoencoder_kl import KLConfig
 from app.vae.autoencoder_tiny import TinyConfig, TinyLayer
 from app.vae.autoencoder_wan import WanConfig
 from app.vae.families import FAMILIES
+from app.weights.parts import whole_of
 
 State = dict[str, Tensor]
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -62,7 +66,26 @@ def wan_config(family: str = "wan21", width: int = 4) -> WanConfig:
     return WanConfig(width, width, FAMILIES[family].latent_channels)
 
 
-CONFIGS: dict[str, Callable[..., Config]] = {"kl": kl_config, "tiny": tiny_config, "wan21": wan_config}
+def dc_config(family: str = "sana", width: int = 16) -> DCConfig:
+    """Six levels, of which the coarsest attend."""
+    width = max(width, FAMILIES[family].latent_channels)
+    half = DCHalf((width,) * 6, (1,) * 6, ("res",) * 4 + ("vit",) * 2, (0, 0, 0, 0, 0, 5), False, 8)
+    return DCConfig(half, replace(half, kernels=(0, 0, 0, 0, 5, 5)), FAMILIES[family].latent_channels)
+
+
+def hunyuan_config(family: str = "hunyuanimage", width: int = WIDTH) -> HunyuanConfig:
+    """Six levels; the coarsest have channels enough for the means that make a latent."""
+    latent = FAMILIES[family].latent_channels
+    return HunyuanConfig((width,) * 4 + (2 * width, max(4 * width, 2 * latent)), 1, 2, latent)
+
+
+CONFIGS: dict[str, Callable[..., Config]] = {
+    "kl": kl_config,
+    "tiny": tiny_config,
+    "wan21": wan_config,
+    "dc": dc_config,
+    "hunyuan": hunyuan_config,
+}
 
 
 def config_of(family: str, **changes: Any) -> Config:
@@ -88,9 +111,21 @@ def state_of(family: str = "sd1", seed: int = 0, **changes: Any) -> State:
 
 
 def as_published(state: Mapping[str, Tensor]) -> State:
-    """What a file has of the same network: in one of Wan kernels of three taps, and layers between frames."""
-    if "decoder.middle.1.q.weight" not in state:
-        return dict(state)
+    """What a file of the publisher's has of the same network."""
+    state = canonical(state)
+    return {
+        key: torch.cat([state[name] for name in names]) if len(names) > 1 else state[key]
+        for key, names in whole_of(state, told_of_state(state)).items()
+    }
+
+
+def canonical(state: Mapping[str, Tensor]) -> State:
+    """The canonical tensors of such a file; of Wan's they are more than the network's."""
+    return _of_clips(state) if "decoder.middle.1.q.weight" in state else dict(state)
+
+
+def _of_clips(state: Mapping[str, Tensor]) -> State:
+    """Kernels of three taps, and layers between frames."""
     found: State = {}
     for name, value in state.items():
         stem, _, kind = name.rpartition(".")
@@ -117,10 +152,20 @@ def _between_frames(block: str, channels: int, factor: int) -> State:
     return {f"{block}.time_conv.weight": weight, f"{block}.time_conv.bias": torch.randn(factor * channels)}
 
 
+def told_of_state(state: Mapping[str, Tensor]) -> Architecture:
+    return told({key: tuple(value.shape) for key, value in state.items()})
+
+
 def as_diffusers(state: Mapping[str, Tensor]) -> State:
     """The same tensors as diffusers saves them: its names, attention as linear layers."""
-    row = "tiny" if "decoder.1.weight" in state else "wan21" if "conv2.weight" in state else "kl"
-    theirs = ARCHITECTURES[row].diffusers
+    row = told_of_state(state)
+    if row.parts is not None:
+        whole, ends = row.parts
+        for key in [key for key in state if key.endswith(whole)]:
+            thirds = state[key].chunk(len(ends))
+            state = {name: value for name, value in state.items() if name != key}
+            state |= {key.removesuffix(whole) + end: value for end, value in zip(ends, thirds, strict=True)}
+    theirs = row.diffusers
     keys = theirs.keys(state)
     return {keys[name]: value.reshape(theirs.shape(name, tuple(value.shape))) for name, value in state.items()}
 

@@ -266,3 +266,23 @@ def test_all_bytes_pass_once_and_the_wanted_tensors_with_them(tmp_path, suffix):
     assert read.keys() == {"half", "a", "b", "c", "none", "full"}
     for key, value in read.items():
         assert torch.equal(value, state[key]), key
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "a Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html><body>401</body></html>", "an HTML page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "an XML document"),
+        (b"GGUF\x03\0\0\0" + bytes(64), "a GGUF file"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(64), "a picture"),
+        (b"RIFF\0\0\0\nWEBPVP8 ", "a picture"),
+        (b"Rar!\x1a\x07" + bytes(9), "a compressed archive"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    ],
+)
+def test_what_is_of_another_program_is_named(tmp_path, suffix, content, said):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content)
+    assert refusal(path).startswith(f"this is {said}")
