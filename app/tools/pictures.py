@@ -7,13 +7,10 @@ import numpy as np
 
 from app.tools.buckets import Buckets, Cut, Size, cut_picture
 from app.wire.headers import PictureHeader, read_header
-from app.wire.images import read_image
+from app.wire.images import WHITE, read_image
 from app.wire.png import write_png
 
 Form = Literal["npy", "safetensors", "kohya"]
-
-WHITE = (255, 255, 255)
-"""Shows through what is transparent, as where the service reads a picture."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,9 @@ def random_kl(draw: random.Random) -> KLConfig:
 
 RANDOM: dict[str, Callable[[random.Random], Config]] = {
     "kl": random_kl,
-    "wan21": lambda draw: WanConfig(draw.choice([4, 8]), draw.choice([4, 8]), draw.choice([4, 16])),
+    "wan21": lambda draw: WanConfig(
+        draw.choice([4, 8]), draw.choice([4, 8]), draw.choice([4, 16]), draw.choice([3, 4])
+    ),
     "tiny": lambda draw: tiny_config(draw.choice(["taesd", "taesd3", "taef2", "taesana"]), draw.choice([4, 8])),
 }
 
@@ -157,6 +159,8 @@ class ToyConfig:
 
     width: int
     latent_channels: int
+
+    pixel_channels = 3
 
     @property
     def spatial_factor(self) -> int:
