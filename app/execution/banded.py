@@ -13,9 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from app.execution.bands import Rows, walk
+from app.execution.bands import Rows, Statistics, statistics_of, walk
 from app.execution.footprint import whole_elements
-from app.execution.moments import Moments
 from app.execution.primitive import Network, Whole
 from app.execution.program import Node, Program, record
 from app.execution.schedule import Plan, plans
@@ -108,21 +107,21 @@ def execute(
         return
     program = record(network, x.shape)
     plan = execution.plan(program, x.dtype, x.device)
-    normed = {node.normed for node in program.nodes}
+    gathers = {node.normed: statistics_of(node) for node in program.nodes if node.normed is not None}
     source = Rows()
     source.append(x)
     maps = {program.input: source}
-    moments: dict[Node, Moments] = {}
+    statistics: dict[Node, Statistics] = {}
     for i, each in enumerate(plan.passes, start=1):
         names = ", ".join("x".join(map(str, target.shape[1:])) for target in each.targets)
         logger.debug(
             "%s pass %d/%d: %s of %s in bands of %d rows",
             execution, i, len(plan.passes), "maps" if each.keep else "statistics", names, each.rows,
         )  # fmt: skip
-        for target, row, band in walk(each, maps, moments, x):
+        for target, row, band in walk(each, maps, statistics, x):
             check()
-            if target in normed:
-                moments.setdefault(target, Moments()).add(band)
+            if target in gathers:
+                statistics.setdefault(target, gathers[target]()).add(band)
             if target is program.output:
                 yield row, band
             elif each.keep:

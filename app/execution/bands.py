@@ -15,11 +15,20 @@ from torch.nn import functional as F
 from app.execution.enlarging import enlarge, merged
 from app.execution.moments import Moments, normalise
 from app.execution.passes import Pass
+from app.execution.pointwise import GlobalPointwise, Pointwise, Totals
 from app.execution.primitive import attend, tokens
 from app.execution.program import Conv, Node
 
+Statistics = Moments | Totals
+"""What is gathered of a whole map before a global layer reads it."""
+
 Prepare = Callable[[Tensor, Tensor], object]
 """Writes the norm of rows into others: (rows, rows of a window)."""
+
+
+def statistics_of(node: Node) -> Callable[[], Statistics]:
+    """What makes the empty statistics that a global layer needs of its source."""
+    return node.op.totals if isinstance(node.op, GlobalPointwise) else Moments
 
 
 class Rows:
@@ -57,7 +66,7 @@ class Rows:
 class Walk:
     """The state of one pass: what its nodes have computed, and how far their readers have read."""
 
-    def __init__(self, each: Pass, maps: dict[Node, Rows], moments: dict[Node, Moments], like: Tensor) -> None:
+    def __init__(self, each: Pass, maps: dict[Node, Rows], statistics: dict[Node, Statistics], like: Tensor) -> None:
         self._kept = maps
         self._like = like  # dtype and device of every map
         self._frees = frozenset(each.frees)
@@ -67,16 +76,18 @@ class Walk:
         self._merged = {
             node: merged(node.op.conv.weight) for node in each.nodes if isinstance(node.op, Conv) and node.op.up == 2
         }
-        self._prepare = {node: _prepare(node, moments) for node in each.nodes}
+        self._statistics = statistics
+        self._prepare = {node: _prepare(node, statistics) for node in each.nodes if not isinstance(node.op, Pointwise)}
         self._read: dict[Node, dict[tuple[Node, str], int]] = {}  # rows that each reader of a map has done with
         for node in each.nodes:
-            for role, source in (("x", node.x), ("add", node.add)):
-                if source is not None:
-                    self._read.setdefault(source, {})[node, role] = 0
+            for role, source in _roles(node):
+                self._read.setdefault(source, {})[node, role] = 0
 
     def band(self, node: Node, stop: int) -> Tensor:
         """The rows of `node` from where its last band ended to `stop`."""
         op, start = node.op, self._made[node]
+        if isinstance(op, Pointwise):
+            return self._apply(node, op, stop)
         assert isinstance(op, Conv) and node.x is not None
         self._pull(node.x, op.reads(stop, node.x.shape[2]))
         out = self._bare(node, op, node.x, stop) if op.windowless else self._convolve(node, op, node.x, stop)
@@ -105,6 +116,31 @@ class Walk:
             self._rows[node].trim(done)
         elif node in self._frees:
             self._kept[node].free(done)
+
+    def _apply(self, node: Node, op: Pointwise, stop: int) -> Tensor:
+        """A pointwise function of the rows of its sources; of one block of output rows perhaps the lower only."""
+        start = self._made[node]
+        first, last = start // op.enlarges * op.reduces, op.reads(stop)
+        parts = []
+        for source in node.sources:
+            self._pull(source, last)
+            rows = [part for _, part in self._source(source).read(first, last)]
+            parts.append(rows[0] if len(rows) == 1 else torch.cat(rows, dim=2))
+            del rows
+        if isinstance(op, GlobalPointwise):
+            totals = self._statistics[node.sources[0]]
+            assert isinstance(totals, Totals)
+            out = op.applied(*parts, totals)
+        else:
+            out = op(*parts)
+        del parts
+        for role, source in _roles(node):
+            self._release(source, (node, role), stop // op.enlarges * op.reduces)
+        self._made[node] = stop
+        above = start % op.enlarges
+        if (above, stop - start) == (0, out.shape[2]):
+            return _channels_last(out)
+        return out[:, :, above : above + stop - start].clone(memory_format=torch.channels_last)
 
     def _bare(self, node: Node, op: Conv, x: Node, stop: int) -> Tensor:
         """A 1x1 convolution of the rows where they lie."""
@@ -154,14 +190,26 @@ class Walk:
         )
 
 
-def _prepare(node: Node, moments: dict[Node, Moments]) -> Prepare:
+def _roles(node: Node) -> Iterator[tuple[str, Node]]:
+    """(what it is to the node, map) of all that the node is computed from."""
+    for role, source in (("x", node.x), ("add", node.add)):
+        if source is not None:
+            yield role, source
+    for i, source in enumerate(node.more):
+        yield f"more {i}", source
+
+
+def _prepare(node: Node, statistics: dict[Node, Statistics]) -> Prepare:
+    assert not isinstance(node.op, Pointwise)
     norm = None if node.op is None else node.op.norm
     if norm is None:
         return lambda x, out: out.copy_(x)
     if node.normed is None:
         return lambda x, out: out.copy_(norm(x))
     assert isinstance(norm, nn.GroupNorm)
-    scale, shift = moments[node.normed].scale_and_shift(norm)
+    moments = statistics[node.normed]
+    assert isinstance(moments, Moments)
+    scale, shift = moments.scale_and_shift(norm)
     return lambda x, out: normalise(x, scale, shift, out)
 
 
@@ -193,7 +241,7 @@ def _attention(each: Pass, x: Rows, prepare: Prepare, like: Tensor) -> Iterator[
     """(row, band) of x + proj_out(softmax(q k^T / sqrt(C)) v): keys and values whole, queries band by band."""
     (node,) = each.targets
     block = node.op
-    assert block is not None and not isinstance(block, Conv)
+    assert block is not None and not isinstance(block, Conv | Pointwise)
     b, c, h, w = node.shape
     keys, values = (like.new_empty((b, 1, h * w, c)) for _ in range(2))
     for row, part in x.read(0, h):
@@ -218,21 +266,21 @@ def _attention(each: Pass, x: Rows, prepare: Prepare, like: Tensor) -> Iterator[
 
 
 def walk(
-    each: Pass, maps: dict[Node, Rows], moments: dict[Node, Moments], like: Tensor
+    each: Pass, maps: dict[Node, Rows], statistics: dict[Node, Statistics], like: Tensor
 ) -> Iterator[tuple[Node, int, Tensor]]:
     """Runs one pass: yields (target, first row, band) in order of rows.
 
-    `maps` are the kept maps, whose bands are freed as `each.frees` says; `moments` the statistics that the pass's
-    GroupNorms need; `like` any tensor of the maps' dtype and device.
+    `maps` are the kept maps, whose bands are freed as `each.frees` says; `statistics` what the pass's global
+    layers need; `like` any tensor of the maps' dtype and device.
     """
     (target, *_) = each.targets
     if target.attends:
         assert target.x is not None
-        for start, band in _attention(each, maps[target.x], _prepare(target, moments), like):
+        for start, band in _attention(each, maps[target.x], _prepare(target, statistics), like):
             yield target, start, band
             del band
         return
-    state = Walk(each, maps, moments, like)
+    state = Walk(each, maps, statistics, like)
     for start in range(0, target.shape[2], each.rows):
         for target in each.targets:
             yield target, start, state.band(target, min(target.shape[2], start + each.rows))

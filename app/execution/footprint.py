@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from app.execution.passes import Pass, band_rows
+from app.execution.pointwise import Pointwise
 from app.execution.program import Conv, Node, Program
 
 SMALL = 1 << 11  # what statistics are made with: a few numbers per channel
@@ -34,6 +35,8 @@ def whole_elements(program: Program) -> int:
             else:
                 prepared = node.x.elements * copies
                 prepared = max(prepared, prepared // max(copies, 1) + node.elements)
+        elif isinstance(node.op, Pointwise) and node.x is not None:
+            prepared = node.elements + node.op.scratch(node.x.elements)
         peak = max(peak, sum(live.values()) + max(prepared, node.elements))
         if node is not program.input:
             live[node] = node.elements
@@ -113,6 +116,9 @@ def _rows_read(each: Pass, stop: int) -> dict[Node, list[int]]:
             rows.setdefault(node.x, []).append(node.op.reads(max(rows[node]), node.x.shape[2]))
             if node.add is not None:
                 rows.setdefault(node.add, []).append(max(rows[node]))
+        elif isinstance(node.op, Pointwise):
+            for source in node.sources:
+                rows.setdefault(source, []).append(node.op.reads(max(rows[node])))
     return rows
 
 
@@ -147,6 +153,9 @@ class _Rehearsal:
             return
         self._made.add(node)
         op, x = node.op, node.x
+        if isinstance(op, Pointwise):
+            self._apply(node, op)
+            return
         assert isinstance(op, Conv) and x is not None
         self._make(x)
         window = self._window(op, x, self.rows[node])
@@ -167,6 +176,16 @@ class _Rehearsal:
         if node.add is not None:
             self._make(node.add)
             self._read(node.add)
+
+    def _apply(self, node: Node, op: Pointwise) -> None:
+        for source in node.sources:
+            self._make(source)
+        assert node.x is not None
+        self._take(self._size(node))
+        read = node.x.elements // node.x.shape[2] * op.reads(self.rows[node])
+        self._peak = max(self._peak, self._live + op.scratch(read))
+        for source in node.sources:
+            self._read(source)
 
     def _window(self, op: Conv, x: Node, rows: int) -> int:
         if op.windowless:

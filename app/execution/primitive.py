@@ -1,8 +1,8 @@
 """The one primitive that every network is written against, and its plain execution.
 
 A network never calls torch layers itself: it asks an `Execution` for norm -> activation -> (up-sampling)
-convolution -> residual add, and for attention. `Whole` does it in one go on whole feature maps; `banded.Banded`
-does it over bands of rows and gives the same picture from a fraction of the memory.
+convolution -> residual add, for attention, and for pointwise functions. `Whole` does it in one go on whole feature
+maps; `banded.Banded` does it over bands of rows and gives the same picture from a fraction of the memory.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from app.execution.enlarging import enlarged
 from app.execution.norms import Norm
+from app.execution.pointwise import Pointwise
 
 Activation = Callable[..., Tensor]
 """A pointwise function `act(x, inplace=False)`: `F.silu`, `F.relu`, `tanh_clamp`."""
@@ -66,6 +67,9 @@ class Execution(Protocol[Map]):
 
     def attention(self, x: Map, block: AttentionBlock) -> Map:
         """x + proj_out(softmax(q k^T / sqrt(C)) v) over all H*W positions of norm(x)."""
+
+    def apply(self, function: Pointwise, *sources: Map) -> Map:
+        """function(*sources)."""
 
 
 Network = Callable[[Any, Any], Any]
@@ -160,3 +164,7 @@ class Whole:
         out = attend(q, k, v).reshape(b, h, w, c).permute(0, 3, 1, 2)  # (B, C, h, w), channels_last
         projected: Tensor = block.proj_out(out)
         return projected.add_(x)
+
+    def apply(self, function: Pointwise, *sources: Tensor) -> Tensor:
+        """See `Execution.apply`."""
+        return function(*sources)

@@ -11,10 +11,8 @@ from functools import cached_property
 from torch import nn
 
 from app.execution.norms import Norm, global_norm
+from app.execution.pointwise import GlobalPointwise, Pointwise, Shape
 from app.execution.primitive import Activation, AttentionBlock, Network, Pad, padding_of
-
-Shape = tuple[int, int, int, int]
-"""(B, C, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -66,27 +64,33 @@ class Conv:
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One feature map and how it is made: the layer `op` of `x`, plus `add`. The input has neither."""
+    """One feature map and how it is made: the layer `op` of `x`, plus `add`. The input has neither.
+
+    A pointwise function may have more sources than x.
+    """
 
     shape: Shape
-    op: Conv | AttentionBlock | None = None
+    op: Conv | AttentionBlock | Pointwise | None = None
     x: "Node | None" = None
     add: "Node | None" = None
+    more: tuple["Node", ...] = ()
 
     @property
     def sources(self) -> tuple["Node", ...]:
         """The maps that this one is computed from."""
-        return tuple(source for source in (self.x, self.add) if source is not None)
+        return tuple(source for source in (self.x, self.add, *self.more) if source is not None)
 
     @property
     def normed(self) -> "Node | None":
-        """The map whose statistics must be known before the first row can be computed: that of a global norm."""
+        """The map whose statistics must be known before the first row can be computed: what a global layer reads."""
+        if isinstance(self.op, Pointwise):
+            return self.x if isinstance(self.op, GlobalPointwise) else None
         return None if self.op is None or global_norm(self.op.norm) is None else self.x
 
     @property
     def attends(self) -> bool:
         """Whether every row needs all rows of x."""
-        return self.op is not None and not isinstance(self.op, Conv)
+        return self.op is not None and not isinstance(self.op, Conv | Pointwise)
 
     @cached_property
     def elements(self) -> int:
@@ -101,11 +105,13 @@ class Node:
 
     @cached_property
     def flops(self) -> int:
-        """Multiplications and additions of the whole map, convolutions and attention only."""
+        """Multiplications and additions of the whole map: convolutions and attention, of either kind."""
         b, c, h, w = self.shape
         if isinstance(self.op, Conv):
             kernel_h, kernel_w = self.op.conv.kernel_size
             return 2 * self.elements * kernel_h * kernel_w * self.op.conv.in_channels // self.op.conv.groups
+        if isinstance(self.op, Pointwise):
+            return 0 if self.x is None else self.op.flops(self.x.elements)
         return 4 * b * c * (h * w) * (h * w + 2 * c) if self.attends else 0
 
 
@@ -133,9 +139,15 @@ class Program:
 
     @cached_property
     def statistics(self) -> int:
-        """Numbers that all global norms keep: mean and squared distances, scale and shift, per item and channel."""
-        normed = {source for node in self.nodes if (source := node.normed) is not None}
-        return 4 * sum(source.shape[0] * source.shape[1] for source in normed)
+        """Numbers that all global layers keep: of a norm mean and squared distances, scale and shift, per channel."""
+        kept = {
+            source: node.op.totalled(source.shape)
+            if isinstance(node.op, GlobalPointwise)
+            else 4 * source.shape[0] * source.shape[1]
+            for node in self.nodes
+            if (source := node.normed) is not None
+        }
+        return sum(kept.values())
 
     def cuts(self) -> tuple[Node, ...]:
         """The nodes at which no other map is live: input, block outputs, resampling layers, output."""
@@ -202,6 +214,10 @@ class _Recorder:
 
     def attention(self, x: Node, block: AttentionBlock) -> Node:
         return self._add(Node(x.shape, block, x))
+
+    def apply(self, function: Pointwise, *sources: Node) -> Node:
+        x, *more = sources
+        return self._add(Node(function.shape(*(source.shape for source in sources)), function, x, more=tuple(more)))
 
     def _add(self, node: Node) -> Node:
         self.nodes.append(node)

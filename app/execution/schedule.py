@@ -13,7 +13,7 @@ from app.execution.footprint import WorkingSet, peak_elements, working_set
 from app.execution.passes import Pass, passes_between
 from app.execution.program import Node, Program
 
-MAX_CHOICES = 4  # inner maps of a segment whose every subset is tried; beyond, none is kept
+MAX_CHOICES = 4  # inner maps of a segment whose every subset is tried; beyond, those that are read as a whole
 MAX_WORK = 4.0  # times Whole's: plans with more are not looked at
 
 
@@ -36,7 +36,8 @@ def plans(program: Program, band_elements: int) -> list[Plan]:
         found: list[Plan] = []
         for i in range(j):
             inner = program.nodes[place[cuts[i]] + 1 : place[cuts[j]]]
-            for edge in _segment(program, cuts[i], inner, cuts[j], band_elements, working_set_of):
+            choices = _choices(inner, cuts[j], alone=i == j - 1)
+            for edge in _segment(program, cuts[i], inner, choices, cuts[j], band_elements, working_set_of):
                 for plan in best[i]:
                     peak = max(plan.peak_elements, edge.peak_elements)
                     found.append(Plan(plan.passes + edge.passes, peak, plan.flops + edge.flops))
@@ -44,10 +45,20 @@ def plans(program: Program, band_elements: int) -> list[Plan]:
     return best[-1]
 
 
+def _choices(inner: tuple[Node, ...], end: Node, alone: bool) -> tuple[Node, ...]:
+    """The maps of a segment that it may pay to keep; `alone` where no cut lies inside."""
+    if len(inner) <= MAX_CHOICES:
+        return inner
+    read = {node.normed for node in (*inner, end)} if alone else frozenset()
+    measured = tuple(node for node in inner if node in read)
+    return measured if len(measured) <= MAX_CHOICES else ()
+
+
 def _segment(
     program: Program,
     start: Node,
     inner: tuple[Node, ...],
+    choices: tuple[Node, ...],
     end: Node,
     band_elements: int,
     working_set_of: Callable[[Pass], WorkingSet],
@@ -55,8 +66,8 @@ def _segment(
     """The ways from one cut to a later one: nothing between them kept, or some of it where it is little."""
     if any(node.attends for node in inner) or (end.attends and inner):
         return
-    sizes = range(len(inner) + 1 if len(inner) <= MAX_CHOICES else 1)
-    for kept in chain.from_iterable(combinations(inner, size) for size in sizes):
+    sizes = range(len(choices) + 1)
+    for kept in chain.from_iterable(combinations(choices, size) for size in sizes):
         passes = passes_between(program, start, kept, end, band_elements)
         flops = sum(each.flops for each in passes)
         if flops > MAX_WORK * program.flops:
