@@ -45,3 +45,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(state_of("sd1"), folder / "VAE" / "kl.safetensors")
     save_file(state_of("taesd"), folder / "VAE" / "tiny.safetensors")
     return folder
+
+
+@pytest.fixture(scope="session")
+def rgba(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model of pictures with alpha, `layered` (wan21); not to be written to."""
+    folder = tmp_path_factory.mktemp("rgba")
+    (folder / "VAE").mkdir()
+    save_file(state_of("wan21", pixel_channels=4), folder / "VAE" / "layered.safetensors")
+    return folder

@@ -423,7 +423,7 @@ def test_inspect_says_what_a_file_is(run, models):
     assert list(facts) == [
         *("name", "path", "family", "family_source", "format", "layout", "dtype", "parameters", "sha256"),
         *("tensors_sha256", "known_as", "copy_of", "fp16", "baked", "latent_channels", "spatial_factor"),
-        *("scaling_factor", "shift_factor"),
+        *("pixel_channels", "scaling_factor", "shift_factor"),
     ]
     assert (facts["family"], facts["layout"], facts["dtype"], facts["baked"]) == ("sd1", "ldm", "fp32", False)
     assert facts["fp16"] == "unknown"

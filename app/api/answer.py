@@ -11,7 +11,8 @@ from app.api.errors import MEDIA
 from app.api.work import Clock, Done
 from app.engine.jobs import Task
 from app.errors import NotAcceptable
-from app.wire.images import write_image
+from app.store.checkpoint import Checkpoint
+from app.wire.images import OPAQUE, write_image
 from app.wire.npy import write_npy
 from app.wire.npz import write_npz, write_zip
 from app.wire.origin import Origin, texts
@@ -56,6 +57,12 @@ def pictures_body(media: str, arrays: list[np.ndarray], quality: int | None) -> 
     if media == ZIP:
         return write_zip([(f"{index:04}.png", write_image(array, PNG)) for index, array in enumerate(arrays)])
     return write_image(arrays[0], media, quality=quality)
+
+
+def without_alpha(media: str, checkpoint: Checkpoint) -> str | None:
+    """What is to be said where a model's pictures have alpha and their file has none."""
+    lost = media in OPAQUE and checkpoint.config.pixel_channels == 4
+    return f"{media} has no alpha: the picture is laid over white" if lost else None
 
 
 def answer(body: bytes, kind: str, done: Done, clock: Clock, origin: Origin) -> Response:

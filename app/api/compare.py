@@ -34,7 +34,7 @@ from app.text import reason
 from app.wire.difference import difference
 from app.wire.fit import fit, fitted_size
 from app.wire.headers import read_header
-from app.wire.images import read_image, write_image
+from app.wire.images import Colour, flattened, opaque, read_image, write_image
 from app.wire.npz import write_zip
 from app.wire.sheet import Cell, contact_sheet, shrunk
 
@@ -194,17 +194,20 @@ async def _admitted(
         decode = replace(encode, op="decode")
 
         async def round_trip(there: Admission, back: Admission) -> Row:
-            padded = await shared.codecs.run(picture[0].nbytes, partial(fit, picture[0], multiple, "pad"))
+            def ready() -> np.ndarray:
+                return opaque(fit(picture[0], multiple, "pad"), checkpoint.config.pixel_channels)
+
+            padded = await shared.codecs.run(2 * picture[0].nbytes, ready)
             latents = await there.run([padded])
             pictures = await back.run([latents[0].array])
             clock.add(latents)
             clock.add(pictures)
             with clock.stage("write"):
                 row, plan = _Trip(trip.asked, checkpoint).row, pictures[0].plan
-                measure = partial(_measured, row, plan, picture[0], pictures[0].array)
+                measure = partial(_measured, row, plan, picture[0], pictures[0].array, query.rgb)
                 return await shared.codecs.run(MEASURING * picture[0].nbytes, measure)
 
-        parts = [(encode, [picture_shape(padded)]), (decode, [latent_shape_of(padded, decode)])]
+        parts = [(encode, [picture_shape(padded, encode)]), (decode, [latent_shape_of(padded, decode)])]
         return Work(parts, round_trip)
 
     return await room.enter_async_context(shared.engine.request(trip.model, trip.asked, prepare, deadline))
@@ -214,8 +217,8 @@ async def _unusable(error: UnsupportedCheckpoint) -> Row:
     raise error
 
 
-def _measured(row: Compared, plan: str, original: np.ndarray, padded: np.ndarray) -> Row:
-    picture = padded[: original.shape[0], : original.shape[1]]
+def _measured(row: Compared, plan: str, original: np.ndarray, padded: np.ndarray, background: Colour) -> Row:
+    picture = flattened(padded[: original.shape[0], : original.shape[1]], background)
     found = difference(original, picture)
     identical = math.isinf(found.psnr)
     row = row.model_copy(

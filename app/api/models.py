@@ -61,7 +61,7 @@ async def plan(name: Name, query: Annotated[PlanQuery, Query()], shared: Shared)
     checkpoint = await shared.engine.resolve(name)
     width, height = fitted_size(query.width, query.height, checkpoint.family.size_multiple, "pad")
     task = Task(query.op, checkpoint, precision=query.precision, tiling=query.tiling)
-    shape = picture_shape((width, height)) if query.op == "encode" else latent_shape_of((width, height), task)
+    shape = picture_shape((width, height), task) if query.op == "encode" else latent_shape_of((width, height), task)
     return Plan.model_validate(await shared.engine.plan(task, shape))
 
 

@@ -14,20 +14,20 @@ import numpy as np
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import ValidationError
 
-from app.api.answer import JPEG, JSON, PNG, accepted, answer, pictures_body
+from app.api.answer import JPEG, JSON, PNG, accepted, answer, pictures_body, without_alpha
 from app.api.context import KEYED, Context, Shared
 from app.api.door.body import deadline_of, read_body
 from app.api.errors import REMOTE
 from app.api.latents import warning
 from app.api.remote_query import RemoteDecodeQuery, RemoteEncodeQuery, RemoteQuery
-from app.api.work import Clock, Done, Given, decoding, encoding, finished, picture_size, resolved, writing
+from app.api.work import Clock, Done, Given, behind, decoding, encoding, finished, picture_size, resolved, writing
 from app.engine.jobs import Output, Task, Work
 from app.errors import InvalidParameter, MalformedBody
 from app.store.checkpoint import Checkpoint
 from app.wire.fit import Fit, fit, fitted_size
-from app.wire.images import check_sides
+from app.wire.images import WHITE, check_sides
 from app.wire.origin import Origin, origin_of
-from app.wire.pixels import PixelsHeader, array_header, pixels_header, read_pixels
+from app.wire.pixels import PixelsHeader, array_header, check_channels, pixels_header, read_pixels
 from app.wire.scan import Body, count
 from app.wire.spec import PIXELS
 from app.wire.tensor_bytes import Layout, bytes_spec, latent_layout, read_layout
@@ -35,7 +35,6 @@ from app.wire.tensor_bytes import Layout, bytes_spec, latent_layout, read_layout
 BINARY, BASE64 = "tensor/binary", "tensor/base64"
 FIT: Fit = "crop"
 """Of pictures: clients reckon with H // 8 by W // 8."""
-WHITE = (255, 255, 255)
 MOST_PARTS = 1 << 12
 """Of the JSON around a base64 body."""
 
@@ -83,7 +82,8 @@ async def remote_decode(
 
         def read() -> Given:
             items = [query.unscaled(item) for item in read_layout(layout, body)]
-            return Given(items, warning(items, checkpoint.family, query.convention))
+            said = (warning(items, checkpoint.family, query.convention), without_alpha(media, checkpoint))
+            return Given(items, "; ".join(text for text in said if text) or None)
 
         return decoding(task, layout.shape, lambda: shared.codecs.run(len(body) + layout.shape.work, read), clock)
 
@@ -125,10 +125,12 @@ async def remote_encode(
 
     def prepare(checkpoint: Checkpoint) -> Work[Done]:
         multiple = checkpoint.family.size_multiple
+        check_channels(header, checkpoint.config.pixel_channels)
         task = Task("encode", checkpoint, "raw", numbers="float32")
 
         def read() -> Given:
-            found = read_pixels(body, header, background=WHITE, max_pixels=shared.limits.picture_pixels)
+            most = shared.limits.picture_pixels
+            found = read_pixels(body, header, background=behind(WHITE, checkpoint), max_pixels=most)
             return Given([fit(picture, multiple, FIT) for picture in found])
 
         fitted = [fitted_size(*header.size, multiple, FIT)] * header.count

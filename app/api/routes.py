@@ -26,6 +26,7 @@ from app.api.answer import (
     latents_body,
     negotiate,
     pictures_body,
+    without_alpha,
 )
 from app.api.context import GUARD, Limits, Shared
 from app.api.door.body import deadline_of, read_body, read_pictures
@@ -34,7 +35,7 @@ from app.api.latents import WayBack, check_family, convention_of, warning, way_b
 from app.api.openapi import DECODED, ENCODED, LATENTS_FAMILY, PROBLEM, WORK, answers, problems, request_body
 from app.api.preview import preview
 from app.api.schemas import DecodeQuery, EncodeQuery
-from app.api.work import Clock, Done, Given, Size, decoding, encoding, finished, picture_size, resolved, writing
+from app.api.work import Clock, Done, Given, Size, behind, decoding, encoding, finished, picture_size, resolved, writing
 from app.engine.jobs import Task, Work
 from app.errors import InvalidParameter, NotAcceptable
 from app.store.checkpoint import Checkpoint
@@ -42,7 +43,7 @@ from app.wire.arrays import LatentShape, latent_shape, read_latents
 from app.wire.fit import Fit, fit, fitted_size
 from app.wire.images import check_sides
 from app.wire.origin import origin_of, restore
-from app.wire.pixels import PixelsHeader, pixels_header, read_pixels
+from app.wire.pixels import PixelsHeader, check_channels, pixels_header, read_pixels
 
 NAMED = 4  # animated pictures that a warning tells of
 
@@ -55,7 +56,7 @@ router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
     responses=answers("Latents, (N, C, h, w)", (NPY, SAFETENSORS, NPZ), ENCODED) | problems(*WORK),
     openapi_extra=request_body(
         "A picture, a form of several, or an array of them: uint8 (H, W, 3) or (N, H, W, 3), or floats in [-1, 1], "
-        "(3, H, W) or (N, 3, H, W).",
+        "(3, H, W) or (N, 3, H, W). Models of RGBA pictures take a fourth channel, straight alpha.",
         (PNG, JPEG, WEBP, AVIF, NPY, SAFETENSORS),
         form=True,
     ),
@@ -79,7 +80,10 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     def prepare(checkpoint: Checkpoint) -> Work[Done]:
         multiple = checkpoint.family.size_multiple
         pairs = zip(files, headers, strict=True)
-        fitted = [size for file, header in pairs for size in _fitted(file, header, multiple, query.fit)]
+        channels = checkpoint.config.pixel_channels
+        if channels == 4 and "background" in query.model_fields_set:
+            raise InvalidParameter(f"background is for models of 3 channels; {checkpoint.name} takes the alpha itself")
+        fitted = [size for file, header in pairs for size in _fitted(file, header, channels, multiple, query.fit)]
         _latents_type(request, fitted)  # refused now or never
         task = Task(
             "encode",
@@ -94,9 +98,9 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
         )
 
         def read(file: Part, header: PixelsHeader) -> list[np.ndarray]:
-            most = shared.limits.picture_pixels
+            most, background = shared.limits.picture_pixels, behind(query.rgb, checkpoint)
             with naming(file):
-                pictures = read_pixels(file.content, header, background=query.rgb, max_pixels=most)
+                pictures = read_pixels(file.content, header, background=background, max_pixels=most)
             return [fit(picture, multiple, query.fit) for picture in pictures]
 
         async def read_all() -> Given:
@@ -119,7 +123,11 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
 @router.post(
     "/decode",
     response_class=Response,
-    responses=answers("A picture; several as zip or npy, (N, H, W, 3)", (PNG, JPEG, WEBP, AVIF, ZIP, NPY), DECODED)
+    responses=answers(
+        "A picture; several as zip or npy, (N, H, W, 3 or 4)",
+        (PNG, JPEG, WEBP, AVIF, ZIP, NPY),
+        DECODED,
+    )
     | problems(409, *WORK),
     openapi_extra=request_body(
         "Latents, (C, h, w) or (N, C, h, w); a .npz, or a list of torch.save's, may hold several shapes.",
@@ -149,10 +157,11 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
         media = _picture_type(request, query, back.result.sizes)  # refused now or never
         for size in set(back.result.sizes):
             check_sides(*size, media)
+        flat = without_alpha(media, checkpoint)
 
         def read() -> Given:
             items = read_latents(body, max_bytes=shared.limits.body_bytes * 4).items
-            found = [text for text in (warning(items, family, latents), back.warning) if text]
+            found = [text for text in (warning(items, family, latents), back.warning, flat) if text]
             return Given(items, "; ".join(found) or None)
 
         return decoding(task, header, lambda: shared.codecs.run(len(body) + header.work, read), clock)
@@ -181,8 +190,9 @@ def _headers(files: Sequence[Part], limits: Limits) -> list[PixelsHeader]:
     return headers
 
 
-def _fitted(file: Part, header: PixelsHeader, multiple: int, mode: Fit) -> list[Size]:
+def _fitted(file: Part, header: PixelsHeader, channels: int, multiple: int, mode: Fit) -> list[Size]:
     with naming(file):
+        check_channels(header, channels)
         return [fitted_size(*header.size, multiple, mode)] * header.count
 
 

@@ -65,7 +65,8 @@ class PictureQuery(NoQuery):
         "the nearest multiple, or refuse.",
     )
     background: Annotated[str, AfterValidator(_colour)] = Field(
-        "ffffff", description="What shows through transparent pixels: RRGGBB in hexadecimal."
+        "ffffff",
+        description="What shows through transparent pixels: RRGGBB in hexadecimal. Not for models that take alpha.",
     )
 
     @property
@@ -211,6 +212,7 @@ class Model(BaseModel):
     parameters: int | None = None
     latent_channels: int | None = None
     spatial_factor: int | None = None
+    pixel_channels: int | None = None  # 3, or 4 of a model that takes and gives alpha
     scaling_factor: float | tuple[float, ...] | None = None  # a list: one number per channel
     shift_factor: float | tuple[float, ...] | None = None
     fp16: Literal["ok", "overflows", "unknown"] | None = None

@@ -15,6 +15,7 @@ from app.engine.jobs import Prepare, Result, Task, Work
 from app.metrics import Metrics
 from app.store.checkpoint import Checkpoint
 from app.wire.arrays import LatentShape
+from app.wire.images import Colour
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
@@ -74,7 +75,7 @@ class Done:
 
 def encoding(task: Task, sizes: Sequence[Size], read: Read, clock: Clock) -> Work[Done]:
     """Pictures of these sizes, fitted to the model, to latents."""
-    return _work(task, [picture_shape(size) for size in sizes], read, clock)
+    return _work(task, [picture_shape(size, task) for size in sizes], read, clock)
 
 
 def decoding(task: Task, shape: LatentShape, read: Read, clock: Clock) -> Work[Done]:
@@ -82,9 +83,14 @@ def decoding(task: Task, shape: LatentShape, read: Read, clock: Clock) -> Work[D
     return _work(task, shape.shapes, read, clock)
 
 
-def picture_shape(size: Size) -> tuple[int, int, int]:
+def picture_shape(size: Size, task: Task) -> tuple[int, int, int]:
     """Of the array of a picture."""
-    return size[1], size[0], 3
+    return size[1], size[0], task.checkpoint.config.pixel_channels
+
+
+def behind(background: Colour, checkpoint: Checkpoint) -> Colour | None:
+    """What pictures are laid over for a model: nothing where it takes their alpha."""
+    return None if checkpoint.config.pixel_channels == 4 else background
 
 
 def latent_shape_of(size: Size, task: Task) -> tuple[int, int, int]:

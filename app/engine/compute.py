@@ -140,7 +140,7 @@ def _broken(device: torch.device) -> bool:
 def forward(module: Autoencoder, inputs: list[Tensor], tasks: list[Task], plan: ExecutionPlan, check: Check) -> Outcome:
     """One forward of items that share a batch key.
 
-    Inputs are uint8 (H, W, 3), or floating in [-1, 1], to encode, floating (C, h, w) to decode, on the module's device.
+    Inputs are uint8 (H, W, C), or floating in [-1, 1], to encode, floating (C, h, w) to decode, on the module's device.
     Outputs are `Result.array`, on the host. Raises InvalidImage for pixels that are not finite.
     """
     task = tasks[0]
@@ -169,7 +169,7 @@ def _encode(
 
 
 def _pixels(batch: Tensor, pixel_range: tuple[float, float]) -> Tensor:
-    """Pictures (B, H, W, 3) as (B, 3, H, W) in the network's range.
+    """Pictures (B, H, W, C) as (B, C, H, W) in the network's range, alpha as the colours.
 
     In float32, before the cast: half formats have no room for it afterwards.
     """
@@ -207,7 +207,8 @@ def _decode(
     side = family.spatial_factor
     low, high = family.pixel_range
     levels, on_host = OUTPUTS[task.output]
-    host = torch.empty((n, h * side, w * side, 3), dtype=on_host, pin_memory=batch.device.type == "cuda")
+    channels = module.config.pixel_channels
+    host = torch.empty((n, h * side, w * side, channels), dtype=on_host, pin_memory=batch.device.type == "cuda")
     finite = torch.ones(n, dtype=torch.bool, device=batch.device)
     for row, band in execute(execution, module.decode, z, check=check):
         finite &= band.isfinite().flatten(1).all(dim=1)

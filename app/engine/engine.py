@@ -207,8 +207,9 @@ class Engine:
     ) -> list[Result]:
         """Runs arrays through the model of a name: `run("sdxl", partial(Task, "decode"), [latent])`.
 
-        Pictures are (H, W, 3), uint8 or float32 with black at -1 and white at 1; latents float16 or float32 (C, h, w).
-        `deadline` is on time.monotonic(). Raises as `resolve`, `admit` and the forward do; see `app.errors`.
+        Pictures are (H, W, 3), or 4 where the model has alpha: uint8, or float32 with black at -1 and white at 1.
+        Latents are float16 or float32 (C, h, w). `deadline` is on time.monotonic(). Raises as `resolve`, `admit` and
+        the forward do; see `app.errors`.
         """
         shapes = [array.shape for array in arrays]
 

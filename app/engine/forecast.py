@@ -91,7 +91,7 @@ class NetworkShape:
 def network_shape(checkpoint: Checkpoint, op: Op, height: int, width: int, itemsize: int = 1) -> NetworkShape:
     """The shape of a picture of height x width pixels as the network takes it."""
     if op == "encode":
-        return NetworkShape(checkpoint.config, op, 3, height, width, itemsize)
+        return NetworkShape(checkpoint.config, op, checkpoint.config.pixel_channels, height, width, itemsize)
     side, channels = checkpoint.family.spatial_factor, checkpoint.family.latent_channels
     return NetworkShape(checkpoint.config, op, channels, height // side, width // side, itemsize)
 
@@ -159,5 +159,6 @@ def _ends(shape: NetworkShape, plan: ExecutionPlan, device: torch.device) -> int
     itemsize = TORCH_DTYPES[plan.dtype].itemsize
     if shape.op == "encode":
         return numbers * (2 * shape.itemsize + itemsize)
-    pictures = plan.batch * shape.height * shape.width * shape.config.spatial_factor**2 * 3 * shape.itemsize
+    pixels = plan.batch * shape.height * shape.width * shape.config.spatial_factor**2
+    pictures = pixels * shape.config.pixel_channels * shape.itemsize
     return numbers * (3 * torch.float32.itemsize + itemsize) + (pictures if device.type == "cpu" else 0)

@@ -48,7 +48,7 @@ class Task:
 class Result:
     """One finished item and what happened to it."""
 
-    array: np.ndarray  # encode: `Task.numbers`, (C, h, w), of moments (2C, h, w); decode: `Task.output`, (H, W, 3)
+    array: np.ndarray  # encode: `Task.numbers`, (C, h, w), of moments (2C, h, w); decode: `Task.output`, (H, W, C)
     plan: str  # "fp16/whole"
     reason: str | None  # why the plan was not the first choice
     seconds: dict[str, float]  # queue, load, compute
@@ -74,7 +74,7 @@ class Job:
     """One item on its way: its array, its future and its clock."""
 
     task: Task
-    array: np.ndarray  # encode: uint8 (H, W, 3), or float32 in [-1, 1]; decode: float16 or float32 (C, h, w)
+    array: np.ndarray  # encode: uint8 (H, W, C), or float32 in [-1, 1]; decode: float16 or float32 (C, h, w)
     deadline: float | None  # on time.monotonic()
     future: "asyncio.Future[Result]"
     queued: float = field(default_factory=time.monotonic)
@@ -121,11 +121,14 @@ def picture_pixels(task: Task, shape: tuple[int, ...]) -> int:
 def check_shape(task: Task, shape: tuple[int, ...]) -> None:
     """Whether one item's array fits the model.
 
-    Raises InvalidImage for a picture (H, W, 3) that is no multiple of the family's, InvalidLatent for a latent
-    (C, h, w) of other channels than the convention has.
+    Raises InvalidImage for a picture (H, W, C) of other channels than the network's or no multiple of the family's,
+    InvalidLatent for a latent (C, h, w) of other channels than the convention has.
     """
     family = task.checkpoint.family
     if task.op == "encode":
+        channels = task.checkpoint.config.pixel_channels
+        if shape[2] != channels:
+            raise InvalidImage(f"{task.checkpoint.name} takes pictures (H, W, {channels}), not {tuple(shape)}")
         multiple = family.size_multiple
         if shape[0] % multiple or shape[1] % multiple:
             raise InvalidImage(f"{shape[1]}x{shape[0]} is not a multiple of {multiple} as {family.name} needs it")

@@ -14,10 +14,10 @@ RIDGE = 1e-4
 
 
 def fit(latents: Sequence[np.ndarray], pictures: Sequence[np.ndarray], patch: int) -> Linear:
-    """The map by least squares from latents (C, h, w) to what they decode to, uint8 (H, W, 3), averaged on the grid.
+    """The map by least squares from latents (C, h, w) to the colours of what they decode to, averaged on the grid.
 
-    `patch` is how many positions of the grid a latent's position has on a side. Its error is that on pictures that the
-    map was not fitted to: each is left out once.
+    Pictures are uint8 (H, W, 3), or with alpha (H, W, 4). `patch` is how many positions of the grid a latent's position
+    has on a side. The error is that on pictures that the map was not fitted to: each is left out once.
     """
     inputs = [_rows(latent) for latent in latents]
     targets = [
@@ -58,10 +58,11 @@ def _rows(latent: np.ndarray) -> np.ndarray:
 
 
 def _averaged(picture: np.ndarray, latent: np.ndarray, patch: int) -> np.ndarray:
-    """uint8 (H, W, 3) -> (h p, w p, 3) from 0 to 1."""
+    """uint8 (H, W, 3 or 4) -> (h p, w p, 3) from 0 to 1."""
     height, width = latent.shape[1] * patch, latent.shape[2] * patch
     side = picture.shape[0] // height
-    averaged: np.ndarray = picture.reshape(height, side, width, side, 3).mean(axis=(1, 3)) / 255
+    colours = picture[..., :3].reshape(height, side, width, side, 3)
+    averaged: np.ndarray = colours.mean(axis=(1, 3)) / 255
     return averaged
 
 

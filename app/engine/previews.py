@@ -135,12 +135,15 @@ class Previews:
         encoded, full = await self._samples(checkpoint, "scaled")
         shown = await self._run("decode", tiny, "scaled", encoded)
         pairs = zip(full, shown, strict=True)
-        squares = [np.square((one.astype(np.float32) - other) / 255).mean() for one, other in pairs]
+        squares = [np.square((one[..., :3].astype(np.float32) - other[..., :3]) / 255).mean() for one, other in pairs]
         self._errors[key] = decibel(float(np.mean(squares)))
 
     async def _samples(self, checkpoint: Checkpoint, latents: Convention) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Latents of the pictures, and what the model decodes them to."""
-        pictures = await asyncio.to_thread(self._pictures, SIDE)
+        alpha = checkpoint.config.pixel_channels - 3
+        opaque = ((0, 0), (0, 0), (0, alpha))
+        found = await asyncio.to_thread(self._pictures, SIDE)
+        pictures = [np.pad(picture, opaque, constant_values=255) for picture in found]
         encoded = await self._run("encode", checkpoint, latents, pictures)
         return encoded, await self._run("decode", checkpoint, latents, encoded)
 

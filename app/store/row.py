@@ -21,6 +21,7 @@ def row_of(entry: Entry) -> dict[str, object]:
         "parameters": entry.parameters,
         "latent_channels": family.latent_channels,
         "spatial_factor": family.spatial_factor,
+        "pixel_channels": entry.config.pixel_channels,
         "scaling_factor": family.latent_format.scaling_factor,
         "shift_factor": family.latent_format.shift_factor,
     }

@@ -13,7 +13,7 @@ from app.weights.renames import Layout, layout_of
 FACTS = (
     *("name", "path", "family", "family_source", "format", "layout", "dtype", "parameters", "sha256"),
     *("tensors_sha256", "known_as", "copy_of", "fp16", "baked", "latent_channels", "spatial_factor"),
-    *("scaling_factor", "shift_factor"),
+    *("pixel_channels", "scaling_factor", "shift_factor"),
 )
 COLUMNS = ("NAME", "FAMILY", "FROM", "FORMAT", "SHA256", "FP16", "KNOWN AS")
 

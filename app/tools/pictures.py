@@ -9,16 +9,13 @@ import numpy.typing as npt
 
 from app.tools.buckets import Buckets, Cut, Size, cut_picture
 from app.wire.headers import PictureHeader, read_header
-from app.wire.images import read_image
+from app.wire.images import WHITE, read_image
 from app.wire.png import write_png
 
 Form = Literal["npy", "safetensors", "kohya"]
 
 Write = Callable[[npt.NDArray[np.uint8]], bytes]
 """A body of pixels (H, W, 3), of a kind that /encode reads."""
-
-WHITE = (255, 255, 255)
-"""Shows through what is transparent, as where the service reads a picture."""
 
 
 @dataclass(frozen=True)

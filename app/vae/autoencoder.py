@@ -29,6 +29,10 @@ class Config(Protocol):
         """Pixels per raw latent position along one side."""
 
     @property
+    def pixel_channels(self) -> int:
+        """3 of RGB, or 4 where straight alpha comes after them, on both sides."""
+
+    @property
     def statistics_bytes(self) -> int:
         """Bytes of the latents' own statistics, which keep their types in every precision; 0 without any."""
 
@@ -48,8 +52,8 @@ class Autoencoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, run: Execution[Any], pixels: Any) -> Any:
-        """Pixels (B, 3, H, W) in the family's range -> what `posterior` takes, H / f by W / f."""
+        """Pixels (B, C, H, W) in the family's range -> what `posterior` takes, H / f by W / f; alpha as colours."""
 
     @abstractmethod
     def decode(self, run: Execution[Any], latents: Any) -> Any:
-        """Raw latents (B, z, h, w) -> pixels (B, 3, h * f, w * f), about the family's range."""
+        """Raw latents (B, z, h, w) -> pixels (B, C, h * f, w * f), about the family's range."""

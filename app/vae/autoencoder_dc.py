@@ -48,6 +48,7 @@ class DCConfig:
     decoder: DCHalf
     latent_channels: int
 
+    pixel_channels = 3
     statistics_bytes = 0
 
     @property

@@ -32,6 +32,7 @@ class HunyuanConfig:
     decoder_depth: int
     latent_channels: int
 
+    pixel_channels = 3
     statistics_bytes = 0
 
     @property

@@ -39,6 +39,8 @@ class KLConfig:
     batch_norm: bool = False  # FLUX.2 keeps its latents' statistics as a BatchNorm over 2x2 patches
     norm_groups: int = NORM_GROUPS
 
+    pixel_channels = 3
+
     @property
     def spatial_factor(self) -> int:
         """Pixels per latent position along one side."""

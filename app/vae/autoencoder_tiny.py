@@ -40,6 +40,8 @@ class TinyConfig:
     encoder: tuple[TinyLayer, ...]
     decoder: tuple[TinyLayer, ...]
 
+    pixel_channels = 3
+
     @property
     def latent_channels(self) -> int:
         """Channels of the latent that the decoder takes."""

@@ -22,7 +22,7 @@ from app.vae.posterior import DiagonalGaussian, Posterior
 
 MULTIPLES = (1, 2, 4, 4)  # of the base width, by level, finest first
 DEPTH = 2  # residual blocks of a level of the encoder; the decoder has one more
-COLOURS = 3
+PIXEL_CHANNELS = (3, 4)  # RGB, or with alpha as Qwen-Image-Layered's
 
 BETWEEN_FRAMES = re.compile(r"(?:encoder\.downsamples|decoder\.upsamples)\.\d+\.time_conv\.(?:weight|bias)")
 ATTENTION = re.compile(r"((?:encoder|decoder)\.middle\.1\.)(to_qkv|proj)\.(weight|bias)")
@@ -35,6 +35,7 @@ class WanConfig:
     encoder_width: int  # channels of the finest level
     decoder_width: int
     latent_channels: int
+    pixel_channels: int = 3
     flat: bool = False  # whether the file has kernels of two dimensions already
 
     spatial_factor = 1 << (len(MULTIPLES) - 1)
@@ -44,16 +45,17 @@ class WanConfig:
     def from_shapes(cls, shapes: Shapes) -> "WanConfig":
         """Reads the configuration off a state dict's shapes, keys as the publisher has them.
 
-        Raises UnsupportedCheckpoint where a key that every such file has is missing, and for pictures that are not RGB.
+        Raises UnsupportedCheckpoint where a key that every such file has is missing, and for pictures that are neither
+        RGB nor RGBA.
         """
         encoder, decoder = _shape(shapes, "encoder.conv1.weight"), _shape(shapes, "decoder.head.2.weight")
         latent = _shape(shapes, "decoder.conv1.weight")
-        if (colours := (encoder[1], decoder[0])) != (COLOURS, COLOURS):
+        if encoder[1] != decoder[0] or encoder[1] not in PIXEL_CHANNELS:
             raise UnsupportedCheckpoint(
-                f"an autoencoder of {colours[0]} channels in and {colours[1]} out, as Qwen-Image-Layered's with its 4; "
-                f"pictures have {COLOURS} here"
+                f"the VAE of Wan for pictures of {encoder[1]} channels in and {decoder[0]} out; 3 or 4 were expected, "
+                "the same in both (12 out are those of a decoder that enlarges, which is not run here)"
             )
-        return cls(encoder[0], decoder[1], latent[1], flat=len(encoder) == 4)
+        return cls(encoder[0], decoder[1], latent[1], encoder[1], flat=len(encoder) == 4)
 
 
 def _shape(shapes: Shapes, key: str) -> tuple[int, ...]:
@@ -161,11 +163,12 @@ def _head(c_in: int, c_out: int) -> nn.ModuleDict:
 
 
 class Encoder(nn.Module):
-    """Pixels (B, 3, H, W) in [-1, 1] -> (B, 2z, H / 8, W / 8)."""
+    """Pixels (B, C, H, W) in [-1, 1] -> (B, 2z, H / 8, W / 8)."""
 
-    def __init__(self, width: int, latent_channels: int) -> None:
+    def __init__(self, config: WanConfig) -> None:
         super().__init__()
-        self.conv1 = _conv3(COLOURS, width)
+        width = config.encoder_width
+        self.conv1 = _conv3(config.pixel_channels, width)
         self.downsamples = nn.ModuleList()
         channels = width
         for level, multiple in enumerate(MULTIPLES):
@@ -175,7 +178,7 @@ class Encoder(nn.Module):
             if level < len(MULTIPLES) - 1:
                 self.downsamples.append(Downsample(channels))
         self.middle = _middle(channels)
-        self.head = _head(channels, 2 * latent_channels)
+        self.head = _head(channels, 2 * config.latent_channels)
 
     def forward(self, run: Execution[Any], x: Any) -> Any:
         x = run.conv(x, self.conv1)
@@ -186,12 +189,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, z, h, w) -> pixels (B, 3, 8h, 8w) in [-1, 1]."""
+    """Latents (B, z, h, w) -> pixels (B, C, 8h, 8w) in [-1, 1]."""
 
-    def __init__(self, width: int, latent_channels: int) -> None:
+    def __init__(self, config: WanConfig) -> None:
         super().__init__()
+        width = config.decoder_width
         channels = width * MULTIPLES[-1]
-        self.conv1 = _conv3(latent_channels, channels)
+        self.conv1 = _conv3(config.latent_channels, channels)
         self.middle = _middle(channels)
         self.upsamples = nn.ModuleList()
         for level, multiple in reversed(list(enumerate(MULTIPLES))):
@@ -201,7 +205,7 @@ class Decoder(nn.Module):
             if level > 0:
                 self.upsamples.append(Upsample(channels))
                 channels //= 2
-        self.head = _head(channels, COLOURS)
+        self.head = _head(channels, config.pixel_channels)
 
     def forward(self, run: Execution[Any], z: Any) -> Any:
         x = run.conv(z, self.conv1)
@@ -219,19 +223,19 @@ class AutoencoderWan(Autoencoder):
         z = config.latent_channels
         self.config = config
         self.bn = None
-        self.encoder = Encoder(config.encoder_width, z)
+        self.encoder = Encoder(config)
         self.conv1 = nn.Conv2d(2 * z, 2 * z, kernel_size=1)
         self.conv2 = nn.Conv2d(z, z, kernel_size=1)
-        self.decoder = Decoder(config.decoder_width, z)
+        self.decoder = Decoder(config)
 
     def posterior(self, moments: Tensor) -> Posterior:
         """What `encode` gave, as a distribution over raw latents."""
         return DiagonalGaussian(moments)
 
     def encode(self, run: Execution[Any], pixels: Any) -> Any:
-        """Pixels (B, 3, H, W) in [-1, 1] -> moments (B, 2z, H / 8, W / 8): mean and log-variance of raw latents."""
+        """Pixels (B, C, H, W) in [-1, 1] -> moments (B, 2z, H / 8, W / 8): mean and log-variance of raw latents."""
         return run.conv(self.encoder(run, pixels), self.conv1)
 
     def decode(self, run: Execution[Any], latents: Any) -> Any:
-        """Raw latents (B, z, h, w) -> pixels (B, 3, 8h, 8w) in [-1, 1]."""
+        """Raw latents (B, z, h, w) -> pixels (B, C, 8h, 8w) in [-1, 1]."""
         return self.decoder(run, run.conv(latents, self.conv2))

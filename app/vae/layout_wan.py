@@ -54,15 +54,18 @@ def diffusers_keys(names: Iterable[str]) -> dict[str, str]:
 def diffusers_config(config: WanConfig, _: bool) -> dict[str, object]:
     """What diffusers' config.json says of such a network; how fp16 does is none of its options.
 
-    Raises UnsupportedCheckpoint for kernels of two dimensions.
+    Raises UnsupportedCheckpoint for kernels of two dimensions, and for RGBA with halves of different widths.
     """
     if config.flat:
         raise unlike("kernels of two dimensions in the VAE of Wan")
-    return {
-        "_class_name": "AutoencoderKLWan",
+    own: dict[str, object] = {"_class_name": "AutoencoderKLWan", "decoder_base_dim": config.decoder_width}
+    if config.pixel_channels != 3:
+        if config.encoder_width != config.decoder_width:
+            raise unlike("a VAE of Qwen-Image with halves of different widths")
+        own = {"_class_name": "AutoencoderKLQwenImage", "input_channels": config.pixel_channels}
+    return own | {
         "attn_scales": [],
         "base_dim": config.encoder_width,
-        "decoder_base_dim": config.decoder_width,
         "dim_mult": list(MULTIPLES),
         "dropout": 0.0,
         "num_res_blocks": DEPTH,

@@ -1,4 +1,4 @@
-"""Picture files <-> uint8 pixels: PNG, JPEG, WebP and AVIF, always upright, opaque and sRGB as an array.
+"""Picture files <-> uint8 pixels: PNG, JPEG, WebP and AVIF, always upright and sRGB as an array.
 
 Pillow decodes, but only what `headers` hands it, through the format's own plugin: `Image.open` would warn about
 sizes against a limit that is global to the process, and the limit here is an argument.
@@ -24,6 +24,11 @@ from app.wire.scan import Body
 
 DEFAULT_QUALITY = 90
 
+Colour = tuple[int, int, int]
+"""Red, green, blue."""
+WHITE = (255, 255, 255)
+"""Behind what is transparent, where nothing else is said."""
+
 _PLUGINS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
     "PNG": PngImageFile,
     "JPEG": JpegImageFile,
@@ -43,6 +48,8 @@ _UPRIGHT = {
 _OPAQUE = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}
 _LOSSY = {"image/jpeg": ("JPEG", 65500), "image/webp": ("WEBP", 16383), "image/avif": ("AVIF", 16384)}
 """Pillow's name and the longest side of each format; of AVIF as libavif reads it, 16384 x 16384 pixels at most."""
+OPAQUE = ("image/jpeg",)
+"""Types of pictures that have no alpha."""
 _SETTINGS: dict[str, dict[str, int]] = {
     "JPEG": {},
     "WEBP": {"method": 2},  # takes half the time of the default 4 for 3 % more bytes
@@ -51,12 +58,13 @@ _SETTINGS: dict[str, dict[str, int]] = {
 
 
 def read_image(
-    body: Body, header: PictureHeader, *, background: tuple[int, int, int], max_pixels: int
+    body: Body, header: PictureHeader, *, background: Colour | None, max_pixels: int
 ) -> npt.NDArray[np.uint8]:
-    """The first frame of a PNG, JPEG, WebP or AVIF file as uint8 (H, W, 3) sRGB, upright, over `background` (r, g, b).
+    """The first frame of a PNG, JPEG, WebP or AVIF file as uint8 (H, W, 3) sRGB, upright, over `background`.
 
-    `header` is what `read_header` says of the body. Raises TooLarge above `max_pixels` before any pixel is decoded, and
-    MalformedBody for a truncated or corrupt file.
+    Without one it keeps its alpha, straight and 255 where the file has none: (H, W, 4). `header` is what `read_header`
+    says of the body. Raises TooLarge above `max_pixels` before any pixel is decoded, and MalformedBody for a truncated
+    or corrupt file.
     """
     if header.width * header.height > max_pixels:
         raise TooLarge(f"the picture has {header.width}x{header.height} pixels, more than the limit of {max_pixels}")
@@ -68,7 +76,9 @@ def read_image(
     except _DECODE_ERRORS as error:  # a palette, or a colour that is transparent, that Pillow only looks at here
         raise _corrupt(header, error) from error
     image = to_srgb(image, profile, gamma)
-    if alpha is not None:
+    if background is None:
+        image.putalpha(255 if alpha is None else alpha)
+    elif alpha is not None:
         image = Image.composite(image, Image.new("RGB", image.size, background), alpha)
     if header.orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[header.orientation])
@@ -78,8 +88,9 @@ def read_image(
 def write_image(pixels: Pixels, media_type: str, *, quality: int | None = None) -> bytes:
     """A picture file of pixels (H, W, 3), uint8, or for image/png uint16: also image/jpeg, image/webp or image/avif.
 
-    `quality` is 1 to 100, not for PNG; without it 90. Raises InvalidParameter for a quality or a depth
-    that the format does not have, and NotAcceptable for other media types and for sides over the format's limit.
+    Pixels (H, W, 4) have straight alpha, which image/jpeg lacks: there they are laid over white. `quality` is 1 to 100,
+    not for PNG; without it 90. Raises InvalidParameter for a quality or a depth that the format does not have, and
+    NotAcceptable for other media types and for sides over the format's limit.
     """
     if media_type == "image/png":
         if quality is not None:
@@ -94,9 +105,22 @@ def write_image(pixels: Pixels, media_type: str, *, quality: int | None = None) 
     height, width, _ = pixels.shape
     check_sides(width, height, media_type)
     name, _ = _LOSSY[media_type]
+    image = Image.fromarray(pixels)
+    if media_type in OPAQUE and image.mode == "RGBA":
+        image = _over(image, WHITE)
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, name, quality=quality or DEFAULT_QUALITY, **_SETTINGS[name])
+    image.save(file, name, quality=quality or DEFAULT_QUALITY, **_SETTINGS[name])
     return file.getvalue()
+
+
+def flattened(pixels: npt.NDArray[np.uint8], background: Colour) -> npt.NDArray[np.uint8]:
+    """Pixels (H, W, 4) over a background: (H, W, 3); as they are where they have no alpha."""
+    return pixels if pixels.shape[2] == 3 else np.array(_over(Image.fromarray(pixels), background))
+
+
+def opaque(pixels: npt.NDArray[np.uint8], channels: int) -> npt.NDArray[np.uint8]:
+    """Pixels (H, W, 3) in so many channels: a fourth is 255 throughout."""
+    return np.pad(pixels, ((0, 0), (0, 0), (0, channels - 3)), constant_values=255) if channels > 3 else pixels
 
 
 def check_sides(width: int, height: int, media_type: str) -> None:
@@ -140,3 +164,10 @@ def _split(image: Image.Image, gamma: float | None) -> tuple[Image.Image, Image.
         image = image.convert("LA" if image.mode in ("1", "L") else "RGBA")
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
     return image.convert(_OPAQUE[image.mode]), alpha, gamma
+
+
+def _over(image: Image.Image, background: Colour) -> Image.Image:
+    """An RGBA picture over a colour, as RGB."""
+    below = Image.new("RGB", image.size, background)
+    below.paste(image, mask=image.getchannel("A"))
+    return below

@@ -15,24 +15,25 @@ from isal import isal_zlib
 from app.errors import MalformedBody
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
-"""(H, W, 3), sRGB."""
+"""(H, W, 3) in sRGB, or with straight alpha (H, W, 4)."""
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_RGB = 2
+_COLOUR_TYPES = {3: 2, 4: 6}  # by channels: RGB, RGB with alpha
 _UP = 2
 _MAX_CHUNK = 2**31 - 1
 _MAX_PROFILE = 1 << 24
 
 
 def write_png(pixels: Pixels) -> bytes:
-    """A PNG file of pixels (H, W, 3): uint8 -> 8 bits a channel, uint16 -> 16 bits.
+    """A PNG file of pixels (H, W, 3) or (H, W, 4): uint8 -> 8 bits a channel, uint16 -> 16 bits.
 
     Raises ValueError for any other shape or dtype: that is the caller's bug, not the client's.
     """
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0 or pixels.dtype.str[1:] not in ("u1", "u2"):
-        raise ValueError(f"expected uint8 or uint16 (H, W, 3), got {pixels.dtype} {pixels.shape}")
-    height, width, _ = pixels.shape
-    header = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, _RGB, 0, 0, 0)
+    fits = pixels.ndim == 3 and pixels.shape[2] in _COLOUR_TYPES and pixels.size > 0
+    if not fits or pixels.dtype.str[1:] not in ("u1", "u2"):
+        raise ValueError(f"expected uint8 or uint16 (H, W, 3) or (H, W, 4), got {pixels.dtype} {pixels.shape}")
+    height, width, channels = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, _COLOUR_TYPES[channels], 0, 0, 0)
     data = memoryview(isal_zlib.compress(_filter_up(pixels), level=1))
     parts = [_SIGNATURE, *_chunk(b"IHDR", header)]
     for start in range(0, len(data), _MAX_CHUNK):

@@ -40,7 +40,7 @@ class Purpose:
 LATENTS = Purpose(_FLOATS, "(C, h, w) or (N, C, h, w)", InvalidLatent, frames=True)
 PIXELS = Purpose(
     _FLOATS | {"|u1": "uint8"},
-    "(H, W, 3) or (N, H, W, 3) in uint8, (3, H, W) or (N, 3, H, W) in floats",
+    "(H, W, 3) or (N, H, W, 3) in uint8, (3, H, W) or (N, 3, H, W) in floats, or with alpha 4 for 3",
     InvalidImage,
 )
 
@@ -50,7 +50,7 @@ class ArraySpec:
     """An array whose data begins at byte `start` of its file; `array_spec` makes one."""
 
     shape: tuple[int, int, int, int]
-    """(N, C, h, w); of `PIXELS` in uint8 (N, H, W, 3)."""
+    """(N, C, h, w); of `PIXELS` in uint8 (N, H, W, C)."""
     code: str
     """`<f2`, `>f2`, `<f4`, `>f4`, `|u1` as in .npy, or `bf16`."""
     start: int

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHANNELS = 3
+CHANNELS = 3  # of a picture at least; a fourth is alpha
 LEVEL = 255
 NEAR = 1e-3  # of a level: what float32 leaves of n / 255 * 255
 
@@ -44,8 +44,8 @@ def from_service(latents: np.ndarray, convention: Convention) -> Tensor:
     return torch.from_numpy(latents).float() / convention.scale + convention.shift
 
 
-def cropped(pixels: Tensor, multiple: int) -> Tensor:
-    """The middle of pictures (N, H, W, C), sides cut to multiples, and their colours without alpha.
+def cropped(pixels: Tensor, multiple: int, channels: int = CHANNELS) -> Tensor:
+    """The middle of pictures (N, H, W, C), sides cut to multiples, and at most so many channels: 3 are the colours.
 
     Raises ValueError for what is no such picture, or is smaller than one latent position.
     """
@@ -56,13 +56,13 @@ def cropped(pixels: Tensor, multiple: int) -> Tensor:
         if whole == 0:
             raise ValueError(f"a picture of {pixels.shape[2]}x{pixels.shape[1]} is smaller than {multiple} pixels")
         pixels = pixels.narrow(side, rest // 2, whole * multiple)
-    return pixels[..., :CHANNELS]
+    return pixels[..., :channels]
 
 
 def picture_array(pixels: Tensor) -> np.ndarray:
-    """Pictures (N, H, W, 3) in [0, 1] as they travel, nothing lost that counts and no more bytes than that takes.
+    """Pictures (N, H, W, C) in [0, 1] as they travel, nothing lost that counts and no more bytes than that takes.
 
-    uint8 (N, H, W, 3) where every value is a level of 255, as after loading a file; else float16 (N, 3, H, W) in
+    uint8 (N, H, W, C) where every value is a level of 255, as after loading a file; else float16 (N, C, H, W) in
     [-1, 1].
     """
     pixels = pixels.detach().float().cpu()
@@ -74,5 +74,5 @@ def picture_array(pixels: Tensor) -> np.ndarray:
 
 
 def pictures_of(array: np.ndarray) -> Tensor:
-    """Pictures float32 (N, H, W, 3) in [0, 1] of what the service sends: black -1, white 1, unclamped."""
+    """Pictures float32 (N, H, W, C) in [0, 1] of what the service sends: black -1, white 1, unclamped."""
     return ((torch.from_numpy(array).float() + 1) / 2).clamp_(0, 1)

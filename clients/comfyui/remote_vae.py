@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .convention import CHANNELS, CONVENTIONS, RAW, cropped, from_service, picture_array, pictures_of, to_service
+from .convention import CONVENTIONS, RAW, cropped, from_service, picture_array, pictures_of, to_service
 from .wire import LatentdError, Model, Server, model, models, send_array
 
 REQUEST_PIXELS = 16 << 20  # of one request: 96 MiB of answer
 
 
 class RemoteVAE:
-    """Pictures (N, H, W, 3) in [0, 1] and latents (N, C, h, w) as ComfyUI has them; the service does the work.
+    """Pictures (N, H, W, C) in [0, 1] and latents (N, C, h, w) as ComfyUI has them; the service does the work.
 
     `check` is called while the service is waited for and raises when the user cancels; `place` brings a result to the
     device and the type that the next node expects. The tiled methods are the whole ones: the service uses bands of
@@ -21,7 +21,6 @@ class RemoteVAE:
     """
 
     latent_dim = 2
-    output_channels = CHANNELS
     crop_input = True
     extra_1d_channel = None
     downscale_index_formula = None  # of video
@@ -38,6 +37,7 @@ class RemoteVAE:
         self.convention = CONVENTIONS.get(row.family, RAW)
         self.query = {"model": row.name, "latents": self.convention.latents}
         self.latent_channels = row.latent_channels * self.convention.patch**2
+        self.output_channels = row.pixel_channels
         self.downscale_ratio = self.upscale_ratio = row.spatial_factor * self.convention.patch
 
     def decode(self, samples_in: Tensor, vae_options: Mapping[str, object] | None = None) -> Tensor:
@@ -55,7 +55,7 @@ class RemoteVAE:
         return self.place(
             torch.cat(
                 [
-                    pictures_of(self._send("decode", part, "float16", (len(part), rows, columns, CHANNELS)))
+                    pictures_of(self._send("decode", part, "float16", (len(part), rows, columns, self.output_channels)))
                     for part in parts(array, rows * columns)
                 ]
             )
@@ -64,7 +64,7 @@ class RemoteVAE:
     def encode(self, pixel_samples: Tensor) -> Tensor:
         """Latents of pictures: the middle of the encoder's distribution, as ComfyUI takes it."""
         factor = self.downscale_ratio
-        pixels = cropped(pixel_samples, factor)
+        pixels = cropped(pixel_samples, factor, self.output_channels)
         rows, columns = pixels.shape[1:3]
         array = picture_array(pixels)
         latent = (self.latent_channels, rows // factor, columns // factor)

@@ -43,12 +43,13 @@ class Server:
 
 @dataclass(frozen=True)
 class Model:
-    """A row of GET /models, as far as it matters here: channels, and pixels per position, of raw latents."""
+    """A row of GET /models, as far as it matters here: channels and pixels per position of raw latents; of pictures."""
 
     name: str
     family: str
     latent_channels: int
     spatial_factor: int
+    pixel_channels: int = 3
 
 
 def server_of(url: str, environ: Mapping[str, str]) -> Server:
@@ -105,7 +106,8 @@ def model(server: Server, name: str, check: Callable[[], None]) -> Model:
     def read(row: Any) -> Model:
         if row["error"]:
             raise LatentdError(f"latentd at {server.url} cannot use {name!r}: {row['error']}")
-        return Model(str(row["name"]), str(row["family"]), int(row["latent_channels"]), int(row["spatial_factor"]))
+        sizes = (int(row["latent_channels"]), int(row["spatial_factor"]), int(row.get("pixel_channels") or 3))
+        return Model(str(row["name"]), str(row["family"]), *sizes)
 
     return _told(server, f"/models/{quote(name)}", read, check)
 

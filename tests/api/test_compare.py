@@ -16,6 +16,7 @@ from app.api.schemas import Compared
 from app.engine.batcher import Admission
 from app.store.checkpoint import CheckpointChanged
 from app.wire.difference import difference
+from app.wire.images import WHITE
 from tests.service import SIDE, array_of, occupied, picture, picture_of, pixels, refused, serving, until
 
 JSON, NPY, PNG, ZIP = "application/json", "application/x-npy", "image/png", "application/zip"
@@ -260,9 +261,9 @@ async def test_a_model_that_never_keeps_still_is_its_own_failure(service, monkey
 
 
 def test_what_comes_back_unchanged_has_no_finite_psnr_and_the_json_says_so():
-    row, cell = _measured(Compared(model="a", family="sd1"), "fp32/whole", pixels(20, 10), pixels(20, 16)[:16])
+    row, cell = _measured(Compared(model="a", family="sd1"), "fp32/whole", pixels(20, 10), pixels(20, 16)[:16], WHITE)
     assert row.psnr_db is not None
-    row, cell = _measured(Compared(model="a", family="sd1"), "fp32/whole", pixels(), pixels())
+    row, cell = _measured(Compared(model="a", family="sd1"), "fp32/whole", pixels(), pixels(), WHITE)
     assert (row.identical, row.psnr_db, row.ssim) == (True, None, 1.0)
     assert any("identical" in line for line in cell.lines)
     assert json.loads(row.model_dump_json())["psnr_db"] is None
@@ -287,3 +288,11 @@ async def test_a_list_of_models_is_counted_before_any_is_looked_for(service, mon
     names = ",".join(map(str, range(65)))
     answer = await service.post(f"/compare?models={names}", content=picture())
     assert "65 models; at most 64" in refused(answer, 422, "invalid_parameter")
+
+
+async def test_a_model_with_alpha_is_given_an_opaque_picture(rgba):
+    async with serving(rgba) as service:
+        found = await numbers(service)
+        assert [row["error"] for row in found["models"]] == [None]
+        sheet = await service.post("/compare", content=picture(40, 35), headers={"Accept": "image/png"})
+        assert picture_of(sheet).mode == "RGB"

@@ -3,8 +3,11 @@ import json
 import struct
 import tracemalloc
 import zipfile
+from functools import partial
+from typing import Any
 from urllib.parse import unquote
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -420,3 +423,57 @@ async def test_a_batch_that_is_only_claimed_is_refused_as_a_number(service, clai
     finally:
         tracemalloc.stop()
     assert f"{claimed} pictures" in refused(answer, 413, "too_large")
+
+
+# --------------------------------------------------------------------------------------------------------------- alpha
+
+
+@pytest.fixture(scope="module")
+async def layered(rgba):
+    async with serving(rgba) as service:
+        yield service
+
+
+Z = latent(1, 16, 4, 5)
+
+
+async def test_pictures_come_with_the_alpha_of_the_network(layered):
+    post = partial(layered.post, "/decode", content=npy(Z))
+    expected = array_of(await post(headers={"Accept": NPY}))
+    assert (expected.shape, expected.dtype.name) == ((1, 32, 40, 4), "uint8")
+    for bits in ("8", "16"):
+        image: Any = cv2.imdecode(
+            np.frombuffer((await post(params={"bits": bits})).content, np.uint8), cv2.IMREAD_UNCHANGED
+        )
+        scale = 1 if bits == "8" else 257
+        assert np.abs(image[..., [2, 1, 0, 3]] / scale - expected[0]).max() <= 0.51
+    floats = array_of(await post(params={"dtype": "float32"}, headers={"Accept": NPY}))
+    np.testing.assert_array_equal(((floats + 1) * 127.5).round(), expected)
+    webp = picture_of(await post(headers={"Accept": "image/webp"}))
+    assert (webp.mode, webp.size) == ("RGBA", (40, 32))
+    cut = picture_of(await post(params={"size": "37x30"}))
+    np.testing.assert_array_equal(np.asarray(cut), expected[0, :30, :37])
+    several = await layered.post("/decode", content=npy(np.concatenate([Z, Z])))
+    with zipfile.ZipFile(io.BytesIO(several.content)) as archive:
+        for name in archive.namelist():
+            np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(archive.read(name)))), expected[0])
+
+
+async def test_a_jpeg_is_laid_over_white_and_says_so(layered):
+    answer = await layered.post("/decode", content=npy(Z), headers={"Accept": "image/jpeg"})
+    assert picture_of(answer).mode == "RGB"
+    assert "image/jpeg has no alpha" in answer.headers["x-warning"]
+    assert "x-warning" not in (await layered.post("/decode", content=npy(Z))).headers
+
+
+async def test_strips_have_alpha_too(layered):
+    whole, strips = [
+        array_of(await layered.post(f"/decode?tiling={tiling}", content=npy(Z), headers={"Accept": NPY}))
+        for tiling in ("never", "always")
+    ]
+    assert np.abs(whole.astype(int) - strips).max() <= 1
+
+
+async def test_the_row_of_a_model_says_that_it_has_alpha(layered, service):
+    assert (await layered.get("/models/layered")).json()["pixel_channels"] == 4
+    assert (await service.get("/models/kl")).json()["pixel_channels"] == 3

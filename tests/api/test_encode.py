@@ -473,3 +473,50 @@ async def test_pictures_are_decoded_as_many_at_once_as_there_is_memory(models, r
         gate.set()
         assert {(await request).status_code for request in waiting} == {200}
         await until(lambda: room.used == 0)
+
+
+# --------------------------------------------------------------------------------------------------------------- alpha
+
+
+@pytest.fixture(scope="module")
+async def layered(rgba):
+    async with serving(rgba) as service:
+        yield service
+
+
+def see_through(width: int = SIDE, height: int = SIDE) -> np.ndarray:
+    """uint8 (H, W, 4)."""
+    return np.dstack([pixels(width, height), pixels(width, height, seed=1)[..., 0]])
+
+
+async def test_alpha_goes_into_the_network_where_it_takes_it(layered):
+    array = see_through(40, 35)
+    found = array_of(await layered.post("/encode?dtype=float32", content=png(array)))
+    assert found.shape == (1, 16, 5, 5)
+    floats = (array[..., :4].astype(np.float32) / 127.5 - 1).transpose(2, 0, 1)
+    for body in (npy(array), npy(floats)):
+        same = array_of(await layered.post("/encode?dtype=float32", content=body))
+        np.testing.assert_allclose(same, found, atol=1e-5)
+    other = array.copy()
+    other[..., 3] = 255 - other[..., 3]
+    assert np.abs(array_of(await layered.post("/encode", content=npy(other))) - found).max() > 1e-3
+
+
+async def test_a_picture_without_alpha_is_opaque(layered):
+    array = pixels()
+    opaque = np.dstack([array, np.full(array.shape[:2], 255, np.uint8)])
+    expected = array_of(await layered.post("/encode?dtype=float32", content=npy(opaque)))
+    floats = npy((array.astype(np.float32) / 127.5 - 1).transpose(2, 0, 1))
+    for body in (png(array), npy(array), floats, png(opaque)):
+        found = array_of(await layered.post("/encode?dtype=float32", content=body))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+async def test_a_background_is_for_models_that_take_no_alpha(layered):
+    answer = await layered.post("/encode?background=000000", content=picture())
+    assert "layered takes the alpha itself" in refused(answer, 422, "invalid_parameter")
+
+
+async def test_an_array_with_alpha_is_refused_where_it_is_not_taken(service):
+    answer = await service.post("/encode?model=kl", content=npy(see_through()))
+    assert "expected 3 channels, got 4" in refused(answer, 422, "invalid_image")

@@ -30,7 +30,7 @@ FIELDS = {
         "parameters",
         "latent_channels",
     ),
-    *("spatial_factor", "scaling_factor", "shift_factor", "fp16", "resident", "error"),
+    *("spatial_factor", "pixel_channels", "scaling_factor", "shift_factor", "fp16", "resident", "error"),
 }
 EFFECT_SECONDS = 2.0  # a change in the folder takes effect within this time
 ADMIN = {"Authorization": "Bearer root"}
@@ -102,6 +102,7 @@ async def test_a_row_has_these_fields_exactly(service, models):
         "copy_of": None,
         "latent_channels": 4,
         "spatial_factor": 8,
+        "pixel_channels": 3,
         "scaling_factor": 0.18215,
         "shift_factor": 0.0,
         "fp16": "unknown",

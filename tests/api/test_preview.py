@@ -1,6 +1,7 @@
 import asyncio
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,10 +19,11 @@ async def service(models):
         yield service
 
 
-async def fitted(service, path):
+async def fitted(service, path, latents=None):
     """The answer, once the map is fitted."""
     async with asyncio.timeout(60):
-        while (answer := await service.post(path, content=npy(latent()))).status_code == 503:
+        body = npy(latent() if latents is None else latents)
+        while (answer := await service.post(path, content=body)).status_code == 503:
             assert answer.headers["Retry-After"] == "1"
             assert "being fitted" in refused(answer, 503, "unavailable")
             await asyncio.sleep(0.05)
@@ -137,3 +139,10 @@ async def test_a_linear_preview_does_not_wait_for_the_device_and_a_tiny_one_not_
         assert not full.done()
     refused(await dropped, 429, "overloaded")
     Image.open(io.BytesIO((await full).content)).load()
+
+
+async def test_a_linear_preview_of_a_model_with_alpha_shows_its_colours(rgba, tmp_path):
+    shutil.copytree(rgba, tmp_path / "models")
+    async with serving(tmp_path / "models") as service:
+        shown = picture_of(await fitted(service, "/decode?preview=linear", latent(1, 16, 4, 5)))
+        assert (shown.mode, shown.size) == ("RGB", (5, 4))

@@ -18,7 +18,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
-from tests.service import SIDE, latent, listening, npy, picture, pixels, serving
+from tests.service import SIDE, array_of, latent, listening, npy, picture, pixels, serving
 
 LEVELS = {
     "block_out_channels": (32, 32, 32, 32),
@@ -472,7 +472,8 @@ async def test_encode_in_base64(service):
         (picture()[:-30], {}, 400, "truncated"),
         (bytes(12), {"shape": "1,3,1,1", "dtype": "float32"}, 422, "8x8"),
         (bytes(12), {"shape": "1,3,1,2", "dtype": "float32"}, 400, "bytes of data"),
-        (bytes(16), {"shape": "1,4,1,1", "dtype": "float32"}, 422, "expected a shape"),
+        (bytes(16), {"shape": "1,4,1,1", "dtype": "float32"}, 422, "expected 3 channels, got 4"),
+        (bytes(20), {"shape": "1,5,1,1", "dtype": "float32"}, 422, "expected a shape"),
         (bytes(12), {"shape": "1,3,1,1"}, 422, "dtype"),
         (picture(), {"scaling_factor": 1e38}, 500, "float16"),
     ],
@@ -539,3 +540,29 @@ async def test_requests_are_logged_and_counted_as_the_operations_that_they_are(s
     assert "POST /remote/kl/decode 200" in lines[0]
     assert "model=kl" in lines[0]
     assert "unsupported_media: " in lines[2]
+
+
+# --------------------------------------------------------------------------------------------------------------- alpha
+
+
+async def test_a_model_with_alpha_answers_four_channels(rgba):
+    z = np.random.default_rng(0).standard_normal((1, 16, 4, 4)).astype(np.float32)
+    async with serving(rgba) as service:
+
+        async def post(content: bytes, op: str = "decode", **query: Any) -> httpx.Response:
+            answer = await service.post(f"/remote/layered/{op}", params=query, content=content)
+            assert answer.status_code == 200, answer.text
+            return answer
+
+        tensor: dict[str, Any] = {"shape": [1, 16, 4, 4], "dtype": "float32", "do_scaling": False}
+        found = await post(z.tobytes(), **tensor, output_type="pt")
+        assert found.headers["shape"] == "[1, 4, 32, 32]"
+        png = await post(z.tobytes(), **tensor, image_format="png")
+        assert Image.open(io.BytesIO(png.content)).mode == "RGBA"
+        jpeg = await post(z.tobytes(), **tensor, image_format="jpg")
+        assert Image.open(io.BytesIO(jpeg.content)).mode == "RGB"
+        assert "has no alpha" in jpeg.headers["x-warning"]
+        array = np.dstack([pixels(), pixels()[..., :1]])
+        own = await service.post("/encode?latents=raw", content=npy(array))
+        encoded = await post(array.tobytes(), "encode", shape=[1, SIDE, SIDE, 4], dtype="uint8")
+        assert encoded.content == array_of(own).tobytes()

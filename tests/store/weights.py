@@ -62,8 +62,8 @@ def tiny_config(family: str = "taesd", width: int = 4) -> TinyConfig:
     return TinyConfig(tuple(encoder), tuple(decoder))
 
 
-def wan_config(family: str = "wan21", width: int = 4) -> WanConfig:
-    return WanConfig(width, width, FAMILIES[family].latent_channels)
+def wan_config(family: str = "wan21", width: int = 4, pixel_channels: int = 3) -> WanConfig:
+    return WanConfig(width, width, FAMILIES[family].latent_channels, pixel_channels)
 
 
 def dc_config(family: str = "sana", width: int = 16) -> DCConfig:

@@ -13,7 +13,7 @@ from tests.store.weights import as_diffusers, state_of, under, write, write_fold
 FACTS = [
     *("name", "path", "family", "family_source", "format", "layout", "dtype", "parameters", "sha256"),
     *("tensors_sha256", "known_as", "copy_of", "fp16", "baked", "latent_channels", "spatial_factor"),
-    *("scaling_factor", "shift_factor"),
+    *("pixel_channels", "scaling_factor", "shift_factor"),
 ]
 
 

@@ -90,7 +90,9 @@ def random_hunyuan(draw: random.Random) -> HunyuanConfig:
 
 RANDOM: dict[str, Callable[[random.Random], Config]] = {
     "kl": random_kl,
-    "wan21": lambda draw: WanConfig(draw.choice([4, 8]), draw.choice([4, 8]), draw.choice([4, 16])),
+    "wan21": lambda draw: WanConfig(
+        draw.choice([4, 8]), draw.choice([4, 8]), draw.choice([4, 16]), draw.choice([3, 4])
+    ),
     "dc": random_dc,
     "hunyuan": random_hunyuan,
     "tiny": lambda draw: tiny_config(draw.choice(["taesd", "taesd3", "taef2", "taesana"]), draw.choice([4, 8])),
@@ -151,6 +153,8 @@ class ToyConfig:
 
     width: int
     latent_channels: int
+
+    pixel_channels = 3
 
     @property
     def spatial_factor(self) -> int:

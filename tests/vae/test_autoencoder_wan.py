@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
@@ -10,10 +11,12 @@ from app.errors import UnsupportedCheckpoint
 from app.execution.banded import RECOMPUTE, STRIPS, gather
 from app.execution.primitive import Whole
 from app.vae.autoencoder_wan import AutoencoderWan, WanConfig, picture_tensors
-from app.vae.layout_wan import diffusers_keys, wan_keys
+from app.vae.layout_wan import diffusers_config, diffusers_keys, wan_keys
 from tests.vae.test_autoencoder_kl import assert_same
 
 CLASSES = [AutoencoderKLWan, AutoencoderKLQwenImage]
+RGB: list[tuple[Any, dict[str, int]]] = [(make, {}) for make in CLASSES]
+RGBA = [(AutoencoderKLWan, {"in_channels": 4, "out_channels": 4}), (AutoencoderKLQwenImage, {"input_channels": 4})]
 
 
 def reference(make: Any = AutoencoderKLWan, **options: Any) -> Any:
@@ -33,22 +36,27 @@ def state_of(model: Any) -> dict[str, torch.Tensor]:
     return {names[key]: value for key, value in state.items()}
 
 
+def config_of(model: Any) -> WanConfig:
+    return WanConfig.from_shapes({key: tuple(value.shape) for key, value in state_of(model).items()})
+
+
 def ours(model: Any) -> AutoencoderWan:
     """Our network with another's weights, as they are loaded."""
     state = state_of(model)
-    vae = AutoencoderWan(WanConfig.from_shapes({key: tuple(value.shape) for key, value in state.items()})).eval()
+    vae = AutoencoderWan(config_of(model)).eval()
     parts = dict(part for name, tensor in state.items() for part in picture_tensors(name, tensor))
     vae.load_state_dict(parts, strict=True)
     return vae
 
 
-@pytest.mark.parametrize("make", CLASSES)
+@pytest.mark.parametrize(("make", "options"), [*RGB, *RGBA])
 @torch.inference_mode()
-def test_a_picture_is_a_clip_of_one_frame(make):
-    model = reference(make)
+def test_a_picture_is_a_clip_of_one_frame(make, options):
+    model = reference(make, **options)
     vae = ours(model)
+    assert vae.config.pixel_channels == (4 if options else 3)
     for batch, height, width in [(1, 64, 64), (2, 40, 56), (1, 43, 61)]:
-        pixels = torch.randn(batch, 3, height, width)
+        pixels = torch.randn(batch, vae.config.pixel_channels, height, width)
         expected = model.encode(pixels[:, :, None]).latent_dist
         moments = vae.encode(Whole(), pixels)
         assert_same(moments, expected.parameters[:, :, 0])
@@ -88,7 +96,7 @@ def test_a_file_of_two_dimensions_is_the_same_network():
     model = reference()
     flat = {key: value[:, :, -1] if value.dim() == 5 else value for key, value in state_of(model).items()}
     config = WanConfig.from_shapes({key: tuple(value.shape) for key, value in flat.items()})
-    assert config == WanConfig(8, 8, 16, flat=True)
+    assert config == WanConfig(8, 8, 16, 3, flat=True)
     parts = dict(part for name, tensor in flat.items() for part in picture_tensors(name, tensor))
     wanted = ours(model).state_dict()
     assert parts.keys() == wanted.keys()
@@ -105,10 +113,28 @@ def test_keys_go_there_and_back():
         assert all(back[names[key]] == key for key in keys)
 
 
-@pytest.mark.parametrize("changes", [{"in_channels": 4}, {"out_channels": 4}])
-def test_pictures_with_alpha_are_refused_by_name(changes):
-    with pytest.raises(UnsupportedCheckpoint, match="Qwen-Image-Layered"):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"in_channels": 4}, "4 channels in and 3 out"),
+        ({"out_channels": 12}, "3 channels in and 12 out.*enlarges"),
+        ({"in_channels": 1, "out_channels": 1}, "1 channels in and 1 out; 3 or 4 were expected"),
+    ],
+)
+def test_other_pictures_are_refused_by_their_channels(changes, said):
+    with pytest.raises(UnsupportedCheckpoint, match=said):
         ours(reference(**changes))
+
+
+def test_diffusers_makes_the_same_network_of_what_we_write_into_its_config():
+    for make, options in (*RGB, *RGBA):
+        model = reference(make, **options)
+        config = diffusers_config(config_of(model), False)
+        built = getattr(diffusers, str(config["_class_name"])).from_config(config)
+        wanted = {key: value.shape for key, value in model.state_dict().items()}
+        assert {key: value.shape for key, value in built.state_dict().items()} == wanted
+    with pytest.raises(UnsupportedCheckpoint, match="different widths"):
+        diffusers_config(WanConfig(8, 4, 16, 4), False)
 
 
 @pytest.mark.parametrize(

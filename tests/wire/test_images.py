@@ -11,7 +11,7 @@ from PIL import Image, ImageChops, ImageCms, ImageOps
 
 from app.errors import InvalidParameter, MalformedBody, NotAcceptable, TooLarge
 from app.wire.headers import read_header
-from app.wire.images import read_image, write_image
+from app.wire.images import flattened, opaque, read_image, write_image
 from app.wire.png import write_png
 
 PURPLE = (200, 0, 100)
@@ -380,6 +380,39 @@ def test_threads_do_not_meet():
             np.testing.assert_array_equal(together, read(body))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WebP"])
+def test_alpha_is_kept_where_nothing_is_behind(kind):
+    pixels = noise(channels=4)
+    body = saved(pixels, kind, lossless=True, exact=True)
+    found = read_image(body, read_header(body), background=None, max_pixels=1 << 20)
+    np.testing.assert_array_equal(found, pixels)
+
+
+@pytest.mark.parametrize(
+    ("image", "alpha"),
+    [
+        (Image.fromarray(noise()), 255),
+        (Image.fromarray(noise(channels=1)), 255),
+        (Image.fromarray(noise()).convert("P"), 255),
+        (Image.fromarray(noise(channels=4)).convert("LA"), noise(channels=4)[..., 3]),
+    ],
+)
+def test_all_pictures_come_with_alpha_where_it_is_kept(image, alpha):
+    body = saved(image)
+    found = read_image(body, read_header(body), background=None, max_pixels=1 << 20)
+    np.testing.assert_array_equal(found[..., :3], np.asarray(image.convert("RGB")))
+    np.testing.assert_array_equal(found[..., 3], np.broadcast_to(alpha, found.shape[:2]))
+
+
+def test_alpha_is_turned_upright_too():
+    pixels = noise(channels=4)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    body = saved(pixels, exif=exif)
+    found = read_image(body, read_header(body), background=None, max_pixels=1 << 20)
+    np.testing.assert_array_equal(found, np.rot90(pixels, -1))
+
+
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
@@ -447,3 +480,33 @@ def test_longest_side_of_avif():
 def test_other_media_types():
     with pytest.raises(NotAcceptable, match="image/gif"):
         write_image(smooth(), "image/gif")
+
+
+def faded():
+    return np.dstack([smooth(), smooth()[..., 0]])
+
+
+@pytest.mark.parametrize(("media_type", "error"), [("image/png", 0), ("image/webp", 12), ("image/avif", 12)])
+def test_alpha_is_written(media_type, error):
+    image = Image.open(io.BytesIO(write_image(faded(), media_type)))
+    assert image.mode == "RGBA"
+    visible = faded()[..., 3] > 64
+    assert np.abs(np.asarray(image).astype(int) - faded())[visible].max() <= error
+    assert np.abs(np.asarray(image)[..., 3].astype(int) - faded()[..., 3]).max() <= 4
+
+
+def test_a_jpeg_has_no_alpha_and_shows_white():
+    image = Image.open(io.BytesIO(write_image(faded(), "image/jpeg")))
+    assert image.mode == "RGB"
+    colours, alpha = faded()[..., :3].astype(float), faded()[..., 3:] / 255
+    assert np.abs(np.asarray(image) - (colours * alpha + 255 * (1 - alpha))).max() < 10
+
+
+def test_alpha_made_and_laid_over():
+    np.testing.assert_array_equal(opaque(smooth(), 3), smooth())
+    four = opaque(smooth(), 4)
+    np.testing.assert_array_equal(four, np.dstack([smooth(), np.full(smooth().shape[:2], 255, np.uint8)]))
+    np.testing.assert_array_equal(flattened(four, PURPLE), smooth())
+    np.testing.assert_array_equal(flattened(smooth(), PURPLE), smooth())
+    four[..., 3] = 0
+    assert (flattened(four, PURPLE) == PURPLE).all()

@@ -6,7 +6,7 @@ import pytest
 
 from app.errors import InvalidImage, MalformedBody, UnsupportedMedia
 from app.weights.header import Entry, Header, format_header
-from app.wire.pixels import FURTHEST, pixels_header, read_pixels
+from app.wire.pixels import FURTHEST, check_channels, pixels_header, read_pixels
 from tests.service import npy, picture, pixels
 
 
@@ -78,9 +78,10 @@ def test_what_comes_is_writable_and_does_not_hold_the_body():
     ("array", "match"),
     [
         (np.zeros((3, 8, 9), np.uint8), r"\(H, W, 3\).* in uint8.*got \(1, 3, 8, 9\) in uint8"),
-        (np.zeros((8, 9, 4), np.uint8), r"got \(1, 8, 9, 4\) in uint8"),
+        (np.zeros((8, 9, 5), np.uint8), r"got \(1, 8, 9, 5\) in uint8"),
+        (np.zeros((8, 9, 2), np.uint8), r"with alpha 4 for 3, got \(1, 8, 9, 2\) in uint8"),
         (np.zeros((8, 9, 3), np.float32), r"got \(1, 8, 9, 3\) in float32"),
-        (np.zeros((1, 4, 8, 8), np.float16), r"got \(1, 4, 8, 8\) in float16"),
+        (np.zeros((1, 5, 8, 8), np.float16), r"got \(1, 5, 8, 8\) in float16"),
         (np.zeros((8, 9), np.uint8), r"got \(8, 9\)"),
         (np.zeros((1, 1, 8, 9, 3), np.uint8), r"got \(1, 1, 8, 9, 3\)"),
         (np.zeros((0, 8, 9, 3), np.uint8), "no dimension of 0"),
@@ -116,3 +117,25 @@ def test_a_body_that_is_cut_off_or_something_else_is_refused():
 def test_of_several_tensors_none_is_meant():
     one, two = (Entry("U8", (1, 1, 3), at, at + 3) for at in (0, 3))
     refuse(format_header(Header({"latents": one, "other": two})) + bytes(6), InvalidImage, "expected one tensor, got")
+
+
+def test_alpha_is_taken_where_a_model_has_it():
+    four, floats = np.dstack([pixels(), pixels()[..., :1]]), noise(2, 4, 8, 9)
+    for array, expected in ((four, four[None]), (floats, floats.transpose(0, 2, 3, 1))):
+        header = pixels_header(npy(array))
+        check_channels(header, 4)
+        with pytest.raises(InvalidImage, match="expected 3 channels, got 4"):
+            check_channels(header, 3)
+        assert header.size == expected.shape[2:0:-1]
+        found = read_pixels(npy(array), header, background=None, max_pixels=1 << 20)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_what_has_no_alpha_is_opaque():
+    for array, expected in ((pixels(), 255), (noise(2, 3, 8, 9), 1), (noise(3, 8, 9, dtype=np.float16), 1)):
+        body = npy(array)
+        header = pixels_header(body)
+        found = np.stack(read_pixels(body, header, background=None, max_pixels=1 << 20))
+        np.testing.assert_array_equal(found[..., :3], read(body))
+        assert (found[..., 3] == expected).all()
+        assert header.work >= 2 * found.nbytes

@@ -15,8 +15,8 @@ from app.wire.png import write_png
 SIZES = [(1, 1), (1, 7), (7, 1), (1, 1000), (1000, 1), (17, 31), (64, 64)]
 
 
-def noise(size, dtype=np.uint8):
-    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, (*size, 3), dtype)
+def noise(size, dtype=np.uint8, channels=3):
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, (*size, channels), dtype)
 
 
 def photographs():
@@ -43,6 +43,17 @@ def test_16_bits(size):
     body = write_png(pixels)
     np.testing.assert_array_equal(opencv(body), pixels)
     assert Image.open(io.BytesIO(body)).size == size[::-1]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("size", SIZES)
+def test_alpha(size, dtype):
+    pixels = noise(size, dtype, channels=4)
+    body = write_png(pixels)
+    image = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert image is not None
+    np.testing.assert_array_equal(image[..., [2, 1, 0, 3]], pixels)  # BGRA
+    assert Image.open(io.BytesIO(body)).mode == "RGBA"
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -101,7 +112,7 @@ def test_pngcheck(dtype, tmp_path):
     "pixels",
     [
         np.zeros((4, 4), np.uint8),
-        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((4, 4, 5), np.uint8),
         np.zeros((0, 4, 3), np.uint8),
         np.zeros((4, 4, 3), np.float32),
     ],

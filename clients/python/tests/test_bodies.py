@@ -48,11 +48,20 @@ def test_arrays_are_sent_as_batches():
 
 @pytest.mark.parametrize(
     "array",
-    [np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((3, 8, 8))],
+    [np.zeros((8, 8, 5), np.uint8), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((3, 8, 8))],
 )
 def test_other_arrays_are_refused_here(array):
     with pytest.raises(ValueError, match="pictures are uint8"):
         picture_body(array)
+
+
+def test_alpha_goes_and_comes():
+    four = np.dstack([pixels(), pixels()[..., :1]])
+    np.testing.assert_array_equal(sent(picture_body(four)), four[None])
+    assert sent(picture_body(np.zeros((4, 8, 8), np.float16))).shape == (1, 4, 8, 8)
+    file = io.BytesIO()
+    Image.fromarray(four).save(file, "PNG")
+    np.testing.assert_array_equal(array_of(file.getvalue(), PNG), four[None])
 
 
 def test_pil_pictures_are_sent_without_loss():

@@ -126,11 +126,22 @@ def flux2_net() -> Any:
     )
 
 
+def qwen_net() -> Any:
+    return diffusers.QwenImageTransformer2DModel(
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+
+
 SD_TEXT = {"prompt_embeds": noise(1, 7, 32), "negative_prompt_embeds": noise(1, 7, 32) * 0.5}
 XL_TEXT = SD_TEXT | {"pooled_prompt_embeds": noise(1, 32), "negative_pooled_prompt_embeds": noise(1, 32) * 0.5}
 SD3_TEXT = SD_TEXT | {"pooled_prompt_embeds": noise(1, 64), "negative_pooled_prompt_embeds": noise(1, 64) * 0.5}
 FLUX_TEXT = {"prompt_embeds": noise(1, 7, 32), "pooled_prompt_embeds": noise(1, 32)}
 FLUX2_TEXT = {"prompt_embeds": noise(1, 7, 16)}
+QWEN_TEXT = {"prompt_embeds": noise(1, 7, 16), "prompt_embeds_mask": torch.ones(1, 7, dtype=torch.long)}
 SD3_WITHOUT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 FLUX_WITHOUT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 SIZE = {"width": SIDE, "height": SIDE}
@@ -183,6 +194,16 @@ PIPELINES: dict[str, tuple[str, Callable[[], Callable[[Any], Any]], dict[str, An
         "flux2",
         lambda: flow(diffusers.Flux2Pipeline, flux2_net(), "text_encoder", "tokenizer"),
         FLUX2_TEXT | SIZE | {"image": [picture()]},
+    ),
+    "Qwen-Image": (
+        "qwen",
+        lambda: flow(diffusers.QwenImagePipeline, qwen_net(), "text_encoder", "tokenizer"),
+        QWEN_TEXT | SIZE,
+    ),
+    "Qwen-Image img2img": (
+        "qwen",
+        lambda: flow(diffusers.QwenImageImg2ImgPipeline, qwen_net(), "text_encoder", "tokenizer"),
+        QWEN_TEXT | SIZE | {"image": picture(), "strength": 1.0},
     ),
 }
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from latentd_client import Client, RemoteVAE, UnknownModel, UnsupportedCheckpoint
+from latentd_client import Client, InvalidLatent, RemoteVAE, UnknownModel, UnsupportedCheckpoint
 from latentd_client.remote_vae import config_of
 from latentd_client.results import Model
 
@@ -48,6 +48,37 @@ def test_the_configuration_says_what_pipelines_read(local, remote, family):
         assert ours.scaling_factor == theirs.scaling_factor
         assert (ours.shift_factor or None) == theirs.shift_factor
         assert (ours.latents_mean, ours.latents_std) == (None, None)
+
+
+@pytest.mark.parametrize("family", ["wan", "qwen"])
+def test_the_configuration_has_what_pipelines_of_clips_read(local, remote, family):
+    theirs, ours = local[family].config, remote(family).config
+    assert ours.z_dim == theirs.z_dim
+    assert_close(torch.tensor(ours.latents_mean), torch.tensor(theirs.latents_mean))
+    assert_close(torch.tensor(ours.latents_std), torch.tensor(theirs.latents_std))
+    assert len(remote(family).temperal_downsample) == len(theirs.temperal_downsample)
+
+
+@pytest.mark.parametrize("family", ["wan", "qwen"])
+@torch.no_grad()
+def test_pictures_are_clips_of_one_frame_where_they_are_there(local, remote, family):
+    x, z = pictures(2).unsqueeze(2), noise(2, 16, 1, 4, 6)
+    expected, found = local[family].encode(x).latent_dist, remote(family).encode(x).latent_dist
+    assert found.mode().shape == (2, 16, 1, 4, 6)
+    assert_close(found.mode(), expected.mode(), rtol=1e-4, atol=1e-4)
+    assert_close(found.sample(seeded()), expected.sample(seeded()), rtol=1e-4, atol=1e-4)
+    (picture,) = remote(family).decode(z, return_dict=False)
+    assert picture.shape == (2, 3, 1, 32, 48)
+    assert_close(picture, local[family].decode(z).sample, rtol=1e-4, atol=1e-4)
+    assert_close(remote(family).decode(z[:, :, 0]).sample, picture[:, :, 0], rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_clips_of_more_frames_are_refused(remote):
+    with pytest.raises(ValueError, match="expected one frame, got 5"):
+        remote("wan").encode(noise(1, 3, 5, 32, 32))
+    with pytest.raises(InvalidLatent, match="video is not supported yet"):
+        remote("wan").decode(noise(1, 16, 2, 4, 4))
 
 
 @pytest.mark.parametrize("family", KL)

@@ -5,8 +5,14 @@ from typing import Any
 import diffusers
 import torch
 
-CHANNELS = {"sd1": 4, "sdxl": 4, "sd3": 16, "flux": 16, "flux2": 32, "taesd": 4}
+CHANNELS = {"sd1": 4, "sdxl": 4, "sd3": 16, "flux": 16, "flux2": 32, "taesd": 4, "wan": 16, "qwen": 16}
 CONSTANTS = {"sd1": (0.18215, None), "sdxl": (0.13025, None), "sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}
+
+QWEN: dict[str, Any] = {
+    # latents_mean and latents_std of the class are Wan's; lists that differ show which ones are read
+    "latents_mean": [0.1 * (channel - 8) for channel in range(16)],
+    "latents_std": [1 + 0.1 * channel for channel in range(16)],
+}
 
 
 def autoencoder(family: str) -> Any:
@@ -16,6 +22,10 @@ def autoencoder(family: str) -> Any:
         widths = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
         blocks = {"num_encoder_blocks": (1, 1, 1, 1), "num_decoder_blocks": (1, 1, 1, 1)}
         return diffusers.AutoencoderTiny(**widths, **blocks).eval()
+    if family == "wan":
+        return diffusers.AutoencoderKLWan(base_dim=8).eval()
+    if family == "qwen":
+        return diffusers.AutoencoderKLQwenImage(base_dim=8, **QWEN).eval()
     levels = 4
     common: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * levels,

@@ -1,6 +1,6 @@
 import io
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -68,6 +68,16 @@ def test_encode_crops_and_returns_raw_latents():
     assert path == "/encode?model=x&latents=raw&dtype=float32"
     assert (array.dtype, array.shape) == (np.uint8, (1, 16, 24, 3))
     assert (latents.numpy() == back).all()
+
+
+@pytest.mark.parametrize(("given", "sent"), [(4, 4), (3, 3), (5, 4)])
+def test_a_model_with_alpha_takes_and_gives_it(given, sent):
+    with telling(answer(np.zeros((1, 16, 2, 2), np.float32)), answer(np.full((1, 16, 16, 4), 1, np.float16))) as told:
+        made = RemoteVAE(told.server, replace(row("wan21"), pixel_channels=4), never, here)
+        made.encode(torch.ones(1, 16, 16, given))
+        pictures = made.decode(torch.zeros(1, 16, 1, 2, 2))
+    assert asked(told)[1].shape == (1, 16, 16, sent)
+    assert made.output_channels == pictures.shape[-1] == 4
 
 
 def test_latents_that_are_folded_travel_scaled():

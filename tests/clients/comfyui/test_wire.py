@@ -238,6 +238,11 @@ def test_one_model_is_asked_for_by_its_name():
     assert told.asked[0].line == "GET /models/x/y%20z HTTP/1.1"
 
 
+def test_a_model_may_have_alpha():
+    with telling(ok(json.dumps(ROW | {"pixel_channels": 4}).encode())) as told:
+        assert model(told.server, "x", wire.never).pixel_channels == 4
+
+
 def test_a_model_that_cannot_be_used_says_why():
     row = {"name": "x", "family": None, "latent_channels": None, "spatial_factor": None, "error": "truncated"}
     with telling(ok(json.dumps(row).encode())) as told, pytest.raises(LatentdError, match="truncated"):

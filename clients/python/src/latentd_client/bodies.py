@@ -18,7 +18,7 @@ Array: TypeAlias = npt.NDArray[Any]
 Pathname: TypeAlias = str | os.PathLike[str]
 Picture: TypeAlias = "Pathname | bytes | Array | Image"
 """A file, its bytes, a PIL picture, or an array: uint8 (H, W, 3) or (N, H, W, 3), float16 or float32 (3, H, W) or
-(N, 3, H, W) in [-1, 1]."""
+(N, 3, H, W) in [-1, 1]; for a model that takes alpha also with a fourth channel."""
 
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
 PNG, JPEG, WEBP, AVIF = "image/png", "image/jpeg", "image/webp", "image/avif"
@@ -80,13 +80,13 @@ def latents_body(latents: Pathname | bytes | Array) -> bytes:
 
 
 def _batch(array: Array) -> Array:
-    if array.dtype == np.uint8 and array.ndim in (3, 4) and array.shape[-1] == 3:
+    if array.dtype == np.uint8 and array.ndim in (3, 4) and array.shape[-1] in (3, 4):
         return array if array.ndim == 4 else array[None]
-    if array.dtype in (np.float16, np.float32) and array.ndim in (3, 4) and array.shape[-3] == 3:
+    if array.dtype in (np.float16, np.float32) and array.ndim in (3, 4) and array.shape[-3] in (3, 4):
         return array if array.ndim == 4 else array[None]
     raise ValueError(
-        "pictures are uint8 (H, W, 3) or (N, H, W, 3), or float16 or float32 (3, H, W) or (N, 3, H, W); "
-        f"got {array.dtype} {array.shape}"
+        "pictures are uint8 (H, W, 3) or (N, H, W, 3), or float16 or float32 (3, H, W) or (N, 3, H, W), or with alpha "
+        f"4 for 3; got {array.dtype} {array.shape}"
     )
 
 
@@ -98,7 +98,10 @@ def npy(array: Array) -> bytes:
 
 
 def array_of(content: bytes, media: str) -> Array:
-    """An .npy as an array, a PNG, JPEG, WebP or AVIF as uint8 (1, H, W, 3). Raises ValueError for other types."""
+    """An .npy as an array, a PNG, JPEG, WebP or AVIF as uint8 (1, H, W, 3), with alpha (1, H, W, 4).
+
+    Raises ValueError for other types.
+    """
     if media == NPY:
         array: Array = np.load(io.BytesIO(content), allow_pickle=False)
         return array
@@ -106,7 +109,7 @@ def array_of(content: bytes, media: str) -> Array:
         from PIL import Image
 
         with Image.open(io.BytesIO(content)) as picture:
-            return np.asarray(picture.convert("RGB"))[None]
+            return np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))[None]
     raise ValueError(f"{media} is no single array: its bytes are in `content`")
 
 

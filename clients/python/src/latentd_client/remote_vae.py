@@ -58,13 +58,20 @@ class RemoteVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has
         self.here = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
         if row.statistics is not None:
             self.bn = _batch_norm(row)
-        self.register_to_config(url=url, model=row.name, **config_of(row))
+        config = config_of(row)
+        self.temperal_downsample = [False] * (len(config["block_out_channels"]) - 1)  # pipelines take its length
+        self.register_to_config(url=url, model=row.name, **config)
 
     @apply_forward_hook  # type: ignore[untyped-decorator]  # offloads what ran before, if the pipeline offloads
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Any]:
-        """Pictures (N, 3, H, W) in [-1, 1] to `latent_dist`, or for a VAE without a variance to `latents`."""
+        """Pictures (N, C, H, W) in [-1, 1] to `latent_dist`, or for a VAE without a variance to `latents`.
+
+        Pictures of one frame, (N, C, 1, H, W), to latents of one. Raises ValueError for more frames.
+        """
+        if x.ndim == 5 and x.shape[2] != 1:
+            raise ValueError(f"video is not supported yet: expected one frame, got {x.shape[2]} in {tuple(x.shape)}")
         answer = self._client.encode(
-            _array(x),
+            _array(x[:, :, 0] if x.ndim == 5 else x),
             model=self.config.model,
             latents="raw",
             posterior="moments",
@@ -73,7 +80,7 @@ class RemoteVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has
             **self._options,
         )
         _tell(answer)
-        found = _tensor(answer.array, x)
+        found = _framed(_tensor(answer.array, x), x)
         if answer.posterior == "point":
             return AutoencoderTinyOutput(latents=found) if return_dict else (found,)
         posterior = DiagonalGaussianDistribution(found)
@@ -83,12 +90,15 @@ class RemoteVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Raw latents (N, C, h, w) to pictures (N, 3, H, W) in about [-1, 1]; `generator` stays as it is."""
+        """Raw latents (N, C, h, w) to pictures (N, 3, H, W) in about [-1, 1]; `generator` stays as it is.
+
+        Latents of one frame, (N, C, 1, h, w), to pictures of one; of a model with alpha with a fourth channel.
+        """
         answer = self._client.decode(
             _array(z), model=self.config.model, convention="raw", dtype=_travels(z), **self._options
         )
         _tell(answer)
-        sample = _tensor(answer.array.transpose(0, 3, 1, 2), z)
+        sample = _framed(_tensor(answer.array.transpose(0, 3, 1, 2), z), z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
@@ -121,9 +131,10 @@ def config_of(row: Model) -> dict[str, Any]:
     scale, shift = row.scaling_factor, row.shift_factor
     per_channel = isinstance(scale, list)
     config: dict[str, Any] = {
-        "in_channels": 3,
-        "out_channels": 3,
+        "in_channels": row.pixel_channels or 3,
+        "out_channels": row.pixel_channels or 3,
         "latent_channels": channels,
+        "z_dim": channels,  # the same where pipelines of Wan and Qwen-Image look for it
         # Pipelines take 2 ** (len - 1) for the factor; the widths are the service's business.
         "block_out_channels": [0] * factor.bit_length(),
         "scaling_factor": 1.0 if per_channel else scale,
@@ -157,6 +168,11 @@ def _travels(x: Tensor) -> Literal["float16", "float32"]:
 
 def _array(x: Tensor) -> Array:
     return np.asarray(x.detach().to("cpu", getattr(torch, _travels(x))))
+
+
+def _framed(tensor: Tensor, like: Tensor) -> Tensor:
+    """(N, C, H, W) as (N, C, 1, H, W) where `like` has frames."""
+    return tensor.unsqueeze(2) if like.ndim == 5 else tensor
 
 
 def _tensor(array: Array, like: Tensor) -> Tensor:

@@ -118,6 +118,7 @@ class Model:
     parameters: int | None = None
     latent_channels: int | None = None
     spatial_factor: int | None = None
+    pixel_channels: int | None = None  # 3, or 4 of a model that takes and gives alpha
     scaling_factor: float | list[float] | None = None
     shift_factor: float | list[float] | None = None
     fp16: str | None = None
