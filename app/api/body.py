@@ -36,7 +36,7 @@ async def read_body(request: Request, shared: Context) -> Body:
     Raises TooLarge, by its announced or its real length, TooManyBytes, SlowBody and ClientGone.
     """
     try:
-        return await _received(request, shared.limits.body_bytes, request.state.held)
+        return await received(request, shared.limits.body_bytes, request.state.held)
     except TooManyBytes:
         shared.metrics.rejected.labels("too_many_bytes").inc()
         raise
@@ -76,7 +76,8 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({working, leaving})
 
 
-async def _received(request: Request, limit: int, held: Held) -> Body:
+async def received(request: Request, limit: int, held: Held) -> Body:
+    """As `read_body`, of at most `limit` bytes."""
     header = request.headers.get("content-length", "0")
     if len(header) > 18 or int(header) > limit:  # digits: the server has seen to that
         raise TooLarge(f"the body has {header[:40]} bytes; at most {limit} are accepted")

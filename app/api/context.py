@@ -83,12 +83,17 @@ BEARER = HTTPBearer(auto_error=False, description="An API key; as the password o
 
 async def require_key(request: Request, shared: Shared) -> None:
     """Lets a request pass that brings an API key or the admin key, or any request where no API keys are set."""
-    if not shared.api_keys:
+    check_key(request, shared.api_keys, shared.admin_key)
+
+
+def check_key(request: Request, api_keys: frozenset[str], admin_key: str | None) -> None:
+    """As `require_key`. Raises Unauthorized and Forbidden."""
+    if not api_keys:
         return
     given = _given(request)
     if given is None:
         raise Unauthorized("a key is needed: Authorization: Bearer KEY, or KEY as the password of Basic")
-    keys = shared.api_keys | ({shared.admin_key} if shared.admin_key else set())
+    keys = api_keys | ({admin_key} if admin_key else set())
     matches = [_same(given, key) for key in keys]  # every key is compared, whichever fits
     if not any(matches):
         raise Forbidden("this key is not known")
