@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -65,8 +65,9 @@ class Replica:
         self._id = serve.get_replica_context().replica_id.unique_id
 
     async def answer(self, call: Call) -> Answer:
-        """Serves one request."""
-        return await self._service.answer(call)
+        """Serves one request, and says who did."""
+        answer = await self._service.answer(call)
+        return replace(answer, headers=[*answer.headers, (b"x-replica", self._id.encode())])
 
     async def metrics(self) -> tuple[str, str]:
         """Its id and its metrics."""
@@ -99,19 +100,20 @@ class ResidentRouter(RequestRouter):
     """Routes by `deploy.routing`: which replica holds the model, and what is queued before it."""
 
     def initialize_state(self, **_: Any) -> None:
-        """A book of what this router has sent."""
+        """A book of what this router has sent, and the reports that it has read."""
         self.book = Book()
-        self._models: dict[tuple[ReplicaID, str], str | None] = {}  # of requests that are with a replica
+        self._at: dict[str, tuple[ReplicaID, str | None]] = {}  # where requests are by their id, and for which model
+        self._read: dict[str, tuple[dict[str, Any], Report]] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Each replica a rank of its own, the best first."""
         model = None if pending_request is None else pending_request.args[0].model
-        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        now, replicas = time.monotonic(), {each.replica_id.unique_id: each for each in candidate_replicas}
         self.book.keep(replicas)
-        now = time.monotonic()
-        states = [self.book.state(name, last_report(replica), now) for name, replica in replicas.items()]
+        self._read = {name: self._report(name, each.routing_stats) for name, each in replicas.items()}
+        states = [self.book.state(name, report, now) for name, (_, report) in self._read.items()]
         ranks = [replicas[name] for name in order(model, states)]
         if ranks and pending_request is not None:
             self._note(ranks[0].replica_id, pending_request)
@@ -122,35 +124,37 @@ class ResidentRouter(RequestRouter):
         self._note(replica_id, pending_request)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """It has its end."""
-        self._end(replica_id, internal_request_id)
+        """It has its end there."""
+        if self._at.get(internal_request_id, (None,))[0] == replica_id:
+            self._end(internal_request_id)
+
+    def _report(self, name: str, told: dict[str, Any]) -> tuple[dict[str, Any], Report]:
+        known = self._read.get(name)
+        return known if known is not None and known[0] is told else (told, report_of(told))
 
     def _note(self, replica_id: ReplicaID, request: PendingRequest) -> None:
-        key = replica_id, request.metadata.internal_request_id
-        if key in self._models:
+        request_id, model = request.metadata.internal_request_id, request.args[0].model
+        if self._at.get(request_id, (None,))[0] == replica_id:
             return
-        for other in [other for other in self._models if other[1] == key[1]]:
-            self._end(*other)
-        self._models[key] = request.args[0].model
-        self.book.sent(replica_id.unique_id, request.args[0].model, time.monotonic())
-        request.future.add_done_callback(partial(self._left, key))
+        self._end(request_id)
+        self._at[request_id] = replica_id, model
+        self.book.sent(replica_id.unique_id, model, time.monotonic())
+        request.future.add_done_callback(partial(self._left, request_id))
 
-    def _left(self, key: tuple[ReplicaID, str], routed: asyncio.Future[Any]) -> None:
-        """Its client may go before it is sent, and nobody else will say that it has ended."""
+    def _left(self, request_id: str, routed: asyncio.Future[Any]) -> None:
+        """Its client may go before it is sent, and then nobody else says that it has ended."""
         if routed.cancelled():
-            self._end(*key)
+            self._end(request_id)
 
-    def _end(self, replica_id: ReplicaID, request_id: str) -> None:
-        if (replica_id, request_id) in self._models:
-            model = self._models.pop((replica_id, request_id))
-            replica = self.curr_replicas.get(replica_id)
-            report = None if replica is None else last_report(replica)
-            self.book.ended(replica_id.unique_id, model, report, time.monotonic())
+    def _end(self, request_id: str) -> None:
+        if request_id in self._at:
+            replica_id, model = self._at.pop(request_id)
+            name = replica_id.unique_id
+            self.book.ended(name, model, self._read[name][1] if name in self._read else None, time.monotonic())
 
 
-def last_report(replica: RunningReplica) -> Report:
-    """What a replica told last."""
-    told = replica.routing_stats
+def report_of(told: dict[str, Any]) -> Report:
+    """What a replica told, out of plain values."""
     return Report(**{**told, "residents": tuple(Resident(**each) for each in told["residents"])}) if told else UNKNOWN
 
 
@@ -167,8 +171,9 @@ def application(
     *,
     gpus: float = 0,
     cpus: float = 1,
-    router: type[RequestRouter] = ResidentRouter,
     queued_seconds: float = QUEUED_SECONDS,
+    replica: type[Replica] = Replica,
+    router: type[RequestRouter] | str = ResidentRouter,
 ) -> serve.Application:
     """The deployment: between `replicas` many, each with so much of a node; started with the fewest."""
     least, most = replicas
@@ -181,7 +186,7 @@ def application(
             )
         }
     deployment = serve.deployment(
-        Replica,
+        replica,
         name=NAME,
         **scaling,
         ray_actor_options={"num_gpus": gpus, "num_cpus": cpus},

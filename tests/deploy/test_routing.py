@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from deploy.routing import DEFAULT, Book, Report, Resident, State, order, replicas_wanted
+from deploy.routing import DEFAULT, EVICTING, Book, Report, Resident, State, order, replicas_wanted
 
 LOAD = 0.5
 SIZE = 100
@@ -35,9 +35,9 @@ def test_of_two_holders_the_less_busy_one_is_first():
     assert order("a", [state("1", "a", wait=0.2), state("2", "a", wait=0.1)])[0] == "2"
 
 
-def test_a_load_that_evicts_another_model_counts_twice():
+def test_a_load_that_evicts_another_model_counts_several_times():
     full = state("1", "b", room=SIZE - 1)
-    holder = state("3", "a", wait=1.5 * LOAD)
+    holder = state("3", "a", wait=(EVICTING - 0.5) * LOAD)
     assert order("a", [full, holder])[0] == "3"
     assert order("a", [state("1", "b", room=SIZE), holder])[0] == "1"
 
