@@ -340,15 +340,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--replicas", type=int, choices=sorted(RESIDENT), default=2)
     parser.add_argument("--rounds", type=int, default=3, help="of each way of routing; default %(default)s")
-    parser.add_argument("--seconds", type=float, default=12.0, help="of a round; default %(default)s")
-    parser.add_argument("--rate", type=float, default=16.0, help="requests a second; default %(default)s")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of a round; default %(default)s")
+    parser.add_argument("--rate", type=float, default=6.0, help="requests a second; default %(default)s")
     parser.add_argument("--port", type=int, default=8800, help="of the first of three doors; default %(default)s")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
         for seed, name in enumerate(MODELS):
             write(Path(folder) / "models" / f"{name}.safetensors", state_of("sd1", seed, **WIDTHS))
-        start_ray(cpus=len(POLICIES) * args.replicas + 1, gpus=0, store_bytes=100 << 20)
+        start_ray(cpus=len(POLICIES) * args.replicas + 1, gpus=0, store_bytes=100 << 20, logs=False)
         try:
             told = asyncio.run(run(args, Path(folder) / "models"))
         finally:

@@ -275,17 +275,25 @@ def serve_door(handle: DeploymentHandle[Any], settings: Settings, host: str, por
     return 0 if server.started else 1
 
 
-def start_ray(cpus: int | None, gpus: int | None, store_bytes: int) -> None:
-    """A cluster of this process's own, which ends with it."""
+def start_ray(
+    cpus: int | None, gpus: int | None, store_bytes: int, *, logs: bool = True, proxy: int | None = None
+) -> None:
+    """A cluster of this process's own, which ends with it; without Ray's HTTP proxy, unless it is given a port.
+
+    `logs`: what replicas log comes to this process's stderr too.
+    """
     ray.init(
         num_cpus=cpus,
         num_gpus=gpus,
         include_dashboard=False,
         object_store_memory=store_bytes,
-        log_to_driver=True,
+        log_to_driver=logs,
         logging_level="WARNING",
     )
-    serve.start(proxy_location="Disabled")
+    if proxy is None:
+        serve.start(proxy_location="Disabled")
+    else:
+        serve.start(http_options={"host": "127.0.0.1", "port": proxy})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,9 +1,9 @@
 """Which replica a request goes to: a pure choice over what replicas tell of themselves and what was sent to them.
 
 The replica that should come to the request first is chosen, as the engine chooses among its own devices: the seconds
-of work before it, plus the load where the model is not there, several loads where that evicts another model, which
-somebody will want back. A hot model thereby spreads once waiting for it costs more than loading it elsewhere, and a
-cold one stays where it is.
+of work before it, plus the load where the model is not there, plus one more where that load evicts another model,
+which somebody will want back. A hot model thereby spreads once waiting for it costs more than loading it elsewhere,
+and a cold one stays where it is.
 """
 
 from collections import Counter
@@ -16,9 +16,6 @@ DEFAULT = ""
 """Stands for the model of a request that names none; a replica lists it among the names of its default model."""
 
 HEX_DIGITS = 8  # of a sha256, that may stand for a name
-
-EVICTING = 4
-"""Loads that a load counts as which evicts another model: `benchmarks.fleet` says what other numbers come to."""
 
 DECAY = 0.9  # of what earlier answers say of a replica's pace, with each answer
 
@@ -101,7 +98,7 @@ def _size(model: str | None, states: Sequence[State]) -> int:
 def _load(model: str | None, size: int, state: State) -> float:
     if model is None or state.holds(model):
         return 0.0
-    return state.report.load * (1 if size <= state.report.room else EVICTING)
+    return state.report.load * (1 if size <= state.report.room else 2)
 
 
 def _draw(model: str | None, replica: str) -> bytes:
@@ -153,7 +150,7 @@ class Book:
             account.came = report.number, now
         # The next report but one was certainly made after the request's end: what it does not list is not there.
         account.ended = {model: at for model, at in account.ended.items() if report.number < at + 2}
-        pace = account.seconds / account.answers if account.answers else 0.0
+        pace = account.seconds / account.answers if account.answers else report.load  # a guess of the right order
         sent = frozenset(model for model in (*account.pending, *account.ended) if model is not None)
         return State(replica, report, now - account.came[1], sent, account.pending.total() * pace)
 

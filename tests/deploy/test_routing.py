@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from deploy.routing import DEFAULT, EVICTING, Book, Report, Resident, State, order, replicas_wanted
+from deploy.routing import DEFAULT, Book, Report, Resident, State, order, replicas_wanted
 
 LOAD = 0.5
 SIZE = 100
@@ -35,9 +35,9 @@ def test_of_two_holders_the_less_busy_one_is_first():
     assert order("a", [state("1", "a", wait=0.2), state("2", "a", wait=0.1)])[0] == "2"
 
 
-def test_a_load_that_evicts_another_model_counts_several_times():
+def test_a_load_that_evicts_another_model_counts_twice():
     full = state("1", "b", room=SIZE - 1)
-    holder = state("3", "a", wait=(EVICTING - 0.5) * LOAD)
+    holder = state("3", "a", wait=1.5 * LOAD)
     assert order("a", [full, holder])[0] == "3"
     assert order("a", [state("1", "b", room=SIZE), holder])[0] == "1"
 
@@ -116,6 +116,13 @@ def test_what_is_pending_is_reckoned_with_the_replica_s_own_pace():
     book.sent("1", "a", now=100.0)  # idle time is no pace
     book.sent("1", "a", now=100.0)
     assert book.state("1", report(), 100.0).pending == pytest.approx(4.0)
+
+
+def test_before_the_first_answer_a_request_is_taken_to_cost_as_much_as_a_load():
+    book = Book()
+    for _ in range(3):
+        book.sent("1", "a", now=0.0)
+    assert book.state("1", report(load=0.25), 0.0).pending == 0.75
 
 
 def test_a_batch_s_answers_share_its_time():
