@@ -17,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test check browser bench bench-gpu comfyui train
+.PHONY: help demo serve test check browser bench bench-gpu comfyui ray train
 
 help:
 	@echo 'make demo       start the server, send a picture through it and back, stop it'
@@ -28,6 +28,7 @@ help:
 	@echo 'make bench      CPU: encode and decode beside diffusers (ARGS=--quick for the small sizes)'
 	@echo 'make bench-gpu  the GPU tests, then fp16 encode and decode beside diffusers'
 	@echo 'make comfyui    our nodes in a real ComfyUI, beside its own (COMFYUI=path to one that runs)'
+	@echo 'make ray        replicas on Ray Serve: requests by model, a replica killed (unshare and ip must be there)'
 	@echo 'make train      train the embedded default VAE anew: hours'
 
 # One stamp for each set of packages, inside .venv so that removing it starts over.
@@ -46,6 +47,10 @@ help:
 
 .venv/browser: .venv/test
 	$(INSTALL) -e '.[browser]'
+	@touch $@
+
+.venv/ray: .venv/test
+	$(INSTALL) -e '.[ray]'
 	@touch $@
 
 .venv/train: .venv/runtime
@@ -92,6 +97,14 @@ comfyui: .venv/test
 	else \
 		$(BIN)/python -m tests.comfyui '$(COMFYUI)' $(ARGS); \
 	fi
+
+# Ray listens on all interfaces, whatever it is told: here it has a network with a loopback and nothing else.
+ALONE := unshare --net --map-root-user sh -c 'ip link set lo up && exec "$$@"' sh
+ray: .venv/ray
+	@for count in 2 4; do \
+		OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 $(ALONE) $(BIN)/python -m benchmarks.scaleout \
+			--replicas $$count --json ray-$$count.json $(ARGS) || exit 1; \
+	done
 
 train: .venv/train
 	$(BIN)/python models/train_latentd_small.py $(ARGS)

@@ -7,6 +7,7 @@ engine's. Needs the extra `latentd[ray]`. docs/scaling.md has the rest.
 
 import argparse
 import asyncio
+import os
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -282,6 +283,7 @@ def start_ray(
 
     `logs`: what replicas log comes to this process's stderr too.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a service does not tell others that it runs
     ray.init(
         num_cpus=cpus,
         num_gpus=gpus,
