@@ -192,6 +192,7 @@ class Worker:
                 if self._running is not None:
                     await asyncio.wait([self._running])
                 staged, self._staged, self._taken = self._staged, None, False
+                self._jobs = staged.jobs  # as long as anybody sees that the device is busy
                 self._running = asyncio.create_task(self._run(staged))
                 self._running.add_done_callback(self._ended)
             except asyncio.CancelledError:  # between the queue and the device: nobody else knows of these jobs
@@ -259,8 +260,9 @@ class Worker:
         try:
             return await self.cache.acquire(checkpoint, dtype, self._runner.reserved)
         except OutOfMemory:
-            if self._quiet.is_set():
-                raise
+            pass  # tried again outside of it
+        if self._quiet.is_set():  # what was in the way may have ended since it was counted
+            return await self.cache.acquire(checkpoint, dtype)
         self._making_way.set()  # there may be room once what runs and what is staged has let go
         try:
             await self._quiet.wait()
@@ -295,7 +297,8 @@ class Worker:
                 if self._running is not None and self.busy:
                     await asyncio.wait([self._running])
                 elif not await self._put_back():
-                    raise
+                    break
+        return await self.cache.acquire(checkpoint, dtype)  # nothing is in the way any more: what it raises is true
 
     async def _put_back(self) -> bool:
         """Lets go of the module that an overtaken batch waits with; it asks for it again. Whether there was one."""
@@ -351,7 +354,6 @@ class Worker:
     async def _run(self, staged: Staged) -> None:
         jobs = staged.jobs
         task = jobs[0].task
-        self._jobs = jobs
         expected = self.batcher.began(jobs)
         started = self._runner.progress = time.monotonic()
         self._patience = max(STALL_SECONDS, 10 * expected)
