@@ -45,7 +45,7 @@ MODELS = {name: 1 / (index + 1) for index, name in enumerate("abcdef")}
 """Six, each asked for less than the one before: Zipf's law."""
 
 SIDE = 32
-WIDTHS = {"encoder_widths": (256,) * 4, "decoder_widths": (64,) * 4}
+WIDTHS = {"encoder_widths": (384,) * 4, "decoder_widths": (64,) * 4}
 """A decode takes tens of ms of a core; the half that it does not use makes a load several times as long, as usual."""
 
 RESIDENT = {2: 3, 4: 2}
@@ -231,7 +231,7 @@ async def measure(bench: Bench, count: int, rounds: int, seconds: float, rate: f
         asks = bursts(seconds, rate, MODELS, seed=index)
         for policy in POLICIES[index % len(POLICIES) :] + POLICIES[: index % len(POLICIES)]:
             await bench.handles[policy].broadcast("empty").results_async()
-            await asyncio.sleep(2 * REPORT_SECONDS)  # until the routers know
+            await asyncio.sleep(4 * REPORT_SECONDS)  # until the routers know
             found[policy].append(await bench.round(policy, asks))
     asks = bursts(seconds, rate, MODELS, seed=rounds)
     found["killed"].append(await bench.round("resident", asks, kill_at=seconds / 2))
@@ -300,7 +300,8 @@ def lines(told: dict[str, Any]) -> list[str]:
     head = f"{'':24} requests   p50 ms   p95 ms  mean ms  batches  loads  by model        requests by replica"
     text = [f"{told['replicas']} replicas, {told['models']} models, room for {told['resident']} each", head]
     for pair in told["routing"]:
-        for kind, one in pair.items():
+        for kind in ("real", "simulated"):
+            one = pair[kind]
             name = one["name"] if kind == "real" else "  simulated"
             by_model = " ".join(str(one["loads_by_model"].get(model, 0)) for model in MODELS)
             figures = f"{one['requests']:8} {one['p50_ms']:8} {one['p95_ms']:8} {one['mean_ms']:8} {one['batches']:8}"

@@ -48,6 +48,7 @@ class Service:
         self.engine: Engine = self.app.state.context.engine
         self._stack = AsyncExitStack()
         self._reports = 0
+        self._loads = Loads(self.engine)
 
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self.app.router.lifespan_context(self.app))
@@ -68,7 +69,7 @@ class Service:
     def report(self) -> Report:
         """What a router should know, now."""
         self._reports += 1
-        return report_of(self.engine, self._reports)
+        return report_of(self.engine, self._reports, self._loads.seconds())
 
 
 async def answer(app: Any, call: Call) -> Answer:
@@ -110,7 +111,7 @@ async def answer(app: Any, call: Call) -> Answer:
     return Answer(status, headers, b"".join(pieces))
 
 
-def report_of(engine: Engine, number: int) -> Report:
+def report_of(engine: Engine, number: int, load: float) -> Report:
     """The state of an engine. With several devices the queue is the shortest one's, the room the largest."""
     default = engine.meant()
     names: dict[str, list[str]] = {}
@@ -127,16 +128,28 @@ def report_of(engine: Engine, number: int) -> Report:
         tuple(Resident(tuple(names.get(sha256, ())), sha256, size) for sha256, size in nbytes.items()),
         room=max(worker.cache.room for worker in engine.workers),
         wait=min(worker.batcher.wait_seconds() for worker in engine.workers),
-        load=load_seconds(engine),
+        load=load,
     )
 
 
-def load_seconds(engine: Engine) -> float:
-    """The mean of the loads so far."""
-    value = engine.metrics.registry.get_sample_value
-    sums = [
-        [value(f"vae_model_load_duration_seconds_{part}", {"device": worker.name}) or 0.0 for part in ("sum", "count")]
-        for worker in engine.workers
-    ]
-    seconds, count = (sum(part) for part in zip(*sums, strict=True))
-    return seconds / count if count else LOAD_SECONDS
+class Loads:
+    """How long loads take lately: the first one of a process sets libraries up, and says nothing of the others."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._last = LOAD_SECONDS
+        self._sum = self._count = 0.0
+
+    def seconds(self) -> float:
+        """The mean of those since the last call, averaged with what it said then."""
+        total, count = self._of_all("sum"), self._of_all("count")
+        if count > self._count:
+            mean = (total - self._sum) / (count - self._count)
+            self._last = (self._last + mean) / 2
+            self._sum, self._count = total, count
+        return self._last
+
+    def _of_all(self, part: str) -> float:
+        value = self._engine.metrics.registry.get_sample_value
+        name = f"vae_model_load_duration_seconds_{part}"
+        return sum(value(name, {"device": worker.name}) or 0.0 for worker in self._engine.workers)
