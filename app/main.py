@@ -89,7 +89,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """The ASGI app; `uvicorn --factory app.main:create_app` works too."""
     settings = settings or Settings()
     engine = build_engine(settings, CollectorRegistry())
-    room = Room(settings.buffer_bytes or min(BUFFER_BYTES, host_memory() // BUFFER_SHARE))
+    room = Room(buffer_bytes(settings))
     codecs = Codecs(room, os.cpu_count() or 1)
     sketches, previews = Codecs(room, 1), Previews(engine, photographs)
     uploads = Uploads(settings.models, settings.max_upload_bytes)
@@ -144,6 +144,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 BUFFER_BYTES, BUFFER_SHARE = 2 << 30, 6
 """The default of that setting; where the host has little memory, what tensors may take of it over this."""
+
+
+def buffer_bytes(settings: Settings) -> int:
+    """What bodies, pictures at work and answers may take together."""
+    return settings.buffer_bytes or min(BUFFER_BYTES, host_memory() // BUFFER_SHARE)
+
 
 LOG_AGAIN_SECONDS = 60.0
 

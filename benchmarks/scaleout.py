@@ -26,7 +26,6 @@ from typing import Any
 
 import httpx
 import ray
-import uvicorn
 from ray import serve
 from ray.serve._private.constants import DEFAULT_REQUEST_ROUTER_PATH
 from ray.serve.experimental.round_robin_router import RoundRobinRouter
@@ -35,6 +34,7 @@ from ray.serve.request_router import RequestRouter
 from app.settings import Settings
 from app.store.checkpoint import Checkpoint
 from benchmarks.calls import latent, npy
+from benchmarks.doors import listening
 from benchmarks.fleet import POLICIES, REPORT_SECONDS, Ask, Costs, Fleet, Outcome, Policy, bursts
 from deploy.ingress import ReplicaDied, Replicas, create_ingress
 from deploy.ray_serve import Replica, ResidentRouter, application, door_of, replicas_of, start_ray
@@ -198,17 +198,11 @@ class Bench:
 
 
 @asynccontextmanager
-async def door(bench: Bench, policy: Policy, settings: Settings, port: int) -> AsyncIterator[None]:
+async def door(bench: Bench, policy: Policy, settings: Settings) -> AsyncIterator[None]:
     """Serves one application's door."""
     app = create_ingress(bench.counting(policy, replicas_of(bench.handles[policy])), door_of(settings))
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_config=None, access_log=False))
-    serving = asyncio.ensure_future(server.serve())
-    bench.urls[policy] = f"http://127.0.0.1:{port}"
-    try:
+    async with listening(app) as bench.urls[policy]:
         yield
-    finally:
-        server.should_exit = True
-        await serving
 
 
 async def ready(bench: Bench, policy: Policy, count: int) -> None:
@@ -251,6 +245,16 @@ def simulated(policy: Policy, real: Sequence[Round], count: int, seconds: float,
         sum((one.requests for one in outcomes), Counter()),
         sum(one.batches for one in outcomes),
     )
+
+
+def took_ms(real: Sequence[Round]) -> dict[str, float]:
+    """Means, in milliseconds, of what a request went through."""
+    done = [each for one in real for each in one.done if each.status == 200]
+    stages = {name: [each.stages[name] for each in done] for name in ("queue", "load", "compute")}
+    stages["batch of one"] = [took for size, took in batches(done) if size == 1]
+    stages["a load"] = [took for found in loads(done).values() for took in found]
+    stages["else"] = [each.seconds - sum(each.stages[name] for name in ("queue", "load", "compute")) for each in done]
+    return {name: round(fmean(seconds) * 1000, 1) for name, seconds in stages.items() if seconds}
 
 
 def row(name: str, found: Outcome) -> dict[str, Any]:
@@ -325,14 +329,14 @@ async def run(args: argparse.Namespace, models: Path) -> dict[str, Any]:
     async with httpx.AsyncClient(timeout=120, limits=limits, trust_env=False) as http:
         bench = Bench(http, npy(latent(rng, SIDE)))
         async with AsyncExitStack() as doors:
-            for index, policy in enumerate(POLICIES):
+            for policy in POLICIES:
                 app = application(
                     settings, (args.replicas, args.replicas), cpus=1, replica=Watched, router=ROUTERS[policy]
                 )
                 bench.handles[policy] = await asyncio.to_thread(
                     serve.run, app, name=policy.replace(" ", "-"), route_prefix=None
                 )
-                await doors.enter_async_context(door(bench, policy, settings, args.port + index))
+                await doors.enter_async_context(door(bench, policy, settings))
             found = await measure(bench, args.replicas, args.rounds, args.seconds, args.rate)
     return summary(found, args.replicas, args.seconds, args.rate)
 
@@ -343,13 +347,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="of each way of routing; default %(default)s")
     parser.add_argument("--seconds", type=float, default=15.0, help="of a round; default %(default)s")
     parser.add_argument("--rate", type=float, default=6.0, help="requests a second; default %(default)s")
-    parser.add_argument("--port", type=int, default=8800, help="of the first of three doors; default %(default)s")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
         for seed, name in enumerate(MODELS):
             write(Path(folder) / "models" / f"{name}.safetensors", state_of("sd1", seed, **WIDTHS))
         start_ray(cpus=len(POLICIES) * args.replicas + 1, gpus=0, store_bytes=100 << 20, logs=False)
+        serve.start(proxy_location="Disabled")
         try:
             told = asyncio.run(run(args, Path(folder) / "models"))
         finally:

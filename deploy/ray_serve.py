@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
 from functools import partial
+from math import ceil
 from types import FrameType
 from typing import Any
 
@@ -30,8 +31,8 @@ from app.api.connection import Connection, connections_for
 from app.engine.engine import LOAD_SECONDS
 from app.engine.memory import host_memory
 from app.errors import Overloaded
-from app.main import BUFFER_BYTES, BUFFER_SHARE, CLOSING_SECONDS, configure_logging
-from app.settings import Settings
+from app.main import CLOSING_SECONDS, buffer_bytes, configure_logging
+from app.settings import Settings, check_folders
 from deploy.ingress import Door, ReplicaDied, Replicas, create_ingress
 from deploy.replica import Answer, Call, Service
 from deploy.routing import Book, Report, Resident, order, replicas_wanted
@@ -243,7 +244,7 @@ def door_of(settings: Settings) -> Door:
     """What the settings let in."""
     return Door(
         body_bytes=settings.max_body_bytes,
-        buffer_bytes=settings.buffer_bytes or min(BUFFER_BYTES, host_memory() // BUFFER_SHARE),
+        buffer_bytes=buffer_bytes(settings),
         api_keys=settings.keys,
         admin_key=settings.admin_key.get_secret_value() if settings.admin_key else None,
         metrics_public=settings.metrics_public,
@@ -253,8 +254,7 @@ def door_of(settings: Settings) -> Door:
 def shared_host(settings: Settings, replicas: int) -> Settings:
     """The settings of one of several CPU replicas of a host: an equal part of what one alone would take."""
     limit = settings.memory_limit_bytes or host_memory()
-    buffer = settings.buffer_bytes or min(BUFFER_BYTES, host_memory() // BUFFER_SHARE)
-    part = {"memory_limit_bytes": limit // replicas, "buffer_bytes": buffer // replicas}
+    part = {"memory_limit_bytes": limit // replicas, "buffer_bytes": buffer_bytes(settings) // replicas}
     return settings.model_copy(update=part)
 
 
@@ -276,9 +276,7 @@ def serve_door(handle: DeploymentHandle[Any], settings: Settings, host: str, por
     return 0 if server.started else 1
 
 
-def start_ray(
-    cpus: int | None, gpus: int | None, store_bytes: int, *, logs: bool = True, proxy: int | None = None
-) -> None:
+def start_ray(cpus: int, gpus: int | None, store_bytes: int, *, logs: bool = True, proxy: int | None = None) -> None:
     """A cluster of this process's own, which ends with it; without Ray's HTTP proxy, unless it is given a port.
 
     `logs`: what replicas log comes to this process's stderr too.
@@ -292,9 +290,7 @@ def start_ray(
         log_to_driver=logs,
         logging_level="WARNING",
     )
-    if proxy is None:
-        serve.start(proxy_location="Disabled")
-    else:
+    if proxy is not None:
         serve.start(http_options={"host": "127.0.0.1", "port": proxy})
 
 
@@ -311,12 +307,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--queued-seconds", type=float, default=QUEUED_SECONDS, help="aim of N-M; default %(default)s")
     parser.add_argument("--store-mib", type=int, default=200, help="of our own cluster's shared memory")
     args = parser.parse_args(argv)
-    settings = Settings()
+    if args.attach and not args.address:
+        parser.error("--attach needs --address: the replicas are in a cluster that is there")
+    try:
+        settings = Settings()
+        check_folders(settings)
+    except ValueError as error:  # pydantic's and ours
+        parser.error(str(error))
     configure_logging(settings.log_format)
     if args.address:
         ray.init(address=args.address, log_to_driver=False)
-    else:
-        start_ray(None, None, args.store_mib << 20)
+    else:  # CPUs are a matter of book-keeping here: as many as are asked for
+        start_ray(ceil(args.replicas[1] * args.cpus) + 1, None, args.store_mib << 20)
+    serve.start(proxy_location="Disabled")
     if args.attach:
         handle = serve.get_app_handle(NAME)
     else:
