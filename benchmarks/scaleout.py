@@ -51,7 +51,6 @@ WIDTHS = {"encoder_widths": (384,) * 4, "decoder_widths": (64,) * 4}
 RESIDENT = {2: 3, 4: 2}
 """Models that a replica has room for, by the number of replicas: all six fit, and no replica holds them all."""
 
-READY_SECONDS = 240.0
 ROUTERS: dict[Policy, type[RequestRouter] | str] = {
     "resident": ResidentRouter,
     "round robin": RoundRobinRouter,
@@ -194,7 +193,7 @@ class Bench:
                 self.deaths[policy] += 1
                 raise
 
-        return Replicas(answer, replicas.metrics, replicas.ready)
+        return Replicas(answer, replicas.metrics)
 
 
 @asynccontextmanager
@@ -205,21 +204,10 @@ async def door(bench: Bench, policy: Policy, settings: Settings) -> AsyncIterato
         yield
 
 
-async def ready(bench: Bench, policy: Policy, count: int) -> None:
-    """Waits until so many replicas are."""
-    async with asyncio.timeout(READY_SECONDS):
-        while True:
-            answer = await bench.http.get(f"{bench.urls[policy]}/healthz/ready")
-            if answer.status_code == 200 and answer.json()["replicas"] >= count:
-                return
-            await asyncio.sleep(0.2)
-
-
-async def measure(bench: Bench, count: int, rounds: int, seconds: float, rate: float) -> dict[Policy, list[Round]]:
+async def measure(bench: Bench, rounds: int, seconds: float, rate: float) -> dict[Policy, list[Round]]:
     """Rounds in turns, each from empty replicas; last the one in which a replica of ours is killed."""
     found: dict[Policy, list[Round]] = defaultdict(list)
     for policy in POLICIES:
-        await ready(bench, policy, count)
         await bench.handles[policy].broadcast("warm", bench.body).results_async()
     for index in range(rounds):
         asks = bursts(seconds, rate, MODELS, seed=index)
@@ -337,7 +325,7 @@ async def run(args: argparse.Namespace, models: Path) -> dict[str, Any]:
                     serve.run, app, name=policy.replace(" ", "-"), route_prefix=None
                 )
                 await doors.enter_async_context(door(bench, policy, settings))
-            found = await measure(bench, args.replicas, args.rounds, args.seconds, args.rate)
+            found = await measure(bench, args.rounds, args.seconds, args.rate)
     return summary(found, args.replicas, args.seconds, args.rate)
 
 

@@ -33,7 +33,7 @@ TRIES = 3
 """Of one request: what kills three replicas is the request's own doing, or the end of the cluster."""
 
 PROBE_SECONDS = 2.0
-"""That replicas have to answer when all are asked; one that is stuck must not hold up the others' metrics."""
+"""That replicas have to say how they are."""
 
 WORK = frozenset({"/encode", "/decode", "/compare"})
 """Pure: the same request gives the same answer wherever and however often it runs. So do those below REMOTE."""
@@ -57,10 +57,7 @@ class Replicas:
     """The answer of one of them, chosen by `call.model`. Raises ReplicaDied, Overloaded, Unavailable."""
 
     metrics: Callable[[float], Awaitable[Sequence[tuple[str, str]]]]
-    """(id, text of its metrics) of those that answer within so many seconds."""
-
-    ready: Callable[[float], Awaitable[int]]
-    """How many are ready, likewise."""
+    """(id, text of its metrics) of all; of none where one does not answer within so many seconds."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +91,15 @@ def create_ingress(replicas: Replicas, door: Door) -> FastAPI:
     @app.get("/healthz/startup")
     @app.get("/readyz")
     @app.get("/v2/health/ready")
-    async def ready() -> dict[str, object]:
-        count = await replicas.ready(PROBE_SECONDS)
-        if not count:
-            raise Unavailable("no replica is ready")
-        return {"status": "ok", "replicas": count}
+    async def ready() -> dict[str, str]:
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                answer = await replicas.answer(Call("GET", "/healthz/ready", b"", (), b""))
+        except (TimeoutError, ReplicaDied):
+            raise Unavailable("no replica says that it is ready") from None
+        if answer.status != HTTPStatus.OK:
+            raise Unavailable("the replica that was asked is not ready")
+        return {"status": "ok"}
 
     @app.get("/metrics")
     async def all_metrics(request: Request) -> Response:
@@ -106,7 +107,8 @@ def create_ingress(replicas: Replicas, door: Door) -> FastAPI:
             check(request)
         own = "ingress", generate_latest(metrics.registry).decode()
         texts = [own, *await replicas.metrics(PROBE_SECONDS)]
-        return Response(generate_latest(Merged(texts)), media_type=CONTENT_TYPE_LATEST)
+        merged = await asyncio.to_thread(generate_latest, Merged(texts))
+        return Response(merged, media_type=CONTENT_TYPE_LATEST)
 
     @app.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE"])
     async def passed_on(request: Request) -> Response:
@@ -120,6 +122,7 @@ def create_ingress(replicas: Replicas, door: Door) -> FastAPI:
             check(request)
         deadline = deadline_of(request)
         body = bytes(await received(request, door.body_bytes, request.state.held))
+        request.state.held.add(len(body))  # the copy
         headers = [(name, value) for name, value in request.headers.raw if name not in HOP | OWN]
         headers += [(b"x-request-id", request.state.request_id.encode()), (b"content-length", b"%d" % len(body))]
         call = Call(request.method, path, query, headers, body, model_of(path, query))

@@ -75,10 +75,6 @@ class Replica:
         """Its id and its metrics."""
         return self._id, self._service.metrics()
 
-    async def ready(self) -> bool:
-        """Whether it can do work."""
-        return self._service.engine.ready
-
     async def record_routing_stats(self) -> dict[str, Any]:
         """Its report, in plain values: they pass through processes that know nothing of us."""
         return asdict(self._service.report())
@@ -221,14 +217,14 @@ def replicas_of(handle: DeploymentHandle[Any]) -> Replicas:
             raise ReplicaDied(str(error).partition("\n")[0]) from error
         return found
 
-    async def of_all(method: str, seconds: float) -> list[Any]:
-        told = await handle.broadcast(method).results_async(timeout_s=seconds, return_exceptions=True)
+    async def metrics(seconds: float) -> Sequence[tuple[str, str]]:
+        try:
+            told: list[Any] = await handle.broadcast("metrics").results_async(timeout_s=seconds, return_exceptions=True)
+        except TimeoutError:
+            return []
         return [each for each in told if not isinstance(each, BaseException)]
 
-    async def ready(seconds: float) -> int:
-        return sum(await of_all("ready", seconds))
-
-    return Replicas(answer, partial(of_all, "metrics"), ready)
+    return Replicas(answer, metrics)
 
 
 class Server(uvicorn.Server):
@@ -305,7 +301,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--address", help="a Ray cluster that is there, `auto`: the one of this host; default: our own")
     parser.add_argument("--attach", action="store_true", help="another door before replicas that are there")
     parser.add_argument("--queued-seconds", type=float, default=QUEUED_SECONDS, help="aim of N-M; default %(default)s")
-    parser.add_argument("--store-mib", type=int, default=200, help="of our own cluster's shared memory")
+    parser.add_argument(
+        "--store-mib",
+        type=int,
+        default=1024,
+        help="shared memory of our own cluster: bodies and answers on their way",
+    )
     args = parser.parse_args(argv)
     if args.attach and not args.address:
         parser.error("--attach needs --address: the replicas are in a cluster that is there")

@@ -17,6 +17,9 @@ DEFAULT = ""
 
 HEX_DIGITS = 8  # of a sha256, that may stand for a name
 
+SILENT_SECONDS = 3.0
+"""A replica that has not reported for so long is asked last: it hangs, or is gone and nobody has noticed yet."""
+
 DECAY = 0.9  # of what earlier answers say of a replica's pace, with each answer
 
 BUSY = 0.8
@@ -78,13 +81,14 @@ class State:
 def order(model: str | None, states: Sequence[State]) -> list[str]:
     """The ids of the replicas, the best one for a request first; model None: any model, or none, may be meant.
 
-    Of equal ones the one with fewer models is better, then the one that comes first in the model's own order
-    (rendezvous hashing): routers that know nothing of each other agree.
+    Those that report come before those that do not. Of equal ones the one with fewer models is better, then the one
+    that comes first in the model's own order (rendezvous hashing): routers that know nothing of each other agree.
     """
     size = _size(model, states)
 
-    def cost(state: State) -> tuple[float, int, bytes]:
-        return state.wait + _load(model, size, state), state.models, _draw(model, state.id)
+    def cost(state: State) -> tuple[bool, float, int, bytes]:
+        seconds = state.wait + _load(model, size, state)
+        return state.age > SILENT_SECONDS, seconds, state.models, _draw(model, state.id)
 
     return [state.id for state in sorted(states, key=cost)]
 

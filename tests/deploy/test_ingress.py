@@ -38,14 +38,11 @@ class Fake:
         text = '# HELP vae_x_total X.\n# TYPE vae_x_total counter\nvae_x_total{op="decode"} %d\n'
         return [("one", text % 1), ("two", text % 2)]
 
-    async def ready(self, seconds):
-        return 2 if self.answers else 0
-
 
 @asynccontextmanager
 async def door(fake, **options):
     limits = {"body_bytes": 1000, "buffer_bytes": 2000, **options}
-    app = create_ingress(Replicas(fake.answer, fake.metrics, fake.ready), Door(**limits))
+    app = create_ingress(Replicas(fake.answer, fake.metrics), Door(**limits))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
         yield client
@@ -127,7 +124,7 @@ async def test_the_deadline_holds_over_all_tries_and_each_is_told_what_is_left()
 
 async def test_a_client_that_goes_away_cancels_its_call():
     fake, gone = Fake([None]), asyncio.Event()
-    app = create_ingress(Replicas(fake.answer, fake.metrics, fake.ready), Door(1000, 2000))
+    app = create_ingress(Replicas(fake.answer, fake.metrics), Door(1000, 2000))
     messages = [{"type": "http.request", "body": b"latent"}]
 
     async def receive():
@@ -198,9 +195,16 @@ async def test_metrics_need_a_key_where_they_are_not_public():
         assert (await client.get("/metrics", headers={"Authorization": "Bearer secret"})).status_code == 200
 
 
-async def test_ready_is_red_without_replicas_and_live_is_not():
-    async with door(Fake([])) as client:
+@pytest.mark.parametrize("answers", [[ReplicaDied("killed")], [Answer(503, (), b"{}")], [None]])
+async def test_ready_is_red_where_no_replica_is_and_live_is_not(answers, monkeypatch):
+    monkeypatch.setattr("deploy.ingress.PROBE_SECONDS", 0.05)
+    async with door(Fake(answers)) as client:
         assert (await client.get("/healthz/ready")).status_code == 503
         assert (await client.get("/healthz/live")).status_code == 200
-    async with door(Fake()) as client:
-        assert (await client.get("/readyz")).json() == {"status": "ok", "replicas": 2}
+
+
+async def test_ready_is_what_a_replica_says():
+    fake = Fake()
+    async with door(fake) as client:
+        assert (await client.get("/readyz")).json() == {"status": "ok"}
+    assert fake.calls[0].path == "/healthz/ready"

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from deploy.routing import DEFAULT, Book, Report, Resident, State, order, replicas_wanted
+from deploy.routing import DEFAULT, SILENT_SECONDS, Book, Report, Resident, State, order, replicas_wanted
 
 LOAD = 0.5
 SIZE = 100
@@ -73,6 +73,12 @@ def test_a_report_s_queue_is_worked_off_as_it_ages():
     assert state("1", wait=2.0, age=0.5).wait == 1.5
     assert state("1", wait=2.0, age=3.0).wait == 0
     assert state("1", wait=2.0, age=0.5, pending=1.75).wait == 1.75
+
+
+def test_a_replica_that_reports_no_more_is_the_last_resort():
+    silent = state("1", "a", age=SILENT_SECONDS + 1)
+    assert order("a", [silent, state("2", wait=10.0)]) == ["2", "1"]
+    assert order("a", [silent]) == ["1"]
 
 
 def test_nobody_is_no_choice():
