@@ -17,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test check browser bench bench-gpu comfyui image-test manifests wheel train
+.PHONY: help demo serve test check browser bench bench-gpu comfyui image-test manifests ray wheel train
 
 help:
 	@echo 'make demo       start the server, send a picture through it and back, stop it'
@@ -31,6 +31,7 @@ help:
 	@echo 'make wheel      dist/latentd-*.whl, to install anywhere'
 	@echo 'make image-test builds the container image and serves from it: root, buildah, debootstrap'
 	@echo 'make manifests  deploy/ against the schemas of Kubernetes, and the rules against promtool'
+	@echo 'make ray        replicas on Ray Serve: requests by model, a replica killed (unshare and ip must be there)'
 	@echo 'make train      train the embedded default VAE anew: hours'
 
 # One stamp for each set of packages, inside .venv so that removing it starts over.
@@ -53,6 +54,10 @@ help:
 
 .venv/deploy: .venv/test
 	$(INSTALL) -e '.[deploy]'
+	@touch $@
+
+.venv/ray: .venv/test
+	$(INSTALL) -e '.[ray]'
 	@touch $@
 
 .venv/train: .venv/runtime
@@ -110,6 +115,14 @@ manifests: .venv/deploy
 	@command -v kustomize kubectl >/dev/null || { echo 'manifests: needs kustomize or kubectl'; exit 1; }
 	@command -v promtool >/dev/null || { echo 'manifests: needs promtool, of the package prometheus'; exit 1; }
 	$(BIN)/pytest tests/deploy -n 0 $(ARGS)
+
+# Ray listens on all interfaces, whatever it is told: here it has a network with a loopback and nothing else.
+ALONE := unshare --net --map-root-user sh -c 'ip link set lo up && exec "$$@"' sh
+ray: .venv/ray
+	@for count in 2 4; do \
+		OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 $(ALONE) $(BIN)/python -m benchmarks.scaleout \
+			--replicas $$count --json ray-$$count.json $(ARGS) || exit 1; \
+	done
 
 train: .venv/train
 	$(BIN)/python models/train_latentd_small.py $(ARGS)

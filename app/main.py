@@ -96,14 +96,23 @@ def _keys(name: str, given: frozenset[str], file: Path | None) -> Keys:
         raise InvalidSetting(f"{name}_file: {shown(file or '')}: {reason(error)}") from error
 
 
+def keys_of(settings: Settings) -> tuple[Keys, Keys]:
+    """The API keys, and the admin keys. Raises InvalidSetting."""
+    return (
+        _keys("api_keys", settings.keys, settings.api_keys_file),
+        _keys("admin_key", settings.admin_keys, settings.admin_key_file),
+    )
+
+
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The ASGI app; `uvicorn --factory app.main:create_app` works too."""
     settings = settings or Settings()
     engine = build_engine(settings, CollectorRegistry())
-    room = Room(settings.buffer_bytes or min(BUFFER_BYTES, host_memory() // BUFFER_SHARE))
+    room = Room(buffer_bytes(settings))
     codecs = Codecs(room, os.cpu_count() or 1)
     sketches, previews = Codecs(room, 1), Previews(engine, photographs)
     uploads = Uploads(settings.models, settings.max_upload_bytes)
+    api_keys, admin_keys = keys_of(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -140,8 +149,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         uploads=uploads,
         previews=previews,
         sketches=sketches,
-        api_keys=_keys("api_keys", settings.keys, settings.api_keys_file),
-        admin_keys=_keys("admin_key", settings.admin_keys, settings.admin_key_file),
+        api_keys=api_keys,
+        admin_keys=admin_keys,
         metrics_public=settings.metrics_public,
     )
     latents = (routes.router, remote.router, compare.router)
@@ -155,6 +164,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 BUFFER_BYTES, BUFFER_SHARE = 2 << 30, 6
 """The default of that setting; where the host has little memory, what tensors may take of it over this."""
+
+
+def buffer_bytes(settings: Settings) -> int:
+    """What bodies, pictures at work and answers may take together."""
+    return settings.buffer_bytes or min(BUFFER_BYTES, host_memory() // BUFFER_SHARE)
+
 
 LOG_AGAIN_SECONDS = 60.0
 

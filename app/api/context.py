@@ -83,13 +83,17 @@ BEARER = HTTPBearer(auto_error=False, description="An API key; as the password o
 
 async def require_key(request: Request, shared: Shared) -> None:
     """Lets a request pass that brings an API key or the admin key, or any request where no API keys are set."""
-    keys = await shared.api_keys.current()
-    if not keys:
+    check_key(request, await shared.api_keys.current(), await shared.admin_keys.current())
+
+
+def check_key(request: Request, api_keys: frozenset[str], admin_keys: frozenset[str]) -> None:
+    """As `require_key`. Raises Unauthorized and Forbidden."""
+    if not api_keys:
         return
     given = _given(request)
     if given is None:
         raise Unauthorized("a key is needed: Authorization: Bearer KEY, or KEY as the password of Basic")
-    if not _any(given, keys | await shared.admin_keys.current()):
+    if not _any(given, api_keys | admin_keys):
         raise Forbidden("this key is not known")
 
 

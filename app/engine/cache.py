@@ -60,6 +60,11 @@ class ModelCache:
         return self._memory.free(self.nbytes) - self._promised
 
     @property
+    def room(self) -> int:
+        """Bytes that further weights may take without an eviction."""
+        return max(0, min(self.free, self._limit - self.nbytes - self._promised))
+
+    @property
     def evictable(self) -> int:
         """Bytes of weights that nobody uses or has pinned."""
         return sum(resident.nbytes for resident in self._residents.values() if self._idle(resident))

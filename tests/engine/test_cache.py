@@ -103,6 +103,19 @@ async def test_the_byte_limit_holds_even_where_the_device_has_more():
     assert names(cache) == ["b"]
 
 
+async def test_room_is_what_may_come_without_an_eviction():
+    cache, _ = cache_of(Loader(), 10 * BYTES, limit=2 * BYTES)
+    assert cache.room == 2 * BYTES
+    await use(cache, A)
+    assert cache.room == BYTES
+    for each in (B, C):
+        await use(cache, each)
+    assert cache.room == 0
+    wide, _ = cache_of(Loader(), 2 * BYTES, limit=10 * BYTES)  # the device has less than the limit
+    await use(wide, A)
+    assert wide.room == BYTES
+
+
 async def test_memory_reserved_for_a_running_batch_is_not_free():
     cache, _ = cache_of(Loader(), 3 * BYTES)
     with pytest.raises(OutOfMemory):

@@ -1,0 +1,358 @@
+"""Several replicas on Ray Serve, on loopback: six models in bursts, by three ways of routing, and a replica killed.
+
+`python -m benchmarks.scaleout --replicas 2` (`make ray` runs it with 2 and 4, in a network namespace: Ray listens on
+all interfaces). Each way of routing has replicas of its own; ours, Ray's round robin and Ray's power of two choices
+take turns. Then a replica of ours dies in the middle of a round, and every request must have its answer all the same.
+The same requests go through `benchmarks.fleet`, with what batches and loads took here. One table, and JSON.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median, quantiles
+from typing import Any
+
+import httpx
+import ray
+from ray import serve
+from ray.serve._private.constants import DEFAULT_REQUEST_ROUTER_PATH
+from ray.serve.experimental.round_robin_router import RoundRobinRouter
+from ray.serve.request_router import RequestRouter
+
+from app.settings import Settings
+from app.store.checkpoint import Checkpoint
+from benchmarks.calls import latent, npy
+from benchmarks.doors import listening
+from benchmarks.fleet import POLICIES, REPORT_SECONDS, Ask, Costs, Fleet, Outcome, Policy, bursts
+from deploy.ingress import ReplicaDied, Replicas, create_ingress
+from deploy.ray_serve import Replica, ResidentRouter, application, door_of, replicas_of, start_ray
+from deploy.replica import Answer, Call
+from tests.store.weights import state_of, write
+
+MODELS = {name: 1 / (index + 1) for index, name in enumerate("abcdef")}
+"""Six, each asked for less than the one before: Zipf's law."""
+
+SIDE = 32
+WIDTHS = {"encoder_widths": (384,) * 4, "decoder_widths": (64,) * 4}
+"""A decode takes tens of ms of a core; the half that it does not use makes a load several times as long, as usual."""
+
+RESIDENT = {2: 3, 4: 2}
+"""Models that a replica has room for, by the number of replicas: all six fit, and no replica holds them all."""
+
+ROUTERS: dict[Policy, type[RequestRouter] | str] = {
+    "resident": ResidentRouter,
+    "round robin": RoundRobinRouter,
+    "two choices": DEFAULT_REQUEST_ROUTER_PATH,
+}
+
+
+class Watched(Replica):
+    """A replica that can be told to begin anew, and killed."""
+
+    async def warm(self, body: bytes) -> None:
+        """Lets torch set itself up, and forgets the model."""
+        model = next(iter(MODELS))
+        await self.answer(Call("POST", "/decode", b"model=" + model.encode(), [], body, model))
+        await self.empty()
+
+    async def empty(self) -> None:
+        """Evicts everything."""
+        engine = self._service.engine
+        for entry in engine.store.entries():
+            assert isinstance(entry, Checkpoint)
+            engine.unload(entry)
+
+    async def process(self) -> tuple[int, int]:
+        """Its process, and how many requests it has."""
+        return os.getpid(), self._service.engine.open_requests
+
+
+@dataclass(frozen=True)
+class Done:
+    """One request as its client saw it."""
+
+    model: str
+    status: int
+    sent: float  # since the round began
+    seconds: float
+    replica: str = ""
+    stages: dict[str, float] = field(default_factory=dict)  # seconds
+
+
+@dataclass
+class Round:
+    """The requests of one trace, and how often a replica died under one."""
+
+    done: list[Done] = field(default_factory=list)
+    died: int = 0
+
+
+def batches(done: Sequence[Done]) -> list[tuple[int, float]]:
+    """(items, seconds of compute) of each batch: its requests were told the same time by the same replica."""
+    sizes = Counter((each.replica, each.model, each.stages["compute"]) for each in done if each.status == 200)
+    return [(size, key[2]) for key, size in sizes.items()]
+
+
+def loads(done: Sequence[Done]) -> dict[str, list[float]]:
+    """Seconds of each load, by model: requests that waited for the same one were told the same time."""
+    found: dict[str, set[tuple[str, float]]] = defaultdict(set)
+    for each in done:
+        if each.status == 200 and each.stages["load"] > 0:
+            found[each.model].add((each.replica, each.stages["load"]))
+    return {model: [seconds for _, seconds in found[model]] for model in sorted(found)}
+
+
+def outcome(done: Sequence[Done]) -> Outcome:
+    """The same figures as a simulation has."""
+    good = [each for each in done if each.status == 200]
+    return Outcome(
+        [each.seconds for each in good],
+        Counter({model: len(seconds) for model, seconds in loads(good).items()}),
+        Counter(each.replica for each in good),
+        len(batches(good)),
+    )
+
+
+def costs_of(done: Sequence[Done], seed: int) -> Costs:
+    """What was measured, to be drawn from: of a batch a line over its size, times one of the ratios to that line."""
+    rng, measured = random.Random(seed), batches(done)
+    mean = fmean(size for size, _ in measured)
+    seconds = fmean(took for _, took in measured)
+    spread = sum((size - mean) ** 2 for size, _ in measured)
+    slope = sum((size - mean) * (took - seconds) for size, took in measured) / spread if spread else 0.0
+    slope = min(max(slope, 0.0), seconds / mean)
+    fixed = seconds - slope * mean
+    ratios = [took / (fixed + slope * size) for size, took in measured]
+    loaded = [took for found in loads(done).values() for took in found]
+    ways = [
+        each.seconds - sum(each.stages[name] for name in ("queue", "load", "compute"))
+        for each in done
+        if each.status == 200
+    ]
+    return Costs(
+        batch=lambda size: (fixed + slope * size) * rng.choice(ratios),
+        load=lambda: rng.choice(loaded),
+        way=lambda: max(0.0, rng.choice(ways)),
+        expected_load=fmean(loaded),
+        expected_item=fixed + slope,
+    )
+
+
+class Bench:
+    """An application of each way of routing, a door before each, and a client."""
+
+    def __init__(self, http: httpx.AsyncClient, body: bytes) -> None:
+        self.http, self.body = http, body
+        self.handles: dict[Policy, Any] = {}
+        self.urls: dict[Policy, str] = {}
+        self.deaths: Counter[Policy] = Counter()
+
+    async def round(self, policy: Policy, asks: Sequence[Ask], kill_at: float | None = None) -> Round:
+        """Sends the trace, each request at its time, however the others fare; at `kill_at` a replica is killed."""
+        began, died = time.monotonic(), self.deaths[policy]
+        work = [asyncio.ensure_future(self._ask(policy, ask, began)) for ask in asks]
+        if kill_at is not None:
+            await asyncio.sleep(kill_at)
+            await self._kill(policy)
+        return Round(list(await asyncio.gather(*work)), self.deaths[policy] - died)
+
+    async def _ask(self, policy: Policy, ask: Ask, began: float) -> Done:
+        await asyncio.sleep(max(0.0, began + ask.at - time.monotonic()))
+        sent = time.monotonic()
+        answer = await self.http.post(f"{self.urls[policy]}/decode", params={"model": ask.model}, content=self.body)
+        seconds = time.monotonic() - sent
+        timing = answer.headers.get("server-timing", "")
+        stages = {name: float(ms) / 1000 for name, ms in re.findall(r"(\w+);dur=([\d.]+)", timing)}
+        return Done(ask.model, answer.status_code, sent - began, seconds, answer.headers.get("x-replica", ""), stages)
+
+    async def _kill(self, policy: Policy) -> None:
+        """SIGKILL to the replica that has most to do."""
+        found = await self.handles[policy].broadcast("process").results_async(timeout_s=30)
+        busiest = max(found, key=lambda each: each[1])
+        os.kill(busiest[0], signal.SIGKILL)
+
+    def counting(self, policy: Policy, replicas: Replicas) -> Replicas:
+        """The same, counting the tries that a replica's death ended."""
+
+        async def answer(call: Call) -> Answer:
+            try:
+                return await replicas.answer(call)
+            except ReplicaDied:
+                self.deaths[policy] += 1
+                raise
+
+        return Replicas(answer, replicas.metrics)
+
+
+@asynccontextmanager
+async def door(bench: Bench, policy: Policy, settings: Settings) -> AsyncIterator[None]:
+    """Serves one application's door."""
+    app = create_ingress(bench.counting(policy, replicas_of(bench.handles[policy])), door_of(settings))
+    async with listening(app) as bench.urls[policy]:
+        yield
+
+
+async def measure(bench: Bench, rounds: int, seconds: float, rate: float) -> dict[Policy, list[Round]]:
+    """Rounds in turns, each from empty replicas; last the one in which a replica of ours is killed."""
+    found: dict[Policy, list[Round]] = defaultdict(list)
+    for policy in POLICIES:
+        await bench.handles[policy].broadcast("warm", bench.body).results_async()
+    for index in range(rounds):
+        asks = bursts(seconds, rate, MODELS, seed=index)
+        for policy in POLICIES[index % len(POLICIES) :] + POLICIES[: index % len(POLICIES)]:
+            await bench.handles[policy].broadcast("empty").results_async()
+            await asyncio.sleep(4 * REPORT_SECONDS)  # until the routers know
+            found[policy].append(await bench.round(policy, asks))
+    asks = bursts(seconds, rate, MODELS, seed=rounds)
+    found["killed"].append(await bench.round("resident", asks, kill_at=seconds / 2))
+    return found
+
+
+def simulated(policy: Policy, real: Sequence[Round], count: int, seconds: float, rate: float) -> Outcome:
+    """The same traces through as many replicas that are none."""
+    costs = costs_of([each for one in real for each in one.done], seed=0)
+    outcomes = [
+        Fleet(count, RESIDENT[count], costs, policy, seed=index).run(bursts(seconds, rate, MODELS, seed=index))
+        for index in range(len(real))
+    ]
+    return Outcome(
+        [each for one in outcomes for each in one.seconds],
+        sum((one.loads for one in outcomes), Counter()),
+        sum((one.requests for one in outcomes), Counter()),
+        sum(one.batches for one in outcomes),
+    )
+
+
+def took_ms(real: Sequence[Round]) -> dict[str, float]:
+    """Means, in milliseconds, of what a request went through."""
+    done = [each for one in real for each in one.done if each.status == 200]
+    stages = {name: [each.stages[name] for each in done] for name in ("queue", "load", "compute")}
+    stages["batch of one"] = [took for size, took in batches(done) if size == 1]
+    stages["a load"] = [took for found in loads(done).values() for took in found]
+    stages["else"] = [each.seconds - sum(each.stages[name] for name in ("queue", "load", "compute")) for each in done]
+    return {name: round(fmean(seconds) * 1000, 1) for name, seconds in stages.items() if seconds}
+
+
+def row(name: str, found: Outcome) -> dict[str, Any]:
+    """The figures of one line of the table."""
+    return {
+        "name": name,
+        "requests": len(found.seconds),
+        "p50_ms": round(found.p50 * 1000, 1),
+        "p95_ms": round(found.p95 * 1000, 1),
+        "mean_ms": round(found.mean * 1000, 1),
+        "batches": found.batches,
+        "loads": sum(found.loads.values()),
+        "loads_by_model": dict(sorted(found.loads.items())),
+        "requests_by_replica": sorted(found.requests.values(), reverse=True),
+    }
+
+
+def summary(found: dict[Policy, list[Round]], count: int, seconds: float, rate: float) -> dict[str, Any]:
+    """All of it as JSON has it."""
+    rows = []
+    for policy in POLICIES:
+        real = found[policy]
+        every = outcome([each for one in real for each in one.done])
+        rows.append(
+            {"real": row(policy, every), "simulated": row(policy, simulated(policy, real, count, seconds, rate))}
+        )
+    [killed] = found["killed"]
+    took = [each.seconds for each in killed.done]
+    return {
+        "replicas": count,
+        "models": len(MODELS),
+        "resident": RESIDENT[count],
+        "rate": rate,
+        "routing": rows,
+        "killed": {
+            "requests": len(killed.done),
+            "statuses": dict(Counter(each.status for each in killed.done)),
+            "tried_again": killed.died,
+            "p50_ms": round(median(took) * 1000, 1),
+            "p95_ms": round(quantiles(took, n=20)[-1] * 1000, 1),
+        },
+    }
+
+
+def lines(told: dict[str, Any]) -> list[str]:
+    """The table."""
+    head = f"{'':24} requests   p50 ms   p95 ms  mean ms  batches  loads  by model        requests by replica"
+    text = [f"{told['replicas']} replicas, {told['models']} models, room for {told['resident']} each", head]
+    for pair in told["routing"]:
+        for kind in ("real", "simulated"):
+            one = pair[kind]
+            name = one["name"] if kind == "real" else "  simulated"
+            by_model = " ".join(str(one["loads_by_model"].get(model, 0)) for model in MODELS)
+            figures = f"{one['requests']:8} {one['p50_ms']:8} {one['p95_ms']:8} {one['mean_ms']:8} {one['batches']:8}"
+            text.append(f"{name:24} {figures} {one['loads']:6}  {by_model:15} {one['requests_by_replica']}")
+    killed = told["killed"]
+    text.append(
+        f"a replica killed: {killed['requests']} requests, statuses {killed['statuses']}, "
+        f"{killed['tried_again']} tried again, p50 {killed['p50_ms']} ms, p95 {killed['p95_ms']} ms"
+    )
+    return text
+
+
+async def run(args: argparse.Namespace, models: Path) -> dict[str, Any]:
+    """Everything but Ray's start and end."""
+    size = (models / "a.safetensors").stat().st_size
+    settings = Settings(
+        models=(models,), device="cpu", cache_bytes=round(size * (RESIDENT[args.replicas] + 0.5)), buffer_bytes=64 << 20
+    )
+    rng = random.Random(0)
+    limits = httpx.Limits(max_connections=1000)
+    async with httpx.AsyncClient(timeout=120, limits=limits, trust_env=False) as http:
+        bench = Bench(http, npy(latent(rng, SIDE)))
+        async with AsyncExitStack() as doors:
+            for policy in POLICIES:
+                app = application(
+                    settings, (args.replicas, args.replicas), cpus=1, replica=Watched, router=ROUTERS[policy]
+                )
+                bench.handles[policy] = await asyncio.to_thread(
+                    serve.run, app, name=policy.replace(" ", "-"), route_prefix=None
+                )
+                await doors.enter_async_context(door(bench, policy, settings))
+            found = await measure(bench, args.rounds, args.seconds, args.rate)
+    return summary(found, args.replicas, args.seconds, args.rate)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--replicas", type=int, choices=sorted(RESIDENT), default=2)
+    parser.add_argument("--rounds", type=int, default=3, help="of each way of routing; default %(default)s")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of a round; default %(default)s")
+    parser.add_argument("--rate", type=float, default=6.0, help="requests a second; default %(default)s")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:
+        for seed, name in enumerate(MODELS):
+            write(Path(folder) / "models" / f"{name}.safetensors", state_of("sd1", seed, **WIDTHS))
+        start_ray(cpus=len(POLICIES) * args.replicas + 1, gpus=0, store_bytes=100 << 20, logs=False)
+        serve.start(proxy_location="Disabled")
+        try:
+            told = asyncio.run(run(args, Path(folder) / "models"))
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+    print("\n".join(lines(told)))
+    if args.json:
+        args.json.write_text(json.dumps(told, indent=2) + "\n")
+    lost = {status: times for status, times in told["killed"]["statuses"].items() if status != 200}
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

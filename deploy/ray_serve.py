@@ -1,0 +1,347 @@
+"""latentd on Ray Serve: a replica for each GPU, or share of the CPU, with the whole service in it, and one door.
+
+`python -m deploy.ray_serve --replicas 2 --port 8000`, with every setting as a LATENTD_* variable. Ray places replicas,
+restarts them, drains them before they go, and says how many there are; queue, batches, cache and admission stay the
+engine's. Needs the extra `latentd[ray]`. docs/scaling.md has the rest.
+"""
+
+import argparse
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, replace
+from functools import partial
+from math import ceil
+from types import FrameType
+from typing import Any
+
+import ray
+import uvicorn
+from ray import serve
+from ray.exceptions import ObjectLostError, RayActorError
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
+from ray.serve.schema import LoggingConfig
+
+from app.api.door.connection import Connection, connections_for
+from app.engine.engine import LOAD_SECONDS
+from app.engine.memory import host_memory
+from app.errors import Overloaded
+from app.main import CLOSING_SECONDS, buffer_bytes, configure_logging, keys_of
+from app.settings import Settings, check_folders
+from deploy.ingress import Door, ReplicaDied, Replicas, create_ingress
+from deploy.replica import Answer, Call, Service
+from deploy.routing import Book, Report, Resident, order, replicas_wanted
+
+NAME = "latentd"
+
+REPORT_SECONDS = 0.25
+"""Between two reports of a replica. Each is a call of Ray's one controller, which some hundreds a second keep busy."""
+
+HEALTH_SECONDS = 5.0
+
+MOST_ONGOING = 1 << 20
+"""Requests that a replica may have: never the limit. The engine's own queue refuses, with its own Retry-After."""
+
+WAITING = 1000
+"""Requests that a door may hold while there is no replica at all."""
+
+QUEUED_SECONDS = 5.0
+"""Of work that should wait before a replica at most: autoscaling's aim."""
+
+UNKNOWN = Report(0, (), room=1 << 62, wait=0.0, load=LOAD_SECONDS)
+"""A replica that has just come."""
+
+
+class Replica:
+    """The service, as Ray runs it."""
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
+        configure_logging(settings.log_format)
+        self._stack = AsyncExitStack()
+        self._service = await self._stack.enter_async_context(Service(settings))
+        self._id = serve.get_replica_context().replica_id.unique_id
+
+    async def answer(self, call: Call) -> Answer:
+        """Serves one request, and says who did."""
+        answer = await self._service.answer(call)
+        return replace(answer, headers=[*answer.headers, (b"x-replica", self._id.encode())])
+
+    async def metrics(self) -> tuple[str, str]:
+        """Its id and its metrics."""
+        return self._id, self._service.metrics()
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Its report, in plain values: they pass through processes that know nothing of us."""
+        return asdict(self._service.report())
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What is queued here, and whether anything is being done."""
+        wait = self._service.report().wait
+        return {"queued_seconds": wait, "busy": float(self._service.engine.open_requests > 0)}
+
+    async def check_health(self) -> None:
+        """Raises where a device is lost or stuck: only a new process helps, and Ray starts one."""
+        if not self._service.engine.alive:
+            raise RuntimeError(f"the device is lost or stuck: {self._service.engine.lost}")
+
+    async def __del__(self) -> None:
+        """Ray has let all requests end before this; the engine's own drain comes after them."""
+        await self._stack.aclose()
+
+
+class ResidentRouter(RequestRouter):
+    """Routes by `deploy.routing`: which replica holds the model, and what is queued before it."""
+
+    def initialize_state(self, **_: Any) -> None:
+        """A book of what this router has sent, and the reports that it has read."""
+        self.book = Book()
+        self._at: dict[str, tuple[ReplicaID, str | None]] = {}  # where requests are by their id, and for which model
+        self._read: dict[str, tuple[dict[str, Any], Report]] = {}
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Each replica a rank of its own, the best first."""
+        model = None if pending_request is None else pending_request.args[0].model
+        now, replicas = time.monotonic(), {each.replica_id.unique_id: each for each in candidate_replicas}
+        self.book.keep(replicas)
+        self._read = {name: self._report(name, each.routing_stats) for name, each in replicas.items()}
+        states = [self.book.state(name, report, now) for name, (_, report) in self._read.items()]
+        ranks = [replicas[name] for name in order(model, states)]
+        if ranks and pending_request is not None:
+            self._note(ranks[0].replica_id, pending_request)
+        return [[replica] for replica in ranks]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
+        """A replica has it: nearly always the first of the ranks."""
+        self._note(replica_id, pending_request)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """It has its end there."""
+        if self._at.get(internal_request_id, (None,))[0] == replica_id:
+            self._end(internal_request_id)
+
+    def _report(self, name: str, told: dict[str, Any]) -> tuple[dict[str, Any], Report]:
+        known = self._read.get(name)
+        return known if known is not None and known[0] is told else (told, report_of(told))
+
+    def _note(self, replica_id: ReplicaID, request: PendingRequest) -> None:
+        request_id, model = request.metadata.internal_request_id, request.args[0].model
+        if self._at.get(request_id, (None,))[0] == replica_id:
+            return
+        self._end(request_id)
+        self._at[request_id] = replica_id, model
+        self.book.sent(replica_id.unique_id, model, time.monotonic())
+        request.future.add_done_callback(partial(self._left, request_id))
+
+    def _left(self, request_id: str, routed: asyncio.Future[Any]) -> None:
+        """Its client may go before it is sent, and then nobody else says that it has ended."""
+        if routed.cancelled():
+            self._end(request_id)
+
+    def _end(self, request_id: str) -> None:
+        if request_id in self._at:
+            replica_id, model = self._at.pop(request_id)
+            name = replica_id.unique_id
+            self.book.ended(name, model, self._read[name][1] if name in self._read else None, time.monotonic())
+
+
+def report_of(told: dict[str, Any]) -> Report:
+    """What a replica told, out of plain values."""
+    return Report(**{**told, "residents": tuple(Resident(**each) for each in told["residents"])}) if told else UNKNOWN
+
+
+def on_queued_seconds(context: AutoscalingContext, seconds: float) -> tuple[int, dict[str, Any]]:
+    """Ray's autoscaling policy: as many replicas as what they told over the last while needs. Ray keeps the bounds."""
+    told = {name: found.values() for name, found in context.aggregated_metrics.items()}
+    wanted = replicas_wanted(told.get("queued_seconds", ()), told.get("busy", ()), seconds)
+    return max(wanted, int(context.total_queued_requests > 0)), {}
+
+
+def application(
+    settings: Settings,
+    replicas: tuple[int, int],
+    *,
+    gpus: float = 0,
+    cpus: float = 1,
+    queued_seconds: float = QUEUED_SECONDS,
+    replica: type[Replica] = Replica,
+    router: type[RequestRouter] | str = ResidentRouter,
+) -> serve.Application:
+    """The deployment: between `replicas` many, each with so much of a node; started with the fewest."""
+    least, most = replicas
+    scaling: dict[str, Any] = {"num_replicas": least}
+    if least < most:
+        policy = AutoscalingPolicy(policy_function=partial(on_queued_seconds, seconds=queued_seconds))
+        scaling = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=least, max_replicas=most, policy=policy, upscale_delay_s=5, downscale_delay_s=300
+            )
+        }
+    deployment = serve.deployment(
+        replica,
+        name=NAME,
+        **scaling,
+        ray_actor_options={"num_gpus": gpus, "num_cpus": cpus},
+        max_ongoing_requests=MOST_ONGOING,
+        max_queued_requests=WAITING,
+        graceful_shutdown_timeout_s=settings.drain_seconds + CLOSING_SECONDS,
+        graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=HEALTH_SECONDS,
+        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),  # ours has a line for each request
+        request_router_config=RequestRouterConfig(
+            request_router_class=router, request_routing_stats_period_s=REPORT_SECONDS
+        ),
+    )
+    return deployment.bind(settings)
+
+
+def replicas_of(handle: DeploymentHandle[Any]) -> Replicas:
+    """What the door needs of Ray."""
+
+    async def answer(call: Call) -> Answer:
+        response = handle.answer.remote(call)
+        try:
+            found: Answer = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError as error:
+            raise Overloaded(f"too many requests wait for a replica: {error}", retry_after=HEALTH_SECONDS) from error
+        except (RayActorError, ObjectLostError, ReplicaUnavailableError) as error:
+            raise ReplicaDied(str(error).partition("\n")[0]) from error
+        return found
+
+    async def metrics(seconds: float) -> Sequence[tuple[str, str]]:
+        try:
+            told: list[Any] = await handle.broadcast("metrics").results_async(timeout_s=seconds, return_exceptions=True)
+        except TimeoutError:
+            return []
+        return [each for each in told if not isinstance(each, BaseException)]
+
+    return Replicas(answer, metrics)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which does not raise the signal anew at its end: what comes after it ends the replicas."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """No new connections, what was accepted is finished; a second signal ends it at once."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def door_of(settings: Settings) -> Door:
+    """What the settings let in."""
+    api_keys, admin_keys = keys_of(settings)
+    return Door(
+        body_bytes=settings.max_body_bytes,
+        buffer_bytes=buffer_bytes(settings),
+        api_keys=api_keys,
+        admin_keys=admin_keys,
+        metrics_public=settings.metrics_public,
+    )
+
+
+def shared_host(settings: Settings, replicas: int) -> Settings:
+    """The settings of one of several CPU replicas of a host: an equal part of what one alone would take."""
+    limit = settings.memory_limit_bytes or host_memory()
+    part = {"memory_limit_bytes": limit // replicas, "buffer_bytes": buffer_bytes(settings) // replicas}
+    return settings.model_copy(update=part)
+
+
+def serve_door(handle: DeploymentHandle[Any], settings: Settings, host: str, port: int) -> int:
+    """Serves the door until a signal; the exit status."""
+    config = uvicorn.Config(
+        create_ingress(replicas_of(handle), door_of(settings)),
+        host=host,
+        port=port,
+        http=partial(Connection, connections_for(settings.max_connections)),  # type: ignore[arg-type]  # called, and never looked into
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=round(settings.drain_seconds) + CLOSING_SECONDS,
+        timeout_keep_alive=30,
+    )
+    server = Server(config)
+    server.run()
+    return 0 if server.started else 1
+
+
+def start_ray(cpus: int, gpus: int | None, store_bytes: int, *, logs: bool = True, proxy: int | None = None) -> None:
+    """A cluster of this process's own, which ends with it; without Ray's HTTP proxy, unless it is given a port.
+
+    `logs`: what replicas log comes to this process's stderr too.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a service does not tell others that it runs
+    ray.init(
+        num_cpus=cpus,
+        num_gpus=gpus,
+        include_dashboard=False,
+        object_store_memory=store_bytes,
+        log_to_driver=logs,
+        logging_level="WARNING",
+    )
+    if proxy is not None:
+        serve.start(http_options={"host": "127.0.0.1", "port": proxy})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.ray_serve", description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address of the door; default %(default)s")
+    parser.add_argument("--port", type=int, default=8000, help="default %(default)s")
+    parser.add_argument("--replicas", type=_replicas, default=(1, 1), metavar="N|N-M", help="N-M: as many as it needs")
+    parser.add_argument("--gpus", type=float, default=0, help="of each replica; default %(default)s: on CPUs")
+    parser.add_argument("--cpus", type=float, default=1, help="of each replica, as many threads; default %(default)s")
+    parser.add_argument("--address", help="a Ray cluster that is there, `auto`: the one of this host; default: our own")
+    parser.add_argument("--attach", action="store_true", help="another door before replicas that are there")
+    parser.add_argument("--queued-seconds", type=float, default=QUEUED_SECONDS, help="aim of N-M; default %(default)s")
+    parser.add_argument(
+        "--store-mib",
+        type=int,
+        default=1024,
+        help="shared memory of our own cluster: bodies and answers on their way",
+    )
+    args = parser.parse_args(argv)
+    if args.attach and not args.address:
+        parser.error("--attach needs --address: the replicas are in a cluster that is there")
+    try:
+        settings = Settings()
+        check_folders(settings)
+    except ValueError as error:  # pydantic's and ours
+        parser.error(str(error))
+    configure_logging(settings.log_format)
+    if args.address:
+        ray.init(address=args.address, log_to_driver=False)
+    else:  # CPUs are a matter of book-keeping here: as many as are asked for
+        start_ray(ceil(args.replicas[1] * args.cpus) + 1, None, args.store_mib << 20)
+    serve.start(proxy_location="Disabled")
+    if args.attach:
+        handle = serve.get_app_handle(NAME)
+    else:
+        each = settings if args.gpus else shared_host(settings, args.replicas[1])
+        app = application(each, args.replicas, gpus=args.gpus, cpus=args.cpus, queued_seconds=args.queued_seconds)
+        handle = serve.run(app, name=NAME, route_prefix=None)
+    try:
+        return serve_door(handle, settings, args.host, args.port)
+    finally:
+        if not args.address:
+            serve.shutdown()
+        ray.shutdown()
+
+
+def _replicas(text: str) -> tuple[int, int]:
+    least, _, most = text.partition("-")
+    if not least.isdecimal() or not (most or least).isdecimal() or not 1 <= int(least) <= int(most or least):
+        raise argparse.ArgumentTypeError(f"expected a number of replicas, or the fewest and the most, 1-8, not {text}")
+    return int(least), int(most or least)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
