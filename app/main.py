@@ -22,13 +22,14 @@ from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable
 
 from app import __version__, startup
 from app.allocator import Heap
-from app.api import compare, docs, errors, health, models, openapi, page, remote, routes, storing
+from app.api import compare, docs, errors, health, models, openapi, page, remote, routes, storing, streaming
 from app.api.context import Context, Limits
 from app.api.door.access import Access
 from app.api.door.bounds import Bounds
 from app.api.door.connection import Connection, connections_for
 from app.api.door.room import Codecs, Room
 from app.api.keys import Keys
+from app.api.streams import Streams
 from app.api.uploads import Uploads
 from app.engine.batcher import QueueLimits
 from app.engine.engine import Engine, EngineOptions
@@ -148,12 +149,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         codecs=codecs,
         uploads=uploads,
         previews=previews,
+        streams=Streams(),
         sketches=sketches,
         api_keys=api_keys,
         admin_keys=admin_keys,
         metrics_public=settings.metrics_public,
     )
-    latents = (routes.router, remote.router, compare.router)
+    latents = (routes.router, streaming.router, remote.router, compare.router)
     for router in (*latents, models.admin, storing.router, models.router, health.router, docs.router, page.router):
         app.include_router(router)
     errors.install(app)
@@ -177,9 +179,10 @@ LOG_AGAIN_SECONDS = 60.0
 class Server(uvicorn.Server):
     """uvicorn, which turns readiness red at the signal and stops by itself when a device is lost."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, streams: Streams, drain_seconds: float) -> None:
         super().__init__(config)
         self.engine = engine
+        self.streams = streams
         self.drain_seconds = drain_seconds
         self._interrupts = 0  # once the end has begun
         self._hurry = asyncio.Event()
@@ -221,6 +224,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends what was accepted: with its answer, or with a 503 after `drain_seconds`."""
+        self.streams.end()
         ending = [asyncio.ensure_future(work) for work in (self.engine.drain(self.drain_seconds), self._hurried())]
         await super().shutdown(sockets)
         for work in ending:
@@ -233,6 +237,7 @@ class Server(uvicorn.Server):
 
 def server_of(app: FastAPI, settings: Settings, host: str, port: int) -> Server:
     """The app behind uvicorn, which is not started."""
+    context: Context = app.state.context
     config = uvicorn.Config(
         app,
         host=host,
@@ -244,7 +249,7 @@ def server_of(app: FastAPI, settings: Settings, host: str, port: int) -> Server:
         timeout_graceful_shutdown=round(settings.drain_seconds) + CLOSING_SECONDS,
         timeout_keep_alive=30,
     )
-    return Server(config, app.state.context.engine, settings.drain_seconds)
+    return Server(config, context.engine, context.streams, settings.drain_seconds)
 
 
 def serve(settings: Settings, host: str, port: int) -> int:
