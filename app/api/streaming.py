@@ -92,8 +92,10 @@ class _Pictures(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await self._write(send, f"--{self._boundary}\r\n".encode())
             async for picture in stream.pictures():
-                # The boundary after it goes with it: browsers show a part once they have seen its end.
-                await self._write(send, _part(picture) + f"\r\n--{self._boundary}\r\n".encode())
+                part = _part(picture) + f"\r\n--{self._boundary}\r\n".encode()
+                await self._write(send, part)
+                if not stream.waits:  # Chromium shows a part once the headers of the next one are there
+                    await self._write(send, part)
             await send({"type": "http.response.body", "body": b""})
 
     async def _write(self, send: Send, body: bytes) -> None:

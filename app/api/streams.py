@@ -50,6 +50,11 @@ class Stream:
         lost, self._lost = self._lost, None
         return lost
 
+    @property
+    def waits(self) -> bool:
+        """Whether a latent does."""
+        return self._waiting is not None
+
     def end(self) -> None:
         """After the picture that is being made."""
         self._over = True
