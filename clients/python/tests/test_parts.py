@@ -12,10 +12,8 @@ def answer(kind=f'{MIXED}; boundary="b"', status=200, **more):
 
 
 def part(content, request_id):
-    head = (
-        f"Content-Type: image/webp\r\nContent-Length: {len(content)}\r\nX-Preview: linear\r\nX-Request-Id: {request_id}"
-    )
-    return head.encode() + b"\r\n\r\n" + content + b"\r\n--b\r\n"
+    head = f"Content-Type: image/webp\r\nContent-Length: {len(content)}\r\nX-Preview: linear\r\n"
+    return f"{head}X-Request-Id: {request_id}\r\n\r\n".encode() + content + b"\r\n--b\r\n"
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])

@@ -235,8 +235,9 @@ def error_of(response: httpx.Response, media: frozenset[str]) -> LatentdError | 
     except ValueError:
         problem = None
     if not isinstance(problem, dict):
+        expected = " or ".join(sorted(media)) or "no content"
         return UnexpectedAnswer(
-            f"expected {' or '.join(sorted(media)) or 'no content'}, got HTTP {response.status_code} {came or 'of no type'}",
+            f"expected {expected}, got HTTP {response.status_code} {came or 'of no type'}",
             status=response.status_code,
             retryable=response.status_code in (429, 502, 503, 504),  # what a proxy says of a service that restarts
             retry_after=retry_after,
