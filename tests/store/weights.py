@@ -17,7 +17,7 @@ from app.vae.autoencoder_hunyuan import HunyuanConfig
 from app.vae.autoencoder_kl import KLConfig
 from app.vae.autoencoder_tiny import TinyConfig, TinyLayer
 from app.vae.autoencoder_wan import WanConfig
-from app.vae.autoencoder_wan22 import QwenImage21Config, Wan22Config
+from app.vae.autoencoder_wan22 import PATCHED, QwenImage21Config, Wan22Config, patched_picture_tensors
 from app.vae.families import FAMILIES
 from app.weights.parts import whole_of
 
@@ -136,9 +136,13 @@ def canonical(state: Mapping[str, Tensor]) -> State:
 
 
 def _of_clips(state: Mapping[str, Tensor]) -> State:
-    """Kernels of three taps, and layers between frames; of Wan 2.2 with the channels of patches in our order."""
+    """Kernels of three taps, and layers between frames; of Wan 2.2 the channels of patches in the publisher's order."""
     found: State = {}
     flat = "encoder.downsamples.4.downsamples.0.residual.2.weight" in state  # Qwen-Image 2.1
+    if not flat and "encoder.downsamples.0.downsamples.0.residual.2.weight" in state:
+        state = {name: turned for name in PATCHED for _, turned in patched_picture_tensors(name, state[name])} | {
+            name: value for name, value in state.items() if name not in PATCHED
+        }
     for name, value in state.items():
         stem, _, kind = name.rpartition(".")
         if ".middle.1." in name:
