@@ -1,11 +1,14 @@
 """The composition root: reads Settings, builds the engine and the app, and serves. Nothing else reads Settings."""
 
+import asyncio
+import logging
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from fastapi import FastAPI
@@ -35,6 +38,11 @@ from app.store.store import ModelStore
 from app.text import reason, shown
 from app.vae.families import FAMILIES
 from app.wire.photographs import photographs
+
+if TYPE_CHECKING:
+    from app.traces import Spans
+
+log = logging.getLogger("app.main")
 
 DEVICE_LOST_STATUS = 70  # EX_SOFTWARE: a supervisor starts a fresh process with a fresh context
 
@@ -102,6 +110,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     sketches, previews = Codecs(room, 1), Previews(engine, photographs)
     uploads = Uploads(settings.models, settings.max_upload_bytes)
     api_keys, admin_keys = keys_of(settings)
+    spans = _spans(os.environ)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -115,6 +124,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         await codecs.close()
         await sketches.close()
         await uploads.close()
+        if spans is not None:
+            await asyncio.to_thread(spans.close)
 
     app = openapi.Documented(
         title="latentd",
@@ -150,10 +161,25 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(Bounds, room=room)
     if settings.origins:
         app.add_middleware(CORSMiddleware, settings.origins, METHODS, ASKED, expose_headers=TOLD)
-    app.add_middleware(Access, metrics=engine.metrics)
+    app.add_middleware(Access, metrics=engine.metrics, trace=spans.make if spans else None)
     if settings.root_path:
         app.add_middleware(Prefix, prefix=settings.root_path)
     return app
+
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+
+
+def _spans(environ: Mapping[str, str]) -> "Spans | None":
+    """What makes and sends spans, where OpenTelemetry's own variables say to where; it is not imported otherwise."""
+    if not any(environ.get(name) for name in ENDPOINTS):
+        return None
+    try:
+        from app.traces import exporting
+    except ModuleNotFoundError as error:
+        log.warning("no spans are sent: %s is not installed; pip install 'latentd[otel]'", error.name)
+        return None
+    return exporting()
 
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
@@ -172,8 +198,8 @@ def buffer_bytes(settings: Settings) -> int:
 
 def serve(settings: Settings, at: Listening) -> int:
     """Runs the service until a signal; the exit status. Raises InvalidSetting."""
-    app = create_app(settings)
     configure_logging(settings.log_format)
+    app = create_app(settings)
     context: Context = app.state.context
     server = server_of(app, settings, at)
     with sockets(at) as given, suppress(SystemExit):  # how uvicorn says that it could not start; the log has the reason
