@@ -48,7 +48,7 @@ async def preview(
     if others := query.model_fields_set - OWN:
         raise InvalidParameter(f"{', '.join(sorted(others))}: a preview has {', '.join(sorted(OWN))} alone")
     request.state.op = "preview"
-    clock = Clock("preview", shared.metrics)
+    clock = Clock("preview", shared.metrics, request.state.stages)
     with shared.previews.entered():
         body = await read_body(request, shared.limits.body_bytes)
         with clock.stage("read"):
