@@ -234,7 +234,7 @@ def test_of_several_paintings_the_last_one_counts(visit):
 
 def test_a_slow_decode_of_what_was_painted_is_preceded_by_a_preview(visit):
     page, held = visit.page, []
-    painted: list[None] = []
+    painted: list[bool] = []
     visit.open("#model=latentd-small")
     # The first decode says that it was slow, later ones are held, and the preview's map is there already.
     timing = {"Server-Timing": "compute;dur=900"}
