@@ -67,7 +67,7 @@ async def asked(
 ) -> Asked:
     """What the request wants, its latent read; refused now where it cannot be. It entered `shared.previews` before."""
     request.state.op = "preview"
-    clock = Clock("preview", shared.metrics)
+    clock = Clock("preview", shared.metrics, request.state.stages)
     body = await read_body(request, shared.limits.body_bytes)
     with clock.stage("read"):
         header = await shared.sketches.run(len(body), lambda: latent_shape(body))

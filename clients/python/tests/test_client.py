@@ -292,6 +292,23 @@ def test_batches_come_in_order_and_tell_how_far_they_are(do, address):
     assert do(address, "encode_many", []) == []
 
 
+def test_how_far_it_is_is_told_before_a_result_is_handed_over(address):
+    """Who zips a batch with its names never asks for more after the last."""
+    seen: list[tuple[int, int | None]] = []
+    items = [pixels(16, 16)] * 3
+    with Client(address, progress=lambda *far: seen.append(far)) as client:
+        assert len(list(zip("abc", client.encode_many(items, model="kl"), strict=False))) == 3
+
+    async def awaited() -> None:
+        async with AsyncClient(address, progress=lambda *far: seen.append(far)) as client:
+            async with aclosing(client.encode_many(items, model="kl")) as batch:
+                for _ in items:
+                    await anext(batch)
+
+    asyncio.run(awaited())
+    assert seen == [(1, 3), (2, 3), (3, 3)] * 2
+
+
 def test_a_batch_ends_with_its_first_failure_and_begins_nothing_more(do, address):
     begun: list[int] = []
 

@@ -111,14 +111,18 @@ class AsyncClient(Shell):
         waiting: deque[asyncio.Future[T]] = deque()
         try:
             with counting(self.progress, items) as advance:
+
+                async def first() -> T:
+                    result = await waiting.popleft()
+                    advance()  # before the caller has it: one that zips does not come back for more
+                    return result
+
                 for item in items:
                     if len(waiting) >= 2 * self.at_once:  # one that is slow holds up few of the others
-                        yield await waiting.popleft()
-                        advance()
+                        yield await first()
                     waiting.append(asyncio.ensure_future(one(item)))
                 while waiting:
-                    yield await waiting.popleft()
-                    advance()
+                    yield await first()
         finally:
             for task in waiting:
                 task.cancel()

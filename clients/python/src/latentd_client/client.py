@@ -108,14 +108,18 @@ class Client(Shell):
         waiting: deque[Future[T]] = deque()
         try:
             with counting(self.progress, items) as advance:
+
+                def first() -> T:
+                    result = waiting.popleft().result()
+                    advance()  # before the caller has it: one that zips does not come back for more
+                    return result
+
                 for item in items:
                     if len(waiting) >= 2 * self.at_once:  # one that is slow holds up few of the others
-                        yield waiting.popleft().result()
-                        advance()
+                        yield first()
                     waiting.append(pool.submit(one, item))
                 while waiting:
-                    yield waiting.popleft().result()
-                    advance()
+                    yield first()
         finally:
             pool.shutdown(cancel_futures=True)
 
