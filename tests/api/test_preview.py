@@ -27,7 +27,7 @@ def patient(monkeypatch):
 
 async def fitted(service, path, latents=None):
     """The answer, once the map is fitted."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         body = npy(latent() if latents is None else latents)
         while (answer := await service.post(path, content=body)).status_code == 503:
             assert answer.headers["Retry-After"] == "1"
@@ -53,7 +53,7 @@ async def test_a_linear_preview_is_fitted_in_the_background_and_then_small(servi
 
 async def test_the_folder_s_tiny_autoencoder_goes_before_and_its_error_is_measured(service):
     await service.engine.first_scan()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         while True:
             answer = await service.post("/decode?model=kl&preview=true", content=npy(latent()))
             assert picture_of(answer).size == (32, 32)
