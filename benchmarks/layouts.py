@@ -91,13 +91,13 @@ def kept_by_diffusers(theirs: Any, architecture: str, folder: Path) -> Path:
     return folder / "x"
 
 
-USUAL: Mapping[str, Keep] = {
+USUAL: dict[str, Keep] = {
     "the publisher's, `.safetensors`": safetensors,
     "folder of diffusers": kept_by_diffusers,
 }
-WRAPPED: Mapping[str, Keep] = {f"`{prefix}`": partial(safetensors, prefix=prefix) for prefix in PREFIXES}
-PUBLISHED = {"the publisher's, `.pth`": pickled}
-TWO = {"two dimensions": flattened}
+WRAPPED: dict[str, Keep] = {f"`{prefix}`": partial(safetensors, prefix=prefix) for prefix in PREFIXES}
+PUBLISHED: dict[str, Keep] = {"the publisher's, `.pth`": pickled}
+TWO: dict[str, Keep] = {"two dimensions": flattened}
 
 
 @dataclass(frozen=True)

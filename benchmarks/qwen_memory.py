@@ -107,7 +107,7 @@ def forecast(way: str, side: int) -> int:
         tile(theirs.to("meta"), way)
         with CountingMode(theirs.parameters()) as live, torch.inference_mode():
             peer(theirs, "decode", latents.to("meta"))
-        return live.peak
+        return int(live.peak)
     execution, shape = EXECUTIONS[way], tuple(latents.shape)
     if isinstance(execution, Banded):
         return forecast_bytes(execution, ours.decode, shape, torch.float32, torch.device("cpu"))
