@@ -49,6 +49,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 POSITIONS = (5, 7)  # of a latent
 PREFIXES = ("vae.", "first_stage_model.", "model.")
 CPU = torch.device("cpu")
+HEADER = ("", "layout", "stored as", "decode", "encode", "PNG, levels", "there and back")
 SECONDS = 120  # until a file in the folder is listed
 
 
@@ -230,17 +231,9 @@ def main() -> None:
         (models / "VAE").mkdir(parents=True)
         with service(models, Path(temporary, "log"), "cpu") as (client, process):
             wait_until_ready(client, process)
-            found = [row for name in arguments.cases for row in rows(name, client, models)]
-    header = (
-        "",
-        "layout",
-        "stored as",
-        "decode, of the range",
-        "encode, of the range",
-        "PNG, levels",
-        "there and back",
-    )
-    print(table(header, found))
+            print(table(HEADER, ()))
+            for row in (row for name in arguments.cases for row in rows(name, client, models)):
+                print("| " + " | ".join(row) + " |", flush=True)
 
 
 if __name__ == "__main__":
