@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, median, quantiles
+from statistics import median, quantiles
 from typing import Any
 
 import httpx
@@ -35,10 +35,13 @@ from app.settings import Settings
 from app.store.checkpoint import Checkpoint
 from benchmarks.calls import latent, npy
 from benchmarks.doors import listening
-from benchmarks.fleet import POLICIES, REPORT_SECONDS, Ask, Costs, Fleet, Outcome, Policy, bursts
+from benchmarks.fleet import POLICIES, REPORT_SECONDS, Fleet, Policy
+from benchmarks.measured import Done, costs_of, outcome
+from benchmarks.trace import Ask, Outcome, bursts
 from deploy.ingress import ReplicaDied, Replicas, create_ingress
-from deploy.ray_serve import Replica, ResidentRouter, application, door_of, replicas_of, start_ray
+from deploy.ray_serve import Replica, application, door_of, replicas_of, start_ray
 from deploy.replica import Answer, Call
+from deploy.router import ResidentRouter
 from tests.store.weights import state_of, write
 
 MODELS = {name: 1 / (index + 1) for index, name in enumerate("abcdef")}
@@ -79,75 +82,12 @@ class Watched(Replica):
         return os.getpid(), self._service.engine.open_requests
 
 
-@dataclass(frozen=True)
-class Done:
-    """One request as its client saw it."""
-
-    model: str
-    status: int
-    sent: float  # since the round began
-    seconds: float
-    replica: str = ""
-    stages: dict[str, float] = field(default_factory=dict)  # seconds
-
-
 @dataclass
 class Round:
     """The requests of one trace, and how often a replica died under one."""
 
     done: list[Done] = field(default_factory=list)
     died: int = 0
-
-
-def batches(done: Sequence[Done]) -> list[tuple[int, float]]:
-    """(items, seconds of compute) of each batch: its requests were told the same time by the same replica."""
-    sizes = Counter((each.replica, each.model, each.stages["compute"]) for each in done if each.status == 200)
-    return [(size, key[2]) for key, size in sizes.items()]
-
-
-def loads(done: Sequence[Done]) -> dict[str, list[float]]:
-    """Seconds of each load, by model: requests that waited for the same one were told the same time."""
-    found: dict[str, set[tuple[str, float]]] = defaultdict(set)
-    for each in done:
-        if each.status == 200 and each.stages["load"] > 0:
-            found[each.model].add((each.replica, each.stages["load"]))
-    return {model: [seconds for _, seconds in found[model]] for model in sorted(found)}
-
-
-def outcome(done: Sequence[Done]) -> Outcome:
-    """The same figures as a simulation has."""
-    good = [each for each in done if each.status == 200]
-    return Outcome(
-        [each.seconds for each in good],
-        Counter({model: len(seconds) for model, seconds in loads(good).items()}),
-        Counter(each.replica for each in good),
-        len(batches(good)),
-    )
-
-
-def costs_of(done: Sequence[Done], seed: int) -> Costs:
-    """What was measured, to be drawn from: of a batch a line over its size, times one of the ratios to that line."""
-    rng, measured = random.Random(seed), batches(done)
-    mean = fmean(size for size, _ in measured)
-    seconds = fmean(took for _, took in measured)
-    spread = sum((size - mean) ** 2 for size, _ in measured)
-    slope = sum((size - mean) * (took - seconds) for size, took in measured) / spread if spread else 0.0
-    slope = min(max(slope, 0.0), seconds / mean)
-    fixed = seconds - slope * mean
-    ratios = [took / (fixed + slope * size) for size, took in measured]
-    loaded = [took for found in loads(done).values() for took in found]
-    ways = [
-        each.seconds - sum(each.stages[name] for name in ("queue", "load", "compute"))
-        for each in done
-        if each.status == 200
-    ]
-    return Costs(
-        batch=lambda size: (fixed + slope * size) * rng.choice(ratios),
-        load=lambda: rng.choice(loaded),
-        way=lambda: max(0.0, rng.choice(ways)),
-        expected_load=fmean(loaded),
-        expected_item=fixed + slope,
-    )
 
 
 class Bench:
@@ -233,16 +173,6 @@ def simulated(policy: Policy, real: Sequence[Round], count: int, seconds: float,
         sum((one.requests for one in outcomes), Counter()),
         sum(one.batches for one in outcomes),
     )
-
-
-def took_ms(real: Sequence[Round]) -> dict[str, float]:
-    """Means, in milliseconds, of what a request went through."""
-    done = [each for one in real for each in one.done if each.status == 200]
-    stages = {name: [each.stages[name] for each in done] for name in ("queue", "load", "compute")}
-    stages["batch of one"] = [took for size, took in batches(done) if size == 1]
-    stages["a load"] = [took for found in loads(done).values() for took in found]
-    stages["else"] = [each.seconds - sum(each.stages[name] for name in ("queue", "load", "compute")) for each in done]
-    return {name: round(fmean(seconds) * 1000, 1) for name, seconds in stages.items() if seconds}
 
 
 def row(name: str, found: Outcome) -> dict[str, Any]:

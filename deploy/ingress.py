@@ -17,11 +17,9 @@ from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.api import errors
+from app.api import middleware
 from app.api.context import check_key
-from app.api.door.access import Access
 from app.api.door.body import deadline_of, read_body, while_connected
-from app.api.door.bounds import Bounds
 from app.api.door.room import Room
 from app.api.errors import REMOTE
 from app.api.keys import Keys
@@ -70,6 +68,8 @@ class Door:
     api_keys: Keys
     admin_keys: Keys
     metrics_public: bool = True
+    origins: tuple[str, ...] = ()
+    root_path: str = ""
 
 
 def create_ingress(replicas: Replicas, door: Door) -> FastAPI:
@@ -132,9 +132,7 @@ def create_ingress(replicas: Replicas, door: Door) -> FastAPI:
         response.raw_headers += [(name, value) for name, value in answer.headers if name not in HOP | OWN]
         return response
 
-    errors.install(app)
-    app.add_middleware(Bounds, room=room)
-    app.add_middleware(Access, metrics=metrics)
+    middleware.install(app, room, metrics, origins=door.origins, prefix=door.root_path)
     return app
 
 

@@ -209,3 +209,13 @@ async def test_ready_is_what_a_replica_says():
     async with door(fake) as client:
         assert (await client.get("/readyz")).json() == {"status": "ok"}
     assert fake.calls[0].path == "/healthz/ready"
+
+
+async def test_a_proxys_prefix_and_pages_of_other_origins_are_the_door_s_business():
+    page, fake = {"Origin": "https://ui.example"}, Fake()
+    async with door(fake, origins=("https://ui.example",), root_path="/vae") as client:
+        answer = await client.post("/vae/decode?model=kl", content=b"latent", headers=page)
+        asked = await client.options("/vae/decode", headers=page | {"Access-Control-Request-Method": "POST"})
+    assert (answer.status_code, fake.calls[0].path, fake.calls[0].model) == (200, "/decode", "kl")
+    assert answer.headers.get_list("access-control-allow-origin") == ["https://ui.example"]
+    assert asked.status_code == 200
