@@ -16,10 +16,11 @@ from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable
 
 from app import __version__, startup
 from app.allocator import Heap
-from app.api import compare, docs, health, middleware, models, openapi, page, remote, routes, storing
+from app.api import compare, docs, health, middleware, models, openapi, page, remote, routes, storing, streaming
 from app.api.context import Context, Limits
 from app.api.door.room import Codecs, Room
 from app.api.keys import Keys
+from app.api.streams import Streams
 from app.api.uploads import Uploads
 from app.engine.batcher import QueueLimits
 from app.engine.engine import Engine, EngineOptions
@@ -145,12 +146,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         codecs=codecs,
         uploads=uploads,
         previews=previews,
+        streams=Streams(),
         sketches=sketches,
         api_keys=api_keys,
         admin_keys=admin_keys,
         metrics_public=settings.metrics_public,
     )
-    latents = (routes.router, remote.router, compare.router)
+    latents = (routes.router, streaming.router, remote.router, compare.router)
     for router in (*latents, models.admin, storing.router, models.router, health.router, docs.router, page.router):
         app.include_router(router)
     trace = spans.make if spans else None

@@ -17,7 +17,9 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from app.api.context import Context
 from app.api.door.connection import Connection, connections_for
+from app.api.streams import Streams
 from app.engine.engine import Engine
 from app.settings import InvalidSetting, Settings
 from app.text import reason, shown
@@ -34,9 +36,10 @@ LOG_AGAIN_SECONDS = 60.0
 class Server(uvicorn.Server):
     """uvicorn, which turns readiness red at the signal and stops by itself when a device is lost."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, streams: Streams, drain_seconds: float) -> None:
         super().__init__(config)
         self.engine = engine
+        self.streams = streams
         self.drain_seconds = drain_seconds
         self._interrupts = 0  # once the end has begun
         self._hurry = asyncio.Event()
@@ -78,6 +81,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends what was accepted: with its answer, or with a 503 after `drain_seconds`."""
+        self.streams.end()
         ending = [asyncio.ensure_future(work) for work in (self.engine.drain(self.drain_seconds), self._hurried())]
         await super().shutdown(sockets)
         for work in ending:
@@ -119,7 +123,8 @@ def server_of(app: FastAPI, settings: Settings, at: Listening) -> Server:
             config.load()
         except OSError as error:  # ssl.SSLError is one
             raise InvalidSetting(f"ssl-certfile: {shown(at.certificate)}: {reason(error)}") from error
-    return Server(config, app.state.context.engine, settings.drain_seconds)
+    context: Context = app.state.context
+    return Server(config, context.engine, context.streams, settings.drain_seconds)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from app.api.door.connection import Connection
+from app.api.streams import Streams
 from app.engine.memory import host_memory
 from app.logs import JsonFormatter, TextFormatter
 from app.main import build_engine, create_app
@@ -281,7 +282,7 @@ def test_a_large_folder_is_read_while_the_service_serves(models, tmp_path, monke
 def test_a_signal_turns_readiness_red_and_a_third_interrupt_forces(models):
     app = create_app(Settings(models=models, device="cpu"))
     engine = app.state.context.engine
-    server = Server(uvicorn.Config(app), engine, 30)
+    server = Server(uvicorn.Config(app), engine, Streams(), 30)
     server.handle_exit(signal.SIGTERM, None)
     assert (engine.draining, server.should_exit, server.force_exit) == (True, True, False)
     server.handle_exit(signal.SIGTERM, None)
@@ -296,7 +297,7 @@ def test_a_signal_turns_readiness_red_and_a_third_interrupt_forces(models):
 async def test_a_lost_device_ends_the_server(models):
     app = create_app(Settings(models=models, device="cpu"))
     engine = app.state.context.engine
-    server = Server(uvicorn.Config(app), engine, 30)
+    server = Server(uvicorn.Config(app), engine, Streams(), 30)
     assert await server.on_tick(1) is False
     engine.workers[0]._runner.lost = "gone"
     assert await server.on_tick(2) is True
@@ -304,7 +305,7 @@ async def test_a_lost_device_ends_the_server(models):
 
 async def test_that_no_file_can_be_opened_is_logged_once_a_minute(models, caplog):
     app = create_app(Settings(models=models, device="cpu"))
-    server = Server(uvicorn.Config(app), app.state.context.engine, 30)
+    server = Server(uvicorn.Config(app), app.state.context.engine, Streams(), 30)
     loop = asyncio.get_running_loop()
     for _ in range(2048):  # as asyncio says it for each of its attempts to accept
         server.note(loop, {"message": "socket.accept()", "exception": OSError(errno.EMFILE, "Too many open files")})

@@ -24,7 +24,9 @@ MULTIPLES = (1, 2, 4, 4)  # of the base width, by level, finest first
 DEPTH = 2  # residual blocks of a level of the encoder; the decoder has one more
 PIXEL_CHANNELS = (3, 4)  # RGB, or with alpha as Qwen-Image-Layered's
 
-BETWEEN_FRAMES = re.compile(r"(?:encoder\.downsamples|decoder\.upsamples)\.\d+\.time_conv\.(?:weight|bias)")
+BETWEEN_FRAMES = re.compile(
+    r"(?:encoder\.downsamples|decoder\.upsamples)\.\d+\.(?:(?:down|up)samples\.\d+\.)?time_conv\.(?:weight|bias)"
+)
 ATTENTION = re.compile(r"((?:encoder|decoder)\.middle\.1\.)(to_qkv|proj)\.(weight|bias)")
 
 
@@ -48,8 +50,8 @@ class WanConfig:
         Raises UnsupportedCheckpoint where a key that every such file has is missing, and for pictures that are neither
         RGB nor RGBA.
         """
-        encoder, decoder = _shape(shapes, "encoder.conv1.weight"), _shape(shapes, "decoder.head.2.weight")
-        latent = _shape(shapes, "decoder.conv1.weight")
+        encoder, decoder = sides(shapes, "encoder.conv1.weight"), sides(shapes, "decoder.head.2.weight")
+        latent = sides(shapes, "decoder.conv1.weight")
         if encoder[1] != decoder[0] or encoder[1] not in PIXEL_CHANNELS:
             raise UnsupportedCheckpoint(
                 f"the VAE of Wan for pictures of {encoder[1]} channels in and {decoder[0]} out; 3 or 4 were expected, "
@@ -58,7 +60,8 @@ class WanConfig:
         return cls(encoder[0], decoder[1], latent[1], encoder[1], flat=len(encoder) == 4)
 
 
-def _shape(shapes: Shapes, key: str) -> tuple[int, ...]:
+def sides(shapes: Shapes, key: str) -> tuple[int, ...]:
+    """The four or five sides of a convolution's kernel. Raises UnsupportedCheckpoint where it has none."""
     if key not in shapes:
         raise UnsupportedCheckpoint(f"the VAE of Wan has the key {key}; this file has not")
     if len(shapes[key]) not in (4, 5) or 0 in shapes[key]:
@@ -93,7 +96,8 @@ def clamp(x: Tensor, inplace: bool = False) -> Tensor:
     return x.clamp_(-1, 1) if inplace else x.clamp(-1, 1)
 
 
-def _conv3(c_in: int, c_out: int) -> nn.Conv2d:
+def conv3(c_in: int, c_out: int) -> nn.Conv2d:
+    """A convolution of 3x3."""
     return nn.Conv2d(c_in, c_out, kernel_size=3, padding=1)
 
 
@@ -103,7 +107,7 @@ class Residual(nn.Module):
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
         self.residual = nn.ModuleDict(
-            {"0": RMSNorm(c_in), "2": _conv3(c_in, c_out), "3": RMSNorm(c_out), "6": _conv3(c_out, c_out)}
+            {"0": RMSNorm(c_in), "2": conv3(c_in, c_out), "3": RMSNorm(c_out), "6": conv3(c_out, c_out)}
         )
         self.shortcut = nn.Conv2d(c_in, c_out, kernel_size=1) if c_in != c_out else None
 
@@ -137,29 +141,31 @@ class Downsample(nn.Module):
         super().__init__()
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, kernel_size=3, stride=2)})
 
-    def forward(self, run: Execution[Any], x: Any) -> Any:
+    def forward(self, run: Execution[Any], x: Any, add: Any = None) -> Any:
         conv: Any = self.resample["1"]
-        return run.conv(x, conv, pad=(0, 1, 0, 1))
+        return run.conv(x, conv, pad=(0, 1, 0, 1), add=add)
 
 
 class Upsample(nn.Module):
-    """(B, c, h, w) -> (B, c // 2, 2h, 2w)."""
+    """(B, c_in, h, w) -> (B, c_out, 2h, 2w)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
-        self.resample = nn.ModuleDict({"1": _conv3(channels, channels // 2)})
+        self.resample = nn.ModuleDict({"1": conv3(c_in, c_out)})
 
-    def forward(self, run: Execution[Any], x: Any) -> Any:
+    def forward(self, run: Execution[Any], x: Any, add: Any = None) -> Any:
         conv: Any = self.resample["1"]
-        return run.conv(x, conv, up=True)
+        return run.conv(x, conv, up=True, add=add)
 
 
-def _middle(channels: int) -> nn.ModuleList:
+def middle(channels: int) -> nn.ModuleList:
+    """What a half has at its coarsest."""
     return nn.ModuleList([Residual(channels, channels), Attention(channels), Residual(channels, channels)])
 
 
-def _head(c_in: int, c_out: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"0": RMSNorm(c_in), "2": _conv3(c_in, c_out)})
+def head(c_in: int, c_out: int) -> nn.ModuleDict:
+    """A half's last norm and convolution."""
+    return nn.ModuleDict({"0": RMSNorm(c_in), "2": conv3(c_in, c_out)})
 
 
 class Encoder(nn.Module):
@@ -168,7 +174,7 @@ class Encoder(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         width = config.encoder_width
-        self.conv1 = _conv3(config.pixel_channels, width)
+        self.conv1 = conv3(config.pixel_channels, width)
         self.downsamples = nn.ModuleList()
         channels = width
         for level, multiple in enumerate(MULTIPLES):
@@ -177,8 +183,8 @@ class Encoder(nn.Module):
                 channels = width * multiple
             if level < len(MULTIPLES) - 1:
                 self.downsamples.append(Downsample(channels))
-        self.middle = _middle(channels)
-        self.head = _head(channels, 2 * config.latent_channels)
+        self.middle = middle(channels)
+        self.head = head(channels, 2 * config.latent_channels)
 
     def forward(self, run: Execution[Any], x: Any) -> Any:
         x = run.conv(x, self.conv1)
@@ -195,17 +201,17 @@ class Decoder(nn.Module):
         super().__init__()
         width = config.decoder_width
         channels = width * MULTIPLES[-1]
-        self.conv1 = _conv3(config.latent_channels, channels)
-        self.middle = _middle(channels)
+        self.conv1 = conv3(config.latent_channels, channels)
+        self.middle = middle(channels)
         self.upsamples = nn.ModuleList()
         for level, multiple in reversed(list(enumerate(MULTIPLES))):
             for _ in range(DEPTH + 1):
                 self.upsamples.append(Residual(channels, width * multiple))
                 channels = width * multiple
             if level > 0:
-                self.upsamples.append(Upsample(channels))
+                self.upsamples.append(Upsample(channels, channels // 2))
                 channels //= 2
-        self.head = _head(channels, config.pixel_channels)
+        self.head = head(channels, config.pixel_channels)
 
     def forward(self, run: Execution[Any], z: Any) -> Any:
         x = run.conv(z, self.conv1)
