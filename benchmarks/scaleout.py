@@ -2,7 +2,7 @@
 
 `python -m benchmarks.scaleout --replicas 2` (`make ray` runs it with 2 and 4, in a network namespace: Ray listens on
 all interfaces). Each way of routing has replicas of its own; ours, Ray's round robin and Ray's power of two choices
-take turns. Then a replica of ours dies in the middle of a round, and every request must have its answer all the same.
+take turns. Then a replica of each dies in the middle of a round, and every request must have its answer all the same.
 The same requests go through `benchmarks.fleet`, with what batches and loads took here. One table, and JSON.
 """
 
@@ -144,8 +144,10 @@ async def door(bench: Bench, policy: Policy, settings: Settings) -> AsyncIterato
         yield
 
 
-async def measure(bench: Bench, rounds: int, seconds: float, rate: float) -> dict[Policy, list[Round]]:
-    """Rounds in turns, each from empty replicas; last the one in which a replica of ours is killed."""
+async def measure(
+    bench: Bench, rounds: int, seconds: float, rate: float
+) -> tuple[dict[Policy, list[Round]], dict[Policy, Round]]:
+    """Rounds in turns, each from empty replicas; then one of each way in which a replica is killed."""
     found: dict[Policy, list[Round]] = defaultdict(list)
     for policy in POLICIES:
         await bench.handles[policy].broadcast("warm", bench.body).results_async()
@@ -156,8 +158,8 @@ async def measure(bench: Bench, rounds: int, seconds: float, rate: float) -> dic
             await asyncio.sleep(4 * REPORT_SECONDS)  # until the routers know
             found[policy].append(await bench.round(policy, asks))
     asks = bursts(seconds, rate, MODELS, seed=rounds)
-    found["killed"].append(await bench.round("resident", asks, kill_at=seconds / 2))
-    return found
+    killed = {policy: await bench.round(policy, asks, kill_at=seconds / 2) for policy in POLICIES}
+    return found, killed
 
 
 def simulated(policy: Policy, real: Sequence[Round], count: int, seconds: float, rate: float) -> Outcome:
@@ -190,7 +192,21 @@ def row(name: str, found: Outcome) -> dict[str, Any]:
     }
 
 
-def summary(found: dict[Policy, list[Round]], count: int, seconds: float, rate: float) -> dict[str, Any]:
+def fate(killed: Round) -> dict[str, Any]:
+    """The figures of a round in which a replica was killed."""
+    took = [each.seconds for each in killed.done]
+    return {
+        "requests": len(killed.done),
+        "statuses": dict(Counter(each.status for each in killed.done)),
+        "tried_again": killed.died,
+        "p50_ms": round(median(took) * 1000, 1),
+        "p95_ms": round(quantiles(took, n=20)[-1] * 1000, 1),
+    }
+
+
+def summary(
+    found: dict[Policy, list[Round]], killed: dict[Policy, Round], count: int, seconds: float, rate: float
+) -> dict[str, Any]:
     """All of it as JSON has it."""
     rows = []
     for policy in POLICIES:
@@ -199,21 +215,13 @@ def summary(found: dict[Policy, list[Round]], count: int, seconds: float, rate: 
         rows.append(
             {"real": row(policy, every), "simulated": row(policy, simulated(policy, real, count, seconds, rate))}
         )
-    [killed] = found["killed"]
-    took = [each.seconds for each in killed.done]
     return {
         "replicas": count,
         "models": len(MODELS),
         "resident": RESIDENT[count],
         "rate": rate,
         "routing": rows,
-        "killed": {
-            "requests": len(killed.done),
-            "statuses": dict(Counter(each.status for each in killed.done)),
-            "tried_again": killed.died,
-            "p50_ms": round(median(took) * 1000, 1),
-            "p95_ms": round(quantiles(took, n=20)[-1] * 1000, 1),
-        },
+        "killed": {policy: fate(one) for policy, one in killed.items()},
     }
 
 
@@ -228,11 +236,11 @@ def lines(told: dict[str, Any]) -> list[str]:
             by_model = " ".join(str(one["loads_by_model"].get(model, 0)) for model in MODELS)
             figures = f"{one['requests']:8} {one['p50_ms']:8} {one['p95_ms']:8} {one['mean_ms']:8} {one['batches']:8}"
             text.append(f"{name:24} {figures} {one['loads']:6}  {by_model:15} {one['requests_by_replica']}")
-    killed = told["killed"]
-    text.append(
-        f"a replica killed: {killed['requests']} requests, statuses {killed['statuses']}, "
-        f"{killed['tried_again']} tried again, p50 {killed['p50_ms']} ms, p95 {killed['p95_ms']} ms"
-    )
+    text += [
+        f"{policy}, a replica killed: {one['requests']} requests, statuses {one['statuses']}, "
+        f"{one['tried_again']} tried again, p50 {one['p50_ms']} ms, p95 {one['p95_ms']} ms"
+        for policy, one in told["killed"].items()
+    ]
     return text
 
 
@@ -255,8 +263,8 @@ async def run(args: argparse.Namespace, models: Path) -> dict[str, Any]:
                     serve.run, app, name=policy.replace(" ", "-"), route_prefix=None
                 )
                 await doors.enter_async_context(door(bench, policy, settings))
-            found = await measure(bench, args.rounds, args.seconds, args.rate)
-    return summary(found, args.replicas, args.seconds, args.rate)
+            found, killed = await measure(bench, args.rounds, args.seconds, args.rate)
+    return summary(found, killed, args.replicas, args.seconds, args.rate)
 
 
 def main() -> int:
@@ -280,8 +288,7 @@ def main() -> int:
     print("\n".join(lines(told)))
     if args.json:
         args.json.write_text(json.dumps(told, indent=2) + "\n")
-    lost = {status: times for status, times in told["killed"]["statuses"].items() if status != 200}
-    return 1 if lost else 0
+    return 1 if any(set(one["statuses"]) != {200} for one in told["killed"].values()) else 0
 
 
 if __name__ == "__main__":

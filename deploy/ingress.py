@@ -37,6 +37,9 @@ PROBE_SECONDS = 2.0
 WORK = frozenset({"/encode", "/decode", "/compare"})
 """Pure: the same request gives the same answer wherever and however often it runs. So do those below REMOTE."""
 
+STREAM = "/preview/stream"
+"""The one answer that has no end, of what one replica was shown."""
+
 HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade", b"content-length"})
 """Headers of the connection, not of the message."""
 
@@ -114,12 +117,13 @@ def create_ingress(replicas: Replicas, door: Door) -> FastAPI:
     @app.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE"])
     async def passed_on(request: Request) -> Response:
         path, query = request.scope["path"], request.scope["query_string"]
-        if request.method != "GET":
-            if path not in WORK and not path.startswith(REMOTE):
-                raise HTTPException(
-                    HTTPStatus.METHOD_NOT_ALLOWED,
-                    f"{request.method} {path[:200]} would reach one replica of many; the models folder is one",
-                )
+        works = request.method != "GET"
+        if path == STREAM or (works and path not in WORK and not path.startswith(REMOTE)):
+            raise HTTPException(
+                HTTPStatus.METHOD_NOT_ALLOWED,
+                f"{request.method} {path[:200]} would reach one replica of many; the models folder is one",
+            )
+        if works:
             await check(request)
         deadline = deadline_of(request)
         body = bytes(await read_body(request, door.body_bytes))

@@ -169,13 +169,22 @@ async def test_a_body_without_a_key_is_not_read():
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("POST", "/models/kl/load"), ("PUT", "/models/kl"), ("DELETE", "/models/kl"), ("POST", "/")]
+    ("method", "path"),
+    [
+        ("POST", "/models/kl/load"),
+        ("PUT", "/models/kl"),
+        ("DELETE", "/models/kl"),
+        ("POST", "/preview/stream"),
+        ("GET", "/preview/stream"),
+        ("HEAD", "/preview/stream"),
+        ("POST", "/"),
+    ],
 )
-async def test_what_would_change_one_replica_of_many_is_refused(method, path):
+async def test_what_is_one_replicas_alone_is_refused(method, path):
     fake = Fake()
     async with door(fake) as client:
         answer = await client.request(method, path)
-    assert (answer.status_code, answer.json()["code"]) == (405, "method_not_allowed")
+    assert (answer.status_code, answer.headers["content-type"]) == (405, "application/problem+json")
     assert not fake.calls
 
 
