@@ -118,10 +118,13 @@ class Bench:
         return Done(ask.model, answer.status_code, sent - began, seconds, answer.headers.get("x-replica", ""), stages)
 
     async def _kill(self, policy: Policy) -> None:
-        """SIGKILL to the replica that has most to do."""
-        found = await self.handles[policy].broadcast("process").results_async(timeout_s=30)
-        busiest = max(found, key=lambda each: each[1])
-        os.kill(busiest[0], signal.SIGKILL)
+        """SIGKILL to the replica that has most to do, once any has several requests."""
+        requests = 0
+        while requests < 2:
+            await asyncio.sleep(0.02)
+            found = await self.handles[policy].broadcast("process").results_async(timeout_s=30)
+            process, requests = max(found, key=lambda each: each[1])
+        os.kill(process, signal.SIGKILL)
 
     def counting(self, policy: Policy, replicas: Replicas) -> Replicas:
         """The same, counting the tries that a replica's death ended."""

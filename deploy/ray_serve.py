@@ -209,6 +209,7 @@ def start_ray(cpus: int, gpus: int | None, store_bytes: int, *, logs: bool = Tru
     `logs`: what replicas log comes to this process's stderr too.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a service does not tell others that it runs
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: whatever else runs here would come before it
     ray.init(
         num_cpus=cpus,
         num_gpus=gpus,
