@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count
 from math import ceil
+from statistics import fmean
 
 from benchmarks.trace import Ask, Costs, Outcome, bursts, zipf
 from deploy.routing import Book, Report, Resident, order
@@ -51,6 +52,7 @@ class _Replica:
         self.staged: list[_Request] = []
         self.cold: list[_Request] = []
         self.cold_ready = True
+        self.load_told, self.load_took = costs.expected_load, list[float]()
         self.end: Callable[[list[_Request], float], None]
 
     def put(self, request: _Request, now: float) -> None:
@@ -67,7 +69,7 @@ class _Replica:
             if self.running or not self.staged:
                 return
             self.running, self.staged = self.staged, []
-            seconds = self.costs.batch(len(self.running))
+            seconds = self.costs.batch(len(self.running), now)
             self.batches += 1
             self.running_until = now + seconds
             self.at(self.running_until, lambda: self._ended(self.running_until))
@@ -88,7 +90,8 @@ class _Replica:
                 self.cold, self.cold_ready = self._take(model), False
                 self._make_room()
                 self.loads[model] += 1
-                ready = now + self.costs.load()
+                self.load_took.append(self.costs.load(now))
+                ready = now + self.load_took[-1]
                 self.at(ready, lambda model=model, ready=ready: self._loaded(model, ready))  # type: ignore[misc]
         return []
 
@@ -118,7 +121,9 @@ class _Replica:
         waiting = [*self.queues.values(), self.staged, self.cold]
         wait = sum(len(each) for each in waiting) * self.costs.expected_item + max(0.0, self.running_until - now)
         residents = tuple(Resident((model,), "", 1) for model in self.resident)
-        return Report(self.reports, residents, self.capacity - len(residents), wait, self.costs.expected_load)
+        if self.load_took:  # as deploy.replica has it
+            self.load_told, self.load_took = (self.load_told + fmean(self.load_took)) / 2, []
+        return Report(self.reports, residents, self.capacity - len(residents), wait, self.load_told)
 
 
 class _Router:
@@ -189,7 +194,7 @@ class Fleet:
             router = rng.choice(routers)
             replica = router.choose(ask.model, ask.at)
             router.sent(replica, ask.model, ask.at)
-            way = self.costs.way() / 2
+            way = self.costs.way(ask.at) / 2
             request = _Request(ask, way)
             sent_by[id(request)] = router
             self._at(ask.at + way, lambda: replica.put(request, ask.at + way))
@@ -232,9 +237,9 @@ class Fleet:
 
 
 CARD = Costs(
-    batch=lambda items: 0.005 + 0.15 * items,
-    load=lambda: 0.3,
-    way=lambda: 0.03,
+    batch=lambda items, _: 0.005 + 0.15 * items,
+    load=lambda _: 0.3,
+    way=lambda _: 0.03,
     expected_load=0.3,
     expected_item=0.15,
 )

@@ -19,9 +19,9 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean
 from typing import Any
 
 import httpx
@@ -35,9 +35,10 @@ from app.settings import Settings
 from app.store.checkpoint import Checkpoint
 from benchmarks.calls import latent, npy
 from benchmarks.doors import listening
-from benchmarks.fleet import POLICIES, REPORT_SECONDS, Fleet, Policy
-from benchmarks.measured import Done, costs_of, outcome
-from benchmarks.trace import Ask, Outcome, bursts
+from benchmarks.fleet import POLICIES, REPORT_SECONDS, Policy
+from benchmarks.measured import Done, Round
+from benchmarks.scaleout_table import Asked, lines, summary
+from benchmarks.trace import Ask, bursts
 from deploy.ingress import ReplicaDied, Replicas, create_ingress
 from deploy.ray_serve import Replica, application, door_of, replicas_of, start_ray
 from deploy.replica import Answer, Call
@@ -77,17 +78,13 @@ class Watched(Replica):
             assert isinstance(entry, Checkpoint)
             engine.unload(entry)
 
+    async def load_seconds(self) -> float:
+        """That a load takes, as it tells routers."""
+        return self._service.report().load
+
     async def process(self) -> tuple[int, int]:
         """Its process, and how many requests it has."""
         return os.getpid(), self._service.engine.open_requests
-
-
-@dataclass
-class Round:
-    """The requests of one trace, and how often a replica died under one."""
-
-    done: list[Done] = field(default_factory=list)
-    died: int = 0
 
 
 class Bench:
@@ -159,92 +156,11 @@ async def measure(
         for policy in POLICIES[index % len(POLICIES) :] + POLICIES[: index % len(POLICIES)]:
             await bench.handles[policy].broadcast("empty").results_async()
             await asyncio.sleep(4 * REPORT_SECONDS)  # until the routers know
-            found[policy].append(await bench.round(policy, asks))
+            told = await bench.handles[policy].broadcast("load_seconds").results_async()
+            found[policy].append(replace(await bench.round(policy, asks), load=fmean(told)))
     asks = bursts(seconds, rate, MODELS, seed=rounds)
     killed = {policy: await bench.round(policy, asks, kill_at=seconds / 2) for policy in POLICIES}
     return found, killed
-
-
-def simulated(policy: Policy, real: Sequence[Round], count: int, seconds: float, rate: float) -> Outcome:
-    """The same traces through as many replicas that are none."""
-    costs = costs_of([each for one in real for each in one.done], seed=0)
-    outcomes = [
-        Fleet(count, RESIDENT[count], costs, policy, seed=index).run(bursts(seconds, rate, MODELS, seed=index))
-        for index in range(len(real))
-    ]
-    return Outcome(
-        [each for one in outcomes for each in one.seconds],
-        sum((one.loads for one in outcomes), Counter()),
-        sum((one.requests for one in outcomes), Counter()),
-        sum(one.batches for one in outcomes),
-    )
-
-
-def row(name: str, found: Outcome) -> dict[str, Any]:
-    """The figures of one line of the table."""
-    return {
-        "name": name,
-        "requests": len(found.seconds),
-        "p50_ms": round(found.p50 * 1000, 1),
-        "p95_ms": round(found.p95 * 1000, 1),
-        "mean_ms": round(found.mean * 1000, 1),
-        "batches": found.batches,
-        "loads": sum(found.loads.values()),
-        "loads_by_model": dict(sorted(found.loads.items())),
-        "requests_by_replica": sorted(found.requests.values(), reverse=True),
-    }
-
-
-def fate(killed: Round) -> dict[str, Any]:
-    """The figures of a round in which a replica was killed."""
-    took = [each.seconds for each in killed.done]
-    return {
-        "requests": len(killed.done),
-        "statuses": dict(Counter(each.status for each in killed.done)),
-        "tried_again": killed.died,
-        "p50_ms": round(median(took) * 1000, 1),
-        "p95_ms": round(quantiles(took, n=20)[-1] * 1000, 1),
-    }
-
-
-def summary(
-    found: dict[Policy, list[Round]], killed: dict[Policy, Round], count: int, seconds: float, rate: float
-) -> dict[str, Any]:
-    """All of it as JSON has it."""
-    rows = []
-    for policy in POLICIES:
-        real = found[policy]
-        every = outcome([each for one in real for each in one.done])
-        rows.append(
-            {"real": row(policy, every), "simulated": row(policy, simulated(policy, real, count, seconds, rate))}
-        )
-    return {
-        "replicas": count,
-        "models": len(MODELS),
-        "resident": RESIDENT[count],
-        "rate": rate,
-        "routing": rows,
-        "killed": {policy: fate(one) for policy, one in killed.items()},
-    }
-
-
-def lines(told: dict[str, Any]) -> list[str]:
-    """The table."""
-    head = f"{'':24} requests   p50 ms   p95 ms  mean ms  batches  loads  by model        requests by replica"
-    text = [f"{told['replicas']} replicas, {told['models']} models, room for {told['resident']} each", head]
-    for pair in told["routing"]:
-        for kind in ("real", "simulated"):
-            one = pair[kind]
-            name = one["name"] if kind == "real" else "  simulated"
-            by_model = " ".join(str(one["loads_by_model"].get(model, 0)) for model in MODELS)
-            figures = f"{one['requests']:8} {one['p50_ms']:8} {one['p95_ms']:8} {one['mean_ms']:8} {one['batches']:8}"
-            text.append(f"{name:24} {figures} {one['loads']:6}  {by_model:15} {one['requests_by_replica']}")
-    text += [
-        f"{policy}, a replica killed: {one['requests']} requests, statuses {one['statuses']}, "
-        f"{one['tried_again']} tried again, p50 {one['p50_ms']} ms, p95 {one['p95_ms']} ms"
-        for policy, one in told["killed"].items()
-    ]
-    return text
 
 
 async def run(args: argparse.Namespace, models: Path) -> dict[str, Any]:
@@ -267,7 +183,8 @@ async def run(args: argparse.Namespace, models: Path) -> dict[str, Any]:
                 )
                 await doors.enter_async_context(door(bench, policy, settings))
             found, killed = await measure(bench, args.rounds, args.seconds, args.rate)
-    return summary(found, killed, args.replicas, args.seconds, args.rate)
+    asked = Asked(args.replicas, RESIDENT[args.replicas], MODELS, args.seconds, args.rate)
+    return summary(found, killed, asked)
 
 
 def main() -> int:

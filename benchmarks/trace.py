@@ -17,12 +17,12 @@ class Ask:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of what a request goes through; each call draws one."""
+    """Seconds of what a request goes through, at a moment of the trace; each call draws one."""
 
-    batch: Callable[[int], float]  # of so many items
-    load: Callable[[], float]
-    way: Callable[[], float]  # of everything else: the door, transport, reading, writing
-    expected_load: float
+    batch: Callable[[int, float], float]  # of so many items
+    load: Callable[[float], float]
+    way: Callable[[float], float]  # of everything else: the door, transport, reading, writing
+    expected_load: float  # as replicas tell it at first
     expected_item: float
 
 
