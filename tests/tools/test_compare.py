@@ -107,7 +107,9 @@ def test_a_sheet_that_has_no_place_is_refused_before_anything_is_asked(image, tm
 def test_somebody_elses_service_is_one_error(image, tmp_path, answer, monkeypatch):
     client = httpx.AsyncClient
     transport = httpx.MockTransport(lambda request: answer)
-    monkeypatch.setattr("app.tools.folders.httpx.AsyncClient", lambda **options: client(transport=transport, **options))
+    monkeypatch.setattr(
+        "app.tools.folders.httpx.AsyncClient", lambda **options: client(**options | {"transport": transport})
+    )
     with pytest.raises(ServiceError, match="zip"):
         run(image, tmp_path / "sheet.png", Path("nowhere"), url="http://else.where")
     assert not (tmp_path / "sheet.png").exists()
