@@ -39,6 +39,9 @@ PROBE_SECONDS = 2.0
 WORK = frozenset({"/encode", "/decode", "/compare"})
 """Pure: the same request gives the same answer wherever and however often it runs. So do those below REMOTE."""
 
+LOCAL = frozenset({"/preview/stream"})
+"""Two connections that must meet in one replica, and one of them has no end."""
+
 HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade", b"content-length"})
 """Headers of the connection, not of the message."""
 
@@ -114,6 +117,10 @@ def create_ingress(replicas: Replicas, door: Door) -> FastAPI:
     @app.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE"])
     async def passed_on(request: Request) -> Response:
         path, query = request.scope["path"], request.scope["query_string"]
+        if path in LOCAL:
+            raise HTTPException(
+                HTTPStatus.METHOD_NOT_ALLOWED, f"{path} is between two connections to one replica, and there are many"
+            )
         if request.method != "GET":
             if path not in WORK and not path.startswith(REMOTE):
                 raise HTTPException(

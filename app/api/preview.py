@@ -105,11 +105,13 @@ async def made(asked: Asked, deadline: float | None, shared: Context) -> Respons
 
 def _maker(task: Task, how: Preview, shared: Context) -> Checkpoint | Linear:
     tiny = shared.previews.tiny(task.checkpoint, task.latents) if how != "linear" else None
-    if tiny is not None:
-        return tiny
-    if how == "tiny":
+    if how == "tiny" and tiny is None:
         raise UnknownModel(f"there is no tiny autoencoder for {task.latents} latents of {task.checkpoint.name}")
+    if tiny is not None and (how == "tiny" or not shared.previews.beside_work):
+        return tiny
     linear = shared.previews.linear(task.checkpoint, task.latents)
+    if linear is None and tiny is not None:
+        return tiny
     if linear is None:
         raise Unavailable(f"the linear preview of {task.checkpoint.name} is being fitted")
     return linear

@@ -75,6 +75,11 @@ class Previews:
         finally:
             self._running -= 1
 
+    @property
+    def beside_work(self) -> bool:
+        """Whether a tiny preview would wait for work, and perhaps for ever."""
+        return any(worker.working for worker in self._engine.workers)
+
     def refused(self, why: str) -> Overloaded:
         """The error of a preview that is dropped, counted."""
         self._engine.metrics.rejected.labels("preview").inc()

@@ -137,6 +137,8 @@ async def test_a_linear_preview_does_not_wait_for_the_device_and_a_tiny_one_not_
         dropped = asyncio.ensure_future(service.post("/decode?model=kl&preview=tiny", content=npy(latent())))
         await asyncio.sleep(0.3)
         assert not full.done()
+        any_one = await service.post("/decode?model=kl&preview=true", content=npy(latent()))
+        assert any_one.headers["X-Preview"].startswith("linear")  # there is one in any case
     refused(await dropped, 429, "overloaded")
     Image.open(io.BytesIO((await full).content)).load()
 
