@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count
 from math import ceil
-from statistics import fmean, median, quantiles
 
+from benchmarks.trace import Ask, Costs, Outcome, bursts, zipf
 from deploy.routing import Book, Report, Resident, order
 
 Policy = str
@@ -28,61 +28,6 @@ BOUND = 1.5  # times the mean of a replica's requests, that one may have
 
 REPORT_SECONDS, REPORT_LAG = 0.25, 0.1
 """Between two reports of a replica, and until a router has one: Ray's controller looks and tells every 0.1 s."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A request of the trace."""
-
-    at: float  # seconds from the start
-    model: str
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds of what a request goes through; each call draws one."""
-
-    batch: Callable[[int], float]  # of so many items
-    load: Callable[[], float]
-    way: Callable[[], float]  # of everything else: the door, transport, reading, writing
-    expected_load: float
-    expected_item: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a trace."""
-
-    seconds: list[float]  # from asking to the answer
-    loads: Counter[str]  # by model
-    requests: Counter[str]  # by replica
-    batches: int = 0
-
-    @property
-    def p50(self) -> float:
-        """The median latency."""
-        return median(self.seconds)
-
-    @property
-    def p95(self) -> float:
-        """19 of 20 are answered within it."""
-        return quantiles(self.seconds, n=20)[-1]
-
-    @property
-    def mean(self) -> float:
-        """The mean latency."""
-        return fmean(self.seconds)
-
-
-def bursts(seconds: float, rate: float, weights: dict[str, float], seed: int = 0) -> list[Ask]:
-    """A trace of so many requests a second in bursts of 2 to 10 for one model each, 15 ms apart: somebody's batch."""
-    rng, asks, at = random.Random(seed), list[Ask](), 0.0
-    while True:
-        at += rng.expovariate(rate / 6)  # 6: a burst's mean size
-        if at > seconds:
-            return sorted(asks, key=lambda ask: ask.at)
-        [model] = rng.choices(list(weights), list(weights.values()))
-        asks += [Ask(at + 0.015 * index, model) for index in range(rng.randint(2, 10))]
 
 
 @dataclass(eq=False)
@@ -298,11 +243,6 @@ CARD = Costs(
 
 FLEETS = ((1, 1), (8, 1), (72, 9))
 """(cards, doors): one, a host, a rack of nine hosts with a door each."""
-
-
-def zipf(models: int) -> dict[str, float]:
-    """So many models, each asked for less than the one before."""
-    return {f"model {index}": 1 / index for index in range(1, models + 1)}
 
 
 def main() -> int:

@@ -3,7 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.fleet import BOUND, HASHING, POLICIES, Ask, Costs, Fleet, bursts, zipf
+from benchmarks.fleet import BOUND, HASHING, POLICIES, Fleet
+from benchmarks.trace import Ask, Costs, bursts, zipf
 
 COSTS = Costs(
     batch=lambda items: 1.0 + items, load=lambda: 10.0, way=lambda: 0.5, expected_load=10.0, expected_item=2.0
