@@ -80,7 +80,7 @@ def test_decoded_pictures_end_at_black_and_white():
 @torch.inference_mode()
 def test_what_overflows_last_is_not_taken_for_black_or_white(execution):
     vae = ours(reference())
-    vae.decoder.head["2"].bias.copy_(torch.tensor([math.inf, -math.inf, 0.0]))
+    vae.get_parameter("decoder.head.2.bias").copy_(torch.tensor([math.inf, -math.inf, 0.0]))
     decoded = gather(execution, vae.decode, torch.randn(1, 16, 4, 4))
     assert decoded.isnan().flatten(2).all(2).tolist() == [[True, True, False]]
     assert decoded[:, 2].isfinite().all()
