@@ -76,7 +76,7 @@ def test_decoded_pictures_end_at_black_and_white():
     assert_same(decoded, model.decode(latents[:, :, None]).sample[:, :, 0])
 
 
-@pytest.mark.parametrize("execution", [Whole(), STRIPS], ids=str)
+@pytest.mark.parametrize("execution", [Whole(), STRIPS], ids=["whole", "strips"])
 @torch.inference_mode()
 def test_what_overflows_last_is_not_taken_for_black_or_white(execution):
     vae = ours(reference())
