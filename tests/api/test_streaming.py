@@ -74,6 +74,16 @@ def show(client: httpx.Client, query: str = "preview=tiny", seed: int = 0, name:
     return client.post(f"/preview/stream?stream={name}&{query}", content=npy(latent(seed=seed)), headers=headers)
 
 
+def alone(client: httpx.Client, seed: int) -> httpx.Response:
+    """The same preview as an answer; on a busy machine it may be dropped beside the measuring of its error."""
+    for _ in range(30):
+        answer = client.post("/decode?preview=tiny", content=npy(latent(seed=seed)))
+        if answer.status_code != httpx.codes.TOO_MANY_REQUESTS:
+            break
+        time.sleep(1)
+    return answer
+
+
 def streams_of(server):
     return server[0].config.app.state.context.streams._streams
 
@@ -94,8 +104,7 @@ def test_each_step_is_shown_as_it_comes(client):
             assert (headers["Content-Type"], headers["X-Image-Size"]) == ("image/webp", "32x32")
             assert headers["X-Preview"].startswith("tiny:tiny")
             assert headers["X-Request-Id"] == f"step-{seed}"
-            alone = client.post("/decode?preview=tiny", content=npy(latent(seed=seed)))
-            assert body == alone.content
+            assert body == alone(client, seed).content
         assert show(client, "preview=tiny&size=8x4&quality=20", seed=9).status_code == 202
         assert Image.open(io.BytesIO(shown.part()[1])).size == (8, 4)
 
