@@ -55,6 +55,12 @@ def server(models):
         yield server, f"http://127.0.0.1:{port}"
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """However busy the machine is, no tiny preview is dropped for its time."""
+    monkeypatch.setattr("app.api.preview.PATIENCE_SECONDS", 60.0)
+
+
 @pytest.fixture
 def client(server):
     with httpx.Client(base_url=server[1], timeout=60) as client:

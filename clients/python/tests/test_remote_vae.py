@@ -2,13 +2,16 @@
 
 import gc
 
+import httpx
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
-from latentd_client import Client, InvalidLatent, RemoteVAE, UnknownModel, UnsupportedCheckpoint
+from latentd_client import Client, InvalidLatent, RemoteVAE, UnexpectedAnswer, UnknownModel, UnsupportedCheckpoint
 from latentd_client.remote_vae import config_of
 from latentd_client.results import Model
+from tests.service import npy
 
 KL = ("sd1", "sdxl", "sd3", "flux", "flux2")
 
@@ -215,3 +218,20 @@ def test_its_connections_go_with_it(url):
     del vae
     gc.collect()
     assert http.is_closed
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 4, 5), (2, 8, 4, 6), (1, 4, 4, 6), (8, 4, 6)])
+def test_an_array_of_another_shape_is_not_taken(url, shape):
+    row = httpx.get(f"{url}/models/sd1-tiny").json()
+    media = {"Content-Type": "application/x-npy"}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return httpx.Response(200, json=row)
+        return httpx.Response(200, headers=media, content=npy(np.zeros(shape, np.float32)))
+
+    vae = RemoteVAE(url, "sd1-tiny", client=Client("http://x", transport=httpx.MockTransport(answer)))
+    with pytest.raises(UnexpectedAnswer, match="expected an array of"):
+        vae.encode(pictures())
+    with pytest.raises(UnexpectedAnswer, match="expected an array of"):
+        vae.decode(noise(1, 4, 4, 6))
