@@ -38,7 +38,7 @@ WORK = frozenset({"/encode", "/decode", "/compare"})
 """Pure: the same request gives the same answer wherever and however often it runs. So do those below REMOTE."""
 
 STREAM = "/preview/stream"
-"""The one answer that has no end, of what one replica was shown."""
+"""Two connections that must meet in one replica, and one of them has no end."""
 
 HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade", b"content-length"})
 """Headers of the connection, not of the message."""

@@ -55,6 +55,12 @@ def server(models):
         yield server, f"http://127.0.0.1:{port}"
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """However busy the machine is, no tiny preview is dropped for its time."""
+    monkeypatch.setattr("app.api.preview.PATIENCE_SECONDS", 60.0)
+
+
 @pytest.fixture
 def client(server):
     with httpx.Client(base_url=server[1], timeout=60) as client:
@@ -86,6 +92,11 @@ def alone(client: httpx.Client, seed: int) -> httpx.Response:
 
 def streams_of(server):
     return server[0].config.app.state.context.streams._streams
+
+
+def at_rest(server):
+    """Nothing is made, and nothing is measured in the background, as after a first preview."""
+    return not server[0].engine.open_requests and not server[0].config.app.state.context.previews._work
 
 
 def wait(true):
@@ -120,6 +131,7 @@ def test_the_linear_map_is_fitted_first(client):
 
 def test_the_newest_of_those_that_wait_wins(server, client):
     with looking(client) as shown:
+        wait(lambda: at_rest(server))
         with occupied(server[0].engine):
             show(client, seed=1)
             wait(lambda: server[0].engine.open_requests == 1)  # it is being made
@@ -136,6 +148,7 @@ def test_a_picture_that_is_the_last_for_now_is_sent_twice(server, client):
     with looking(client) as shown:
         show(client, seed=1)
         assert shown.any_part() == shown.any_part()
+        wait(lambda: at_rest(server))
         with occupied(server[0].engine):
             show(client, seed=2)
             wait(lambda: server[0].engine.open_requests == 1)

@@ -171,20 +171,16 @@ async def test_a_body_without_a_key_is_not_read():
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        ("POST", "/models/kl/load"),
-        ("PUT", "/models/kl"),
-        ("DELETE", "/models/kl"),
-        ("POST", "/preview/stream"),
-        ("GET", "/preview/stream"),
-        ("HEAD", "/preview/stream"),
-        ("POST", "/"),
+        *[("POST", "/models/kl/load"), ("PUT", "/models/kl"), ("DELETE", "/models/kl"), ("POST", "/")],
+        *[(method, "/preview/stream") for method in ("GET", "POST", "HEAD")],
     ],
 )
 async def test_what_is_one_replicas_alone_is_refused(method, path):
     fake = Fake()
     async with door(fake) as client:
         answer = await client.request(method, path)
-    assert (answer.status_code, answer.headers["content-type"]) == (405, "application/problem+json")
+    assert answer.status_code == 405
+    assert method == "HEAD" or answer.json()["code"] == "method_not_allowed"
     assert not fake.calls
 
 
