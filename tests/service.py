@@ -124,8 +124,8 @@ def read_request(peer: socket.socket) -> bytes:
 
 
 def told(status: int, media: str, content: bytes = b"", **headers: str) -> bytes:
-    """An answer as it goes over the wire; `_` in the name of a header is `-`."""
-    lines = {"Content_Type": media, "Content_Length": str(len(content))} | headers
+    """An answer as it goes over the wire, the last of its connection; `_` in the name of a header is `-`."""
+    lines = {"Content_Type": media, "Content_Length": str(len(content)), "Connection": "close"} | headers
     head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in lines.items())
     return f"HTTP/1.1 {status} x\r\n{head}\r\n".encode() + content
 
