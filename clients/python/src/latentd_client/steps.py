@@ -34,7 +34,7 @@ class Send:
     content: bytes | None = None
     timeout: httpx.Timeout = field(default_factory=lambda: limits(None))
     most: int = 2 << 30  # bytes of a good answer
-    late: Callable[[], bool] = field(default=lambda: False)  # whether the deadline has passed
+    late: Callable[[], bool] = field(default=lambda: False, compare=False)  # whether the deadline has passed
 
 
 @dataclass(frozen=True)
