@@ -300,10 +300,12 @@ def test_how_far_it_is_is_told_before_a_result_is_handed_over(address):
         assert len(list(zip("abc", client.encode_many(items, model="kl"), strict=False))) == 3
 
     async def awaited() -> None:
-        async with AsyncClient(address, progress=lambda *far: seen.append(far)) as client:
-            async with aclosing(client.encode_many(items, model="kl")) as batch:
-                for _ in items:
-                    await anext(batch)
+        async with (
+            AsyncClient(address, progress=lambda *far: seen.append(far)) as client,
+            aclosing(client.encode_many(items, model="kl")) as batch,
+        ):
+            for _ in items:
+                await anext(batch)
 
     asyncio.run(awaited())
     assert seen == [(1, 3), (2, 3), (3, 3)] * 2
