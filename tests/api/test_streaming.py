@@ -94,6 +94,11 @@ def streams_of(server):
     return server[0].config.app.state.context.streams._streams
 
 
+def at_rest(server):
+    """Nothing is made, and nothing is measured in the background, as after a first preview."""
+    return not server[0].engine.open_requests and not server[0].config.app.state.context.previews._work
+
+
 def wait(true):
     end = time.monotonic() + 30
     while not true():
@@ -126,6 +131,7 @@ def test_the_linear_map_is_fitted_first(client):
 
 def test_the_newest_of_those_that_wait_wins(server, client):
     with looking(client) as shown:
+        wait(lambda: at_rest(server))
         with occupied(server[0].engine):
             show(client, seed=1)
             wait(lambda: not streams_of(server)["a"].waits)  # it is being made
@@ -142,6 +148,7 @@ def test_a_picture_that_is_the_last_for_now_is_sent_twice(server, client):
     with looking(client) as shown:
         show(client, seed=1)
         assert shown.any_part() == shown.any_part()
+        wait(lambda: at_rest(server))
         with occupied(server[0].engine):
             show(client, seed=2)
             wait(lambda: not streams_of(server)["a"].waits)
