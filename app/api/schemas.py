@@ -154,20 +154,29 @@ class DecodeQuery(CommonQuery, SizedQuery):
         return read_offsets(self.offset or "") or ()
 
 
-class StreamQuery(NoQuery):
-    """Parameters of those who look on."""
-
-    stream: str = Field(
+Stream = Annotated[
+    str,
+    Field(
         min_length=1,
         max_length=64,
         pattern="^[A-Za-z0-9._-]+$",
         description="A name of the caller's for the stream, hard to guess: whoever knows it can look on.",
+    ),
+]
+
+
+class StreamQuery(NoQuery):
+    """Parameters of those who look on."""
+
+    stream: Stream
+
+
+class StepQuery(ModelQuery, SizedQuery):
+    """Parameters of latents that are shown."""
+
+    stream: Stream | None = Field(
+        None, description="To whom the one latent of the body is shown. Absent: the answer shows every latent of it."
     )
-
-
-class StepQuery(StreamQuery, ModelQuery, SizedQuery):
-    """Parameters of a latent that is shown to those who look on."""
-
     preview: Preview = Field("true", description="As of a decode.")
     size: Annotated[str, AfterValidator(_sizes)] | None = Field(
         None, max_length=64, description="WxH: the picture is resized to it. Absent: as it comes."

@@ -1,22 +1,28 @@
 """GET and POST /preview/stream: one connection that shows every step of a sampler as it comes."""
 
+import itertools
 import secrets
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Annotated
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from app.api.answer import NPY, NPZ, SAFETENSORS, TORCH, WEBP, header_value
 from app.api.context import GUARD, Context, Shared
-from app.api.door.body import while_connected
-from app.api.errors import ClientGone
+from app.api.door.body import arrays_of, while_connected
+from app.api.errors import ClientGone, problem
 from app.api.openapi import BINARY, LATENTS_FAMILY, PROBLEM, WORK, Responses, problems, request_body
 from app.api.preview import asked, body_of, made
 from app.api.schemas import StepQuery, StreamQuery
-from app.api.streams import Waiting
+from app.api.streams import IDLE_SECONDS, WHOLE_SECONDS, Stream, Waiting
 from app.api.work import resolved
-from app.errors import TooLarge
+from app.errors import Overloaded, ServiceError, TooLarge, Unavailable
+from app.store.checkpoint import Checkpoint
+from app.wire.scan import Body
 
 MIXED = "multipart/x-mixed-replace"
 """Each part takes the place of the one before it: browsers show the last one of an <img>."""
@@ -47,14 +53,33 @@ async def look_on(request: Request, query: Annotated[StreamQuery, Query()], shar
     operation_id="show",
     status_code=202,
     response_class=Response,
-    responses=SHOWN | problems(409, *WORK),
-    openapi_extra=request_body("One latent, (C, h, w).", (NPY, NPZ, SAFETENSORS, TORCH), headers=[LATENTS_FAMILY]),
+    responses=SHOWN | LOOKED_ON | problems(409, *WORK),
+    openapi_extra=request_body(
+        "One latent, (C, h, w); without `stream` a .npy file for each step, one behind the other as they come.",
+        (NPY, NPZ, SAFETENSORS, TORCH),
+        headers=[LATENTS_FAMILY],
+    ),
 )
 async def show(request: Request, query: Annotated[StepQuery, Query()], shared: Shared) -> Response:
-    """Shows a latent to whoever looks on at the stream. The newest wins: one that still waits is not shown any more."""
+    """Shows latents to whoever looks on at the stream, or to whoever sends them.
+
+    The newest wins: one that still waits is not shown any more.
+    """
+    if query.stream is None:
+        checkpoint = await resolved(request, query.model, shared)
+        return _Pictures(request, secrets.token_hex(16), shared, partial(_read, request, query, checkpoint, shared))
     shared.streams.get(query.stream)  # before the body is read
     checkpoint = await resolved(request, query.model, shared)
     body = await body_of(request, shared)
+    step = await _step(request, body, query, checkpoint, request.state.request_id, shared)
+    lost = shared.streams.get(query.stream).put(step)
+    return Response(status_code=202, headers={"X-Warning": header_value(f"the last one: {lost}")} if lost else None)
+
+
+async def _step(
+    request: Request, body: Body, query: StepQuery, checkpoint: Checkpoint, name: str, shared: Context
+) -> Waiting:
+    """A latent whose picture can be made; `name` becomes the picture's X-Request-Id."""
     with shared.previews.entered():
         found = await asked(request, body, query, query.preview, checkpoint, (WEBP,), shared)
     width, height = found.size
@@ -65,39 +90,86 @@ async def show(request: Request, query: Annotated[StepQuery, Query()], shared: S
 
     async def make() -> Response:
         picture = await made(found, None, shared)
-        picture.headers["X-Request-Id"] = found.origin
+        picture.headers["X-Request-Id"] = name
         return picture
 
-    lost = shared.streams.get(query.stream).put(Waiting(make, found.nbytes))
-    return Response(status_code=202, headers={"X-Warning": header_value(f"the last one: {lost}")} if lost else None)
+    return Waiting(make, found.nbytes)
+
+
+async def _read(request: Request, query: StepQuery, checkpoint: Checkpoint, shared: Context, stream: Stream) -> None:
+    """Puts every latent of the body on the stream.
+
+    One that cannot be shown now has its error for a picture; one that is wrong is the last.
+    """
+    request.state.op = "preview"
+    names = (f"{request.state.request_id}/{step}" for step in itertools.count())
+    name = next(names)
+    try:
+        async for body in arrays_of(request, shared.limits.body_bytes, WHOLE_SECONDS, IDLE_SECONDS):
+            try:
+                stream.put(_telling(request, await _step(request, body, query, checkpoint, name, shared), name))
+            except (Overloaded, Unavailable) as error:
+                stream.put(_told(request, error, name))
+            name = next(names)
+    except ClientGone:
+        raise
+    except ServiceError as error:
+        stream.put(_told(request, error, name))
+    stream.finish()
+
+
+def _told(request: Request, error: ServiceError, name: str) -> Waiting:
+    async def make() -> Response:
+        return problem(request, error, {"X-Request-Id": name})
+
+    return Waiting(make, 0)
+
+
+def _telling(request: Request, waiting: Waiting, name: str) -> Waiting:
+    """The same; an error in its making is told instead of its picture."""
+
+    async def make() -> Response:
+        try:
+            return await waiting.make()
+        except ServiceError as error:
+            return await _told(request, error, name).make()
+
+    return replace(waiting, make=make)
 
 
 class _Pictures(Response):
-    """An answer that goes on for as long as it is read."""
+    """An answer that goes on for as long as it is read; `reading` puts on its stream what its own request brings."""
 
-    def __init__(self, request: Request, name: str, shared: Context) -> None:
+    def __init__(
+        self,
+        request: Request,
+        name: str,
+        shared: Context,
+        reading: Callable[[Stream], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
         self._boundary = secrets.token_hex(16)
         super().__init__(
             media_type=f'{MIXED}; boundary="{self._boundary}"',
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},  # the latter: of nginx
         )
         del self.headers["Content-Length"]
-        self._request, self._name, self._shared = request, name, shared
+        self._request, self._name, self._shared, self._reading = request, name, shared, reading
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(ClientGone):  # its answer has begun
-            await while_connected(self._request, self._send(send))
-
-    async def _send(self, send: Send) -> None:
         with self._shared.streams.opened(self._name, self._request.state.held) as stream:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._write(send, f"--{self._boundary}\r\n".encode())
-            async for picture in stream.pictures():
-                part = _part(picture) + f"\r\n--{self._boundary}\r\n".encode()
+            reading = self._reading(stream) if self._reading is not None else None
+            with suppress(ClientGone):  # its answer has begun
+                await while_connected(self._request, self._send(send, stream), reading)
+
+    async def _send(self, send: Send, stream: Stream) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await self._write(send, f"--{self._boundary}\r\n".encode())
+        async for picture in stream.pictures():
+            part = _part(picture) + f"\r\n--{self._boundary}\r\n".encode()
+            await self._write(send, part)
+            if not stream.waits and self._reading is None:  # Chromium shows one once the next one's headers are there
                 await self._write(send, part)
-                if not stream.waits:  # Chromium shows a part once the headers of the next one are there
-                    await self._write(send, part)
-            await send({"type": "http.response.body", "body": b""})
+        await send({"type": "http.response.body", "body": b""})
 
     async def _write(self, send: Send, body: bytes) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": True})

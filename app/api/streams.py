@@ -37,6 +37,7 @@ class Stream:
         self._held = held
         self._waiting: Waiting | None = None
         self._moved = asyncio.Event()  # something waits, or it is over
+        self._last = False  # nothing comes behind what waits
         self._over = False
         self._lost: str | None = None
 
@@ -54,6 +55,11 @@ class Stream:
     def waits(self) -> bool:
         """Whether a latent does."""
         return self._waiting is not None
+
+    def finish(self) -> None:
+        """After what waits."""
+        self._last = True
+        self._moved.set()
 
     def end(self) -> None:
         """After the picture that is being made."""
@@ -81,7 +87,8 @@ class Stream:
             return None
         if self._over:
             return None
-        self._moved.clear()
+        if not self._last:
+            self._moved.clear()
         waiting, self._waiting = self._waiting, None
         return waiting
 

@@ -1,4 +1,6 @@
+import http.client
 import io
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -242,3 +244,135 @@ def test_keys_guard_it_and_the_service_s_end_ends_it(models):
             server.should_exit = True
             assert shown.ends()
             assert time.monotonic() - at < 10
+
+
+class Both:
+    """One connection that sends latents and reads their pictures."""
+
+    def __init__(self, port: int, query: str = "preview=tiny") -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        self._connection.putrequest("POST", f"/preview/stream?{query}")
+        self._connection.putheader("Transfer-Encoding", "chunked")
+        self._connection.putheader("X-Request-Id", "me")
+        self._connection.endheaders()
+        assert self._connection.sock is not None
+        self._socket = self._connection.sock
+
+    def send(self, content: bytes) -> None:
+        self._socket.sendall(b"%x\r\n%s\r\n" % (len(content), content))
+
+    def shown(self) -> Looking:
+        answer = self._connection.getresponse()
+        assert answer.status == 200, answer.read()
+        return Looking(httpx.Response(200, headers=answer.getheaders(), content=iter(answer.read1, b"")))
+
+    def close(self) -> None:
+        self._socket.close()
+        self._connection.close()
+
+
+@pytest.fixture
+def both(server):
+    made: list[Both] = []
+
+    def open_one(*options: str) -> Both:
+        made.append(Both(int(server[1].rpartition(":")[2]), *options))
+        return made[-1]
+
+    yield open_one
+    for each in made:
+        each.close()
+
+
+def test_one_connection_sends_latents_and_has_their_pictures(client, both):
+    one = both()
+    one.send(npy(latent(seed=0)))
+    shown = one.shown()
+    for step in range(3):
+        headers, body = shown.any_part()
+        assert (headers["Content-Type"], headers["X-Request-Id"]) == ("image/webp", f"me/{step}")
+        assert body == alone(client, step).content
+        following = npy(latent(seed=step + 1))
+        one.send(following[:30])  # a latent comes in pieces, and the end of one with the beginning of another
+        one.send(following[30:])
+    assert shown.any_part()[0]["X-Request-Id"] == "me/3"
+    one.send(b"")  # the end of the body
+    assert shown.ends()
+
+
+def test_the_newest_of_a_connection_wins_and_the_last_is_always_shown(server, both):
+    wait(lambda: at_rest(server))
+    with occupied(server[0].engine):
+        one = both()
+        one.send(npy(latent(seed=0)))
+        wait(lambda: server[0].engine.open_requests == 1)
+        one.send(b"".join(npy(latent(seed=seed)) for seed in (1, 2, 3)))
+        one.send(b"")
+        time.sleep(0.2)
+    shown = one.shown()
+    assert [shown.any_part()[0]["X-Request-Id"] for _ in range(2)] == ["me/0", "me/3"]
+    assert shown.ends()
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        (b"PNG", "malformed_body"),
+        (npy(latent())[:50], "malformed_body"),
+        (npy(latent(1, 5, 4, 4)), "invalid_latent"),
+        (npy(latent()).replace(b"'<f2'", b"'<f8'"), "invalid_latent"),
+        (npy(latent()).replace(b"(1, 4, 4, 4)", b"(1, 4, 99999, 99999)"), "too_large"),
+    ],
+)
+def test_what_is_no_latent_is_the_last_and_said(server, both, sent, code):
+    one = both()
+    one.send(sent)
+    one.send(b"")
+    shown = one.shown()
+    headers, body = shown.any_part()
+    assert (headers["Content-Type"], headers["X-Request-Id"]) == ("application/problem+json", "me/0")
+    assert json.loads(body)["code"] == code
+    assert shown.ends()
+    wait(lambda: not streams_of(server))
+    assert server[0].config.app.state.context.room.used == 0
+
+
+def test_a_connection_that_goes_ends_its_stream(server, both):
+    one = both()
+    one.send(npy(latent()))
+    one.shown().any_part()
+    one.close()
+    wait(lambda: not streams_of(server))
+
+
+def test_a_connection_that_says_nothing_ends(both, monkeypatch):
+    monkeypatch.setattr(streaming, "IDLE_SECONDS", 0.1)
+    shown = both().shown()
+    headers, body = shown.any_part()
+    assert (headers["Content-Type"], json.loads(body)["code"]) == ("application/problem+json", "slow_body")
+    assert shown.ends()
+
+
+def test_a_dropped_one_of_a_connection_is_told_and_the_next_is_shown(server, both, monkeypatch):
+    wait(lambda: at_rest(server))
+    monkeypatch.setattr(preview, "PATIENCE_SECONDS", 0.05)
+    with occupied(server[0].engine):
+        one = both()
+        one.send(npy(latent()))
+        time.sleep(0.1)
+    shown = one.shown()
+    assert json.loads(shown.any_part()[1])["code"] == "overloaded"
+    monkeypatch.setattr(preview, "PATIENCE_SECONDS", 60)
+    one.send(npy(latent()))
+    assert shown.any_part()[0]["Content-Type"] == "image/webp"
+
+
+def test_one_that_comes_before_its_map_is_fitted_is_told(client, both, monkeypatch):
+    monkeypatch.setattr("app.engine.previews.Previews.linear", lambda *_: None)
+    one = both("preview=linear")
+    one.send(npy(latent()))
+    shown = one.shown()
+    assert json.loads(shown.any_part()[1])["code"] == "unavailable"
+    monkeypatch.undo()
+    one.send(npy(latent()))
+    assert shown.any_part()[0]["X-Request-Id"] == "me/1"

@@ -12,7 +12,8 @@ from fastapi import Request
 from app.api.door.form import Part, parts_of
 from app.api.door.room import Held
 from app.api.errors import ClientGone, SlowBody
-from app.errors import InvalidParameter, TooLarge
+from app.errors import InvalidParameter, MalformedBody, TooLarge
+from app.wire.npy import npy_length
 from app.wire.scan import Body
 
 BODY_SECONDS = 60.0
@@ -56,18 +57,45 @@ async def read_body(request: Request, limit: int) -> Body:
     return memoryview(buffer)[:size]
 
 
-async def pieces_of(request: Request, seconds: float, what: str) -> AsyncIterator[bytes]:
-    """A body as it comes, the last piece of it within `seconds`. Raises SlowBody and ClientGone, in words of `what`."""
+async def arrays_of(request: Request, limit: int, seconds: float, silent: float) -> AsyncIterator[Body]:
+    """The .npy files that follow each other in a body, each of at most `limit` bytes, as soon as it is whole.
+
+    Each is counted until the next one is asked for. Raises as `read_body`, and as `npy_length`.
+    """
+    held: Held = request.state.held
+    came = bytearray()
+    length: int | None = None
+    async for piece in pieces_of(request, seconds, "stream of latents", silent):
+        held.take(len(piece))
+        came += piece
+        while came and (length := length or npy_length(came)) is not None:
+            if length > limit:
+                raise TooLarge(f"a latent has {length} bytes; at most {limit} are accepted")
+            if len(came) < length:
+                break
+            yield bytes(came[:length])
+            del came[:length]
+            held.give_back(length)
+            length = None
+    if came:
+        raise MalformedBody(f"the stream of latents ends {len(came)} bytes after the beginning of one")
+
+
+async def pieces_of(
+    request: Request, seconds: float, what: str, silent: float = SILENT_SECONDS
+) -> AsyncIterator[bytes]:
+    """A body as it comes, the last piece of it within `seconds`, the next one within `silent`.
+
+    Raises SlowBody and ClientGone, in words of `what`.
+    """
     clock = asyncio.get_running_loop()
     end, more = clock.time() + seconds, True
     while more:
         try:
-            async with asyncio.timeout_at(min(end, clock.time() + SILENT_SECONDS)):
+            async with asyncio.timeout_at(min(end, clock.time() + silent)):
                 message = await request.receive()
         except TimeoutError:
-            raise SlowBody(
-                f"the {what} did not arrive within {seconds:g} s, or stopped for {SILENT_SECONDS:g} s"
-            ) from None
+            raise SlowBody(f"the {what} did not arrive within {seconds:g} s, or stopped for {silent:g} s") from None
         if message["type"] == "http.disconnect":
             raise ClientGone(f"the client closed the connection before its {what} ended")
         more = message.get("more_body", False)
@@ -93,14 +121,20 @@ def deadline_of(request: Request) -> float | None:
     return time.monotonic() + int(header) / 1000
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, cancelled with ClientGone when the client closes the connection. The body must be read."""
+async def while_connected(
+    request: Request, work: Coroutine[Any, Any, T], reading: Coroutine[Any, Any, None] | None = None
+) -> T:
+    """The result of `work`, cancelled with ClientGone when the client closes the connection.
+
+    The body must be read before, or is so by `reading` meanwhile, whose errors are this call's.
+    """
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(request))
+    leaving = asyncio.ensure_future(_disconnected(request, reading))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
+        leaving.result()
         raise ClientGone("the client closed the connection before the answer")
     finally:
         working.cancel()
@@ -108,6 +142,8 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({working, leaving})
 
 
-async def _disconnected(request: Request) -> None:
+async def _disconnected(request: Request, reading: Coroutine[Any, Any, None] | None) -> None:
+    if reading is not None:
+        await reading
     while (await request.receive())["type"] != "http.disconnect":
         pass
