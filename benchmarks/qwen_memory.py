@@ -1,6 +1,6 @@
 """`python -m benchmarks.qwen_memory`: the memory of a picture's decode by Qwen-Image's VAE, beside diffusers.
 
-Each way runs once in a process of its own, on random weights of the real width in float32: seconds, tensors counted,
+Each way runs once in a process of its own, on random weights of the real width: seconds, tensors counted,
 pages resident, and how far its picture is from the one that the same program makes in one go. `--picture` writes the
 differences, amplified. Of a way that `--ways` leaves out, as it does not fit the machine, there is only the forecast.
 """
@@ -36,6 +36,7 @@ from benchmarks.tiling import deviation
 ARCHITECTURE = "wan21"
 EXECUTIONS: dict[str, AnyExecution] = {"whole": Whole(), "strips": STRIPS}  # norms are pointwise: nothing to recompute
 WAYS = (*EXECUTIONS, "diffusers", "diffusers tiled")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEADER = ("px", "way", "max Δ, of the range", "PSNR, dB", "forecast, GB", "counted, GB", "resident, GB", "s")
 AMPLIFIED = {"diffusers tiled": 8.0, "strips": 10_000.0}
 
@@ -45,10 +46,14 @@ def untiled(way: str) -> str:
     return "diffusers" if way.startswith("diffusers") else "whole"
 
 
-def runner(way: str, side: int) -> tuple[nn.Module, Callable[[Tensor], Iterator[tuple[int, Tensor]]], Tensor]:
+Bands = Callable[[Tensor], Iterator[tuple[int, Tensor]]]
+"""What runs a network: (row, band) one after the other."""
+
+
+def runner(way: str, side: int, dtype: torch.dtype) -> tuple[nn.Module, Bands, Tensor]:
     """The network of a way, what runs it band by band, and its latents."""
-    theirs, ours = networks(ARCHITECTURE)
-    x = inputs(ours, side)["decode"]
+    theirs, ours = (each.to(dtype) for each in networks(ARCHITECTURE))
+    x = inputs(ours, side)["decode"].to(dtype)
     if way in EXECUTIONS:
         keep_pages()
         return ours, partial(execute, EXECUTIONS[way], ours.decode), x
@@ -62,9 +67,9 @@ def tile(theirs: Any, way: str) -> None:
 
 
 @torch.inference_mode()
-def child(way: str, side: int, output: Path) -> dict[str, float]:
+def child(way: str, side: int, dtype: torch.dtype, output: Path) -> dict[str, float]:
     """One run: its seconds and bytes; the picture goes into a file."""
-    module, run, x = runner(way, side)
+    module, run, x = runner(way, side, dtype)
     drain(run(inputs_of(x, 8)))
     peak_reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -80,7 +85,7 @@ def child(way: str, side: int, output: Path) -> dict[str, float]:
     began = time.perf_counter()
     with live:
         for row, band in run(x):
-            picture[:, :, row : row + band.shape[2]] = band.numpy()
+            picture[:, :, row : row + band.shape[2]] = band.float().numpy()
             del band
     return {
         "seconds": time.perf_counter() - began,
@@ -99,19 +104,19 @@ def drain(bands: Iterator[tuple[int, Tensor]]) -> None:
         del band
 
 
-def forecast(way: str, side: int) -> int:
+def forecast(way: str, side: int, dtype: torch.dtype) -> int:
     """Bytes by arithmetic: ours of the program, diffusers' of its tensors on torch's meta device."""
     theirs, ours = networks(ARCHITECTURE)
     latents = inputs(ours, side)["decode"]
     if way not in EXECUTIONS:
-        tile(theirs.to("meta"), way)
+        tile(theirs.to("meta", dtype), way)
         with CountingMode(theirs.parameters()) as live, torch.inference_mode():
-            peer(theirs, "decode", latents.to("meta"))
+            peer(theirs, "decode", latents.to("meta", dtype))
         return int(live.peak)
     execution, shape = EXECUTIONS[way], tuple(latents.shape)
     if isinstance(execution, Banded):
-        return forecast_bytes(execution, ours.decode, shape, torch.float32, torch.device("cpu"))
-    return whole_elements(record(ours.decode, shape)) * torch.float32.itemsize
+        return forecast_bytes(execution, ours.decode, shape, dtype, torch.device("cpu"))
+    return whole_elements(record(ours.decode, shape)) * dtype.itemsize
 
 
 def gigabytes(size: float) -> str:
@@ -140,13 +145,15 @@ def sheet(pictures: dict[str, Tensor], output: Path, side: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--side", type=int, default=1024)
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--keep", type=Path, help="a folder for the pictures: what lies there is not decoded again")
     parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    dtype = DTYPES[args.dtype]
     if args.child:
-        print(json.dumps(child(args.child, args.side, args.keep)))
+        print(json.dumps(child(args.child, args.side, dtype, args.keep)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch)
@@ -154,12 +161,13 @@ def main() -> None:
         rows = []
         for way in WAYS:
             if way not in args.ways:
-                rows.append([str(args.side), way, "", "", gigabytes(forecast(way, args.side)), "", "", ""])
+                rows.append([str(args.side), way, "", "", gigabytes(forecast(way, args.side, dtype)), "", "", ""])
                 continue
-            output, told = folder / f"{way} {args.side}.npy", folder / f"{way} {args.side}.json"
+            output, told = (folder / f"{way} {args.side} {args.dtype}.{end}" for end in ("npy", "json"))
             if not told.exists():
                 command = [sys.executable, "-m", "benchmarks.qwen_memory", "--child", way, "--side", str(args.side)]
-                answer = subprocess.run([*command, "--keep", str(output)], stdout=subprocess.PIPE, check=True).stdout
+                command += ["--dtype", args.dtype, "--keep", str(output)]
+                answer = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
                 told.write_bytes(answer)
             figures = json.loads(told.read_text())
             pictures[way] = torch.from_numpy(np.load(output, mmap_mode="c"))
@@ -167,7 +175,7 @@ def main() -> None:
             if untiled(way) != way and untiled(way) in pictures:
                 most, _, psnr = deviation(pictures[way], pictures[untiled(way)])
                 apart = [f"{most:.1e}", f"{psnr:.1f}"]
-            sizes = (forecast(way, args.side), figures["counted"], figures["resident"])
+            sizes = (forecast(way, args.side, dtype), figures["counted"], figures["resident"])
             rows.append([str(args.side), way, *apart, *map(gigabytes, sizes), f"{figures['seconds']:.0f}"])
         print(table(HEADER, rows))
         if args.picture:

@@ -29,3 +29,8 @@ def test_links_lead_somewhere(page):
         target = page.parent / path if path else page
         assert target.exists(), (path, anchor)
         assert not anchor or target.suffix != ".md" or anchor in anchors(target), (path, anchor)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_nothing_waits_to_be_filled_in(page):
+    assert not re.search(r"@[A-Z]+@|TODO|FIXME", page.read_text())

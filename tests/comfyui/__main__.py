@@ -35,6 +35,7 @@ LOADER = {
     "sd1": "sd1.safetensors",
     "flux": "flux.safetensors",
     "flux2": "flux2.safetensors",
+    "wan21": "wan21.safetensors",
     "taesd": "taesd",
     "taef2": "taef2",
 }
@@ -42,6 +43,7 @@ SHAPES = {
     "sd1": (2, 4, ROWS, COLUMNS),
     "flux": (1, 16, ROWS, COLUMNS),
     "flux2": (1, 128, ROWS // 2, COLUMNS // 2),
+    "wan21": (1, 16, 1, ROWS, COLUMNS),
     "taesd": (1, 4, ROWS, COLUMNS),
     "taef2": (1, 128, ROWS // 2, COLUMNS // 2),
 }
@@ -92,7 +94,7 @@ CASES = [  # family, the node with the work elsewhere, ComfyUI's own with the wo
     ("sd1", "VAEDecodeTiled", "VAEDecode"),
     *(
         (family, f"LatentdVAE{op}", f"VAE{op}")
-        for family in ("flux", "flux2", "taesd", "taef2")
+        for family in ("flux", "flux2", "wan21", "taesd", "taef2")
         for op in ("Encode", "Decode")
     ),
 ]

@@ -10,19 +10,23 @@ from app.vae.architectures import architecture_of
 from app.vae.autoencoder import Config
 from app.vae.autoencoder_kl import KLConfig
 from app.vae.autoencoder_tiny import TinyConfig, TinyLayer
+from app.vae.autoencoder_wan import WanConfig
 from app.vae.families import FAMILIES
+from tests.store.weights import as_published
 
 WIDTHS = (128, 256, 512, 512)
 TINY_WIDTH = 64
+WAN_WIDTH = 32  # ComfyUI reads it off the file, as latentd does; published is 96
 
 
 def write_models(models: Path) -> None:
-    """`sd1`, `flux`, `flux2` in vae; `taesd`, `taef2` in vae_approx, where both programs make one of two halves."""
+    """The first four in vae; `taesd`, `taef2` in vae_approx, where both programs make one of two halves."""
     vae, approx = models / "vae", models / "vae_approx"
     vae.mkdir(parents=True)
     approx.mkdir()
     for seed, family in enumerate(("sd1", "flux", "flux2")):
         _write(vae, family, _random(_kl(family), seed))
+    _write(vae, "wan21", as_published(_random(WanConfig(WAN_WIDTH, WAN_WIDTH, FAMILIES["wan21"].latent_channels), 3)))
     for seed, family in enumerate(("taesd", "taef2")):
         tiny = _random(_tiny(family), seed)
         for half in ("encoder", "decoder"):

@@ -161,7 +161,7 @@ def _of_clips(state: Mapping[str, Tensor]) -> State:
     down, up = ([name for name in resampling if name.startswith(half)] for half in ("encoder", "decoder"))
     for blocks, factor in ((down[1:], 1), (up[:-1], 2)):  # the finest level has as many frames as the picture
         for block in blocks:
-            found |= _between_frames(block, state[f"{block}.resample.1.weight"].shape[0], factor, 1 if flat else 3)
+            found |= _between_frames(block, state[f"{block}.resample.1.weight"].shape[1], factor, 1 if flat else 3)
     return found
 
 
