@@ -5,7 +5,7 @@ such a network, its publisher's: the names that our network's attributes have.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from app.vae.autoencoder_dc import AutoencoderDC, DCConfig
 from app.vae.autoencoder_hunyuan import AutoencoderHunyuan, HunyuanConfig
 from app.vae.autoencoder_kl import NORM_GROUPS, AutoencoderKL, KLConfig
 from app.vae.autoencoder_tiny import AutoencoderTiny, TinyConfig
-from app.vae.autoencoder_wan import AutoencoderWan, WanConfig, picture_tensors
+from app.vae.autoencoder_wan import AutoencoderWan, WanClipConfig, WanConfig, clip_tensors, picture_tensors
 from app.vae.families import FAMILIES
 from app.vae.latent_format import Constant
 
@@ -68,6 +68,8 @@ class Architecture:
     # What no shape tells, where it is not the usual: keys of a sidecar and their values.
     untold: Callable[[Any], dict[str, int]] = lambda config: {}
     executions: tuple[ExecutionName, ...] = EXECUTIONS
+    # Of a causal network whose pictures are clips of one frame: the row of the network with its layers in time.
+    clips: "Architecture | None" = None
 
 
 def _kl_told(shapes: Shapes) -> bool:
@@ -80,6 +82,11 @@ def _kl_told(shapes: Shapes) -> bool:
 
 def _levels(way: str) -> tuple[str, str]:
     return f"{way}.0.block.0", f"{way}_blocks.0.resnets.0"
+
+
+def _with_clips(pictures: Architecture, **of_clips: Any) -> Architecture:
+    """A row, and beside it the one of its network for clips, which differs in these."""
+    return replace(pictures, clips=replace(pictures, **of_clips))
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -156,24 +163,29 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
             output=lambda config: config.output,
         ),
-        Architecture(
-            name="wan21",
-            told=layout_wan.told,
-            config=WanConfig,
-            configure=lambda shapes, groups: WanConfig.from_shapes(shapes),
-            module=AutoencoderWan,
-            keys=layout_wan.wan_keys,
-            diffusers=Diffusers(
-                classes={"AutoencoderKLWan": None, "AutoencoderKLQwenImage": None},
-                act_fn=None,
-                keys=layout_wan.diffusers_keys,
-                config=layout_wan.diffusers_config,
+        _with_clips(
+            Architecture(
+                name="wan21",
+                told=layout_wan.told,
+                config=WanConfig,
+                configure=lambda shapes, groups: WanConfig.from_shapes(shapes),
+                module=AutoencoderWan,
+                keys=layout_wan.wan_keys,
+                diffusers=Diffusers(
+                    classes={"AutoencoderKLWan": None, "AutoencoderKLQwenImage": None},
+                    act_fn=None,
+                    keys=layout_wan.diffusers_keys,
+                    config=layout_wan.diffusers_config,
+                ),
+                output=lambda config: "decoder.head.2",
+                encoder=("encoder.", "conv1."),
+                resident=picture_tensors,
+                # A revision of Qwen-Image was published so: it makes pictures of one colour.
+                never_zero=frozenset({"conv1.weight", "conv2.weight"}),
             ),
-            output=lambda config: "decoder.head.2",
-            encoder=("encoder.", "conv1."),
-            resident=picture_tensors,
-            # A revision of Qwen-Image was published so: it makes pictures of one colour.
-            never_zero=frozenset({"conv1.weight", "conv2.weight"}),
+            config=WanClipConfig,
+            resident=clip_tensors,
+            executions=("whole",),
         ),
     )
 }
@@ -189,7 +201,8 @@ def told(shapes: Shapes) -> Architecture:
 
 def architecture_of(config: Config) -> Architecture:
     """The row that a configuration belongs to."""
-    return next(row for row in ARCHITECTURES.values() if type(config) is row.config)
+    rows = (row for each in ARCHITECTURES.values() for row in (each, each.clips) if row is not None)
+    return next(row for row in rows if type(config) is row.config)
 
 
 def diffusers_classes() -> dict[str, tuple[Architecture, Constant | None]]:
