@@ -6,6 +6,7 @@ the bytes that would be alive. What was measured on the device afterwards correc
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,9 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan
 from app.execution.banded import Banded, forecast_bytes
-from app.execution.primitive import Whole
+from app.execution.primitive import Network, Whole
+from app.execution.slices import Carry, Sliced
 from app.store.checkpoint import Checkpoint, blank
 from app.terms import Op
+from app.vae.architectures import architecture_of
 from app.vae.autoencoder import Config
 
 MARGIN = 1.05
@@ -37,8 +40,12 @@ TELLING = 256 << 20
 CORRECTION_RANGE = (0.8, 2.0)
 
 
-CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default)
-"""What a mode sees of a convolution: with autograd the first, in inference mode the second."""
+CONVOLUTIONS = (
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.conv2d.default,
+    torch.ops.aten.conv3d.default,
+)
+"""What a mode sees of a convolution: with autograd the first, in inference mode the others."""
 
 
 class CountingMode(TorchDispatchMode):
@@ -133,7 +140,10 @@ class Forecaster:
 
 
 def count(shape: NetworkShape, plan: ExecutionPlan, device: torch.device) -> int:
-    """Peak bytes of a plan: Whole by running it on `meta`, the banded executions by their own arithmetic."""
+    """Peak bytes of a plan: Whole by running it on `meta`, the banded executions by their own arithmetic.
+
+    Of a network for clips it is that of a slice in their midst, of one latent, with all that is carried.
+    """
     dtype = TORCH_DTYPES[plan.dtype]
     module = blank(shape.config)
     network = module.encode if shape.op == "encode" else module.decode
@@ -141,12 +151,28 @@ def count(shape: NetworkShape, plan: ExecutionPlan, device: torch.device) -> int
     if plan.execution != "whole":
         maps = forecast_bytes(Banded(plan.execution), network, size, dtype, device)
         return maps + _ends(shape, plan, device)
-    module.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's annotation lacks memory_format
-    x = torch.empty(size, dtype=dtype, device="meta", memory_format=torch.channels_last)
+    module.to(dtype)
+    factor = architecture_of(shape.config).temporal_factor
+    if factor > 1:
+        mode = CountingMode(module.state_dict().values())
+        return _count_slice(network, shape, dtype, mode, factor) + factor * _ends(shape, plan, device)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's annotation lacks memory_format
     mode = CountingMode(module.state_dict().values())
+    x = torch.empty(size, dtype=dtype, device="meta", memory_format=torch.channels_last)
     with mode, torch.inference_mode():
         network(Whole(), x)
     return mode.peak + _ends(shape, plan, device)
+
+
+def _count_slice(network: Network, shape: NetworkShape, dtype: torch.dtype, mode: CountingMode, factor: int) -> int:
+    """Peak bytes of the maps of a second slice, and of what is carried to it and from it."""
+    carry: Carry = deque()
+    sides = (shape.channels, shape.height, shape.width)
+    for frames in (1, factor if shape.op == "encode" else 1):
+        x = torch.empty((frames, *sides), dtype=dtype, device="meta", memory_format=torch.channels_last)
+        with mode, torch.inference_mode():
+            network(Sliced(carry), x)
+    return mode.peak
 
 
 def _ends(shape: NetworkShape, plan: ExecutionPlan, device: torch.device) -> int:

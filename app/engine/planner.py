@@ -136,6 +136,6 @@ class Planner:
 def shape_of(task: Task, shape: tuple[int, ...], itemsize: int = 1) -> NetworkShape:
     """The network-side shape of one item's array, whose numbers have so many bytes."""
     if task.op == "encode":
-        return network_shape(task.checkpoint, task.op, shape[0], shape[1], itemsize)
+        return network_shape(task.checkpoint, task.op, shape[-3], shape[-2], itemsize)
     side, (_, dtype) = task.checkpoint.family.side(task.latents), OUTPUTS[task.output]
     return network_shape(task.checkpoint, task.op, shape[-2] * side, shape[-1] * side, dtype.itemsize)

@@ -17,7 +17,14 @@ from app.vae.autoencoder_dc import AutoencoderDC, DCConfig
 from app.vae.autoencoder_hunyuan import AutoencoderHunyuan, HunyuanConfig
 from app.vae.autoencoder_kl import NORM_GROUPS, AutoencoderKL, KLConfig
 from app.vae.autoencoder_tiny import AutoencoderTiny, TinyConfig
-from app.vae.autoencoder_wan import AutoencoderWan, WanClipConfig, WanConfig, clip_tensors, picture_tensors
+from app.vae.autoencoder_wan import (
+    TEMPORAL_FACTOR,
+    AutoencoderWan,
+    WanClipConfig,
+    WanConfig,
+    clip_tensors,
+    picture_tensors,
+)
 from app.vae.families import FAMILIES
 from app.vae.latent_format import Constant
 
@@ -40,6 +47,20 @@ class Diffusers:
     expects: Mapping[str, object] = field(default_factory=dict)
 
 
+Resident = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
+"""What of a network's tensors a canonical one of a file is, by name."""
+
+
+@dataclass(frozen=True)
+class Clips:
+    """What of a network whose pictures are clips of one frame differs where it takes clips; see `execution.slices`."""
+
+    config: type[Config]
+    configure: Callable[[Any], Config]  # given the configuration for pictures; raises UnsupportedCheckpoint
+    resident: Resident
+    temporal_factor: int  # frames per latent frame but the first, which is one
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What tells an architecture, and everything about it that its network does not say."""
@@ -56,8 +77,7 @@ class Architecture:
     # The convolution that makes the picture, by its canonical name; None where the decoder does not end in a plain one.
     output: Callable[[Any], str | None]
     shape: Callable[[str, Shape], Shape] = lambda name, shape: shape  # the canonical one, given that of any layout
-    # What of the network's tensors a canonical one of a file is, by name: itself, but where a file has more than runs.
-    resident: Callable[[str, Tensor], Iterable[tuple[str, Tensor]]] = lambda name, tensor: ((name, tensor),)
+    resident: Resident = lambda name, tensor: ((name, tensor),)  # itself, but where a file has more than runs
     # Canonical names of tensors that are never all zero in a file that is whole.
     never_zero: frozenset[str] = frozenset()
     # The end of a key in the publisher's layout, and of the canonical names of its equal parts, first rows first.
@@ -68,8 +88,8 @@ class Architecture:
     # What no shape tells, where it is not the usual: keys of a sidecar and their values.
     untold: Callable[[Any], dict[str, int]] = lambda config: {}
     executions: tuple[ExecutionName, ...] = EXECUTIONS
-    # Of a causal network whose pictures are clips of one frame: the row of the network with its layers in time.
-    clips: "Architecture | None" = None
+    temporal_factor: int = 1  # 1: a network of pictures
+    clips: Clips | None = None
 
 
 def _kl_told(shapes: Shapes) -> bool:
@@ -82,11 +102,6 @@ def _kl_told(shapes: Shapes) -> bool:
 
 def _levels(way: str) -> tuple[str, str]:
     return f"{way}.0.block.0", f"{way}_blocks.0.resnets.0"
-
-
-def _with_clips(pictures: Architecture, **of_clips: Any) -> Architecture:
-    """A row, and beside it the one of its network for clips, which differs in these."""
-    return replace(pictures, clips=replace(pictures, **of_clips))
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -163,29 +178,25 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
             output=lambda config: config.output,
         ),
-        _with_clips(
-            Architecture(
-                name="wan21",
-                told=layout_wan.told,
-                config=WanConfig,
-                configure=lambda shapes, groups: WanConfig.from_shapes(shapes),
-                module=AutoencoderWan,
-                keys=layout_wan.wan_keys,
-                diffusers=Diffusers(
-                    classes={"AutoencoderKLWan": None, "AutoencoderKLQwenImage": None},
-                    act_fn=None,
-                    keys=layout_wan.diffusers_keys,
-                    config=layout_wan.diffusers_config,
-                ),
-                output=lambda config: "decoder.head.2",
-                encoder=("encoder.", "conv1."),
-                resident=picture_tensors,
-                # A revision of Qwen-Image was published so: it makes pictures of one colour.
-                never_zero=frozenset({"conv1.weight", "conv2.weight"}),
+        Architecture(
+            name="wan21",
+            told=layout_wan.told,
+            config=WanConfig,
+            configure=lambda shapes, groups: WanConfig.from_shapes(shapes),
+            module=AutoencoderWan,
+            keys=layout_wan.wan_keys,
+            diffusers=Diffusers(
+                classes={"AutoencoderKLWan": None, "AutoencoderKLQwenImage": None},
+                act_fn=None,
+                keys=layout_wan.diffusers_keys,
+                config=layout_wan.diffusers_config,
             ),
-            config=WanClipConfig,
-            resident=clip_tensors,
-            executions=("whole",),
+            output=lambda config: "decoder.head.2",
+            encoder=("encoder.", "conv1."),
+            resident=picture_tensors,
+            clips=Clips(WanClipConfig, WanConfig.for_clips, clip_tensors, TEMPORAL_FACTOR),
+            # A revision of Qwen-Image was published so: it makes pictures of one colour.
+            never_zero=frozenset({"conv1.weight", "conv2.weight"}),
         ),
     )
 }
@@ -200,9 +211,14 @@ def told(shapes: Shapes) -> Architecture:
 
 
 def architecture_of(config: Config) -> Architecture:
-    """The row that a configuration belongs to."""
-    rows = (row for each in ARCHITECTURES.values() for row in (each, each.clips) if row is not None)
-    return next(row for row in rows if type(config) is row.config)
+    """The row that a configuration belongs to; of a network for clips, the one of pictures with what differs."""
+    for row in ARCHITECTURES.values():
+        if row.clips is not None and type(config) is row.clips.config:
+            clips, factor = row.clips, row.clips.temporal_factor
+            return replace(
+                row, config=clips.config, resident=clips.resident, executions=("whole",), temporal_factor=factor
+            )
+    return next(row for row in ARCHITECTURES.values() if type(config) is row.config)
 
 
 def diffusers_classes() -> dict[str, tuple[Architecture, Constant | None]]:
