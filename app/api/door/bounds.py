@@ -56,6 +56,8 @@ class Bounds:
                 await send({**message, "body": body[start : start + PIECE], "more_body": True})
             last = len(body) and (len(body) - 1) // PIECE * PIECE
             await send({**message, "body": body[last:]})
+            if message.get("more_body", False):
+                held.drop(len(body))  # the client has most of it; a long answer is not counted whole
 
         try:
             await self.app({**scope, "method": "GET"} if head else scope, receive, answer)

@@ -91,6 +91,11 @@ class Held:
         self._room.add(size)
         self._size += size
 
+    def drop(self, size: int) -> None:
+        """Some of it: bytes that are gone already."""
+        self._room.give_back(size)
+        self._size -= size
+
     def give_back(self) -> None:
         """All of it."""
         self._room.give_back(self._size)
