@@ -31,8 +31,11 @@ def parser() -> argparse.ArgumentParser:
 
 def _serve(commands: Commands) -> None:
     serve = commands.add_parser("serve", help="run the service")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen at; default %(default)s")
-    serve.add_argument("--port", type=_port, default=8000, help="0: any free one; default %(default)s")
+    serve.add_argument("--host", help="address to listen at; default 127.0.0.1")
+    serve.add_argument("--port", type=_port, help="0: any free one; default 8000")
+    serve.add_argument("--uds", type=Path, metavar="PATH", help="listen at a Unix socket instead")
+    serve.add_argument("--ssl-certfile", type=Path, metavar="PEM", help="serve https: the certificate and its chain")
+    serve.add_argument("--ssl-keyfile", type=Path, metavar="PEM", help="its key; default: in the same file")
     for name, field in Settings.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
         default = "unset" if field.default is None else f"default {_text(field.default)}"
@@ -171,7 +174,9 @@ def _fetch(commands: Commands) -> None:
 
 
 def _service(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--url", help="use the service at this address, not this process; default LATENTD_URL")
+    command.add_argument(
+        "--url", help="use the service there (http://, https://, unix:PATH), not this process; default LATENTD_URL"
+    )
     command.add_argument("--key", help="API key of that service; default LATENTD_KEY")
 
 

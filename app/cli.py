@@ -70,9 +70,16 @@ def _address(args: argparse.Namespace, folder: str | None) -> tuple[str | None, 
 
 def _serve(args: argparse.Namespace) -> int:
     from app.main import serve  # torch and the web stack load only here
+    from app.server import Listening
 
+    where = {"host": args.host, "port": args.port, "certificate": args.ssl_certfile, "key": args.ssl_keyfile}
+    given = {name: value for name, value in where.items() if value is not None}
+    if args.uds and given:
+        raise Usage("--uds is instead of an address: without --host, --port and TLS")
+    if args.ssl_keyfile and not args.ssl_certfile:
+        raise Usage("--ssl-keyfile is of a certificate: with --ssl-certfile")
     settings = _settings(**{name: getattr(args, name) for name in Settings.model_fields})
-    return serve(settings, args.host, args.port)
+    return serve(settings, Listening(uds=args.uds, **given))
 
 
 def _files(args: argparse.Namespace) -> int:

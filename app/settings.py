@@ -21,6 +21,9 @@ PREFIX = "LATENTD_"
 OTHERS = re.compile(r"URL|KEY|SERVICE_(HOST|PORT)(_.*)?|PORT(_\d+_(TCP|UDP)(_.*)?)?")
 """LATENTD_* variables that are no settings: the commands', and what Kubernetes tells of a service called latentd."""
 
+ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
+ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+
 UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 
@@ -80,6 +83,8 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = None
     admin_key_file: Path | None = None
     metrics_public: bool = True
+    cors_origins: str | None = None  # comma separated
+    root_path: str = ""
     log_format: Literal["json", "text"] = "text"
 
     @property
@@ -96,6 +101,28 @@ class Settings(BaseSettings):
     def admin_keys(self) -> frozenset[str]:
         """`admin_key`, or nothing."""
         return frozenset({self.admin_key.get_secret_value()}) if self.admin_key else frozenset()
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """`cors_origins`, split at their commas."""
+        return _parts(self.cors_origins or "")
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_origins(cls, value: str | None) -> str | None:
+        for origin in _parts(value or ""):
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"expected origins as browsers say them, like https://ui.example, or *; not {origin[:80]}"
+                )
+        return value
+
+    @field_validator("root_path")
+    @classmethod
+    def _root_path_is_a_path(cls, value: str) -> str:
+        if value and not ROOT_PATH.fullmatch(value):
+            raise ValueError(f"expected a path like /vae, without a slash at its end; not {value[:80]!r}")
+        return value
 
     @field_validator("device")
     @classmethod

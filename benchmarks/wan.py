@@ -1,69 +1,118 @@
-"""`python -m benchmarks.wan`: pictures through the VAE of Wan 2.1 at its real width, beside diffusers, random weights.
+"""`python -m benchmarks.wan`: pictures through VAEs of clips at their real widths, beside diffusers, random weights.
 
 diffusers runs its clip of one frame; ours is the two-dimensional network, in one go and in strips. All in one process,
-in turns, in float32; each figure is a median, differences are of the range of diffusers' output.
+in turns, in float32; each figure is a median, differences are of the range of diffusers' output. With `--precisions`
+instead: ours in half precision beside ours in float32.
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLQwenImage21, AutoencoderKLWan
 from torch import Tensor
 
 from app.execution.banded import STRIPS, gather
 from app.execution.primitive import Network, Whole
-from app.vae.autoencoder_wan import AutoencoderWan, WanConfig, picture_tensors
-from app.vae.layout_wan import wan_keys
+from app.vae.architectures import ARCHITECTURES
+from app.vae.autoencoder import Autoencoder
 from benchmarks.pairs import alternate, milliseconds, speedup, table
 
-WIDTH = 96
-
+PEERS: dict[str, Callable[[], Any]] = {
+    # of each architecture: diffusers' class with the options of the published config.json
+    "wan21": AutoencoderKLWan,
+    "wan22": lambda: AutoencoderKLWan(
+        base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2
+    ),
+    "qwenimage21": AutoencoderKLQwenImage21,
+}
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LAST = torch.channels_last
+
 Run = Callable[[], Tensor]
 
 
-def networks() -> tuple[AutoencoderKLWan, AutoencoderWan]:
+def networks(architecture: str) -> tuple[Any, Autoencoder]:
     """diffusers' and ours, of the same weights."""
     torch.manual_seed(0)
-    theirs = AutoencoderKLWan(base_dim=WIDTH).eval()
-    state = theirs.state_dict()
-    names = wan_keys(state)
-    parts = [part for key, value in state.items() for part in picture_tensors(names[key], value)]
-    ours = AutoencoderWan(WanConfig(WIDTH, WIDTH, theirs.config.z_dim)).eval()
+    theirs = PEERS[architecture]().eval().requires_grad_(False)
+    row, state = ARCHITECTURES[architecture], theirs.state_dict()
+    named = {name: state[key] for key, name in row.keys(state).items()}
+    shaped = {name: value.reshape(row.shape(name, tuple(value.shape))) for name, value in named.items()}
+    ours = row.module(row.configure({name: tuple(value.shape) for name, value in shaped.items()}, None)).eval()
+    parts = [part for name, value in shaped.items() for part in row.resident(name, value)]
     layers = ((name, value.contiguous(memory_format=LAST) if value.dim() == 4 else value) for name, value in parts)
     ours.load_state_dict(dict(layers), assign=True)
     return theirs, ours.requires_grad_(False)
 
 
+def inputs(ours: Autoencoder, side: int) -> dict[str, Tensor]:
+    """Of each op, what it takes for a picture of side x side."""
+    config = ours.config
+    generator = torch.Generator().manual_seed(side)
+    rows = side // config.spatial_factor
+    latents = torch.randn(1, config.latent_channels, rows, rows, generator=generator)
+    pixels = torch.rand(1, config.pixel_channels, side, side, generator=generator) * 2 - 1
+    return {"decode": latents.contiguous(memory_format=LAST), "encode": pixels.contiguous(memory_format=LAST)}
+
+
+def peer(theirs: Any, op: str, x: Tensor) -> Tensor:
+    """The same of diffusers: pixels, or moments."""
+    clip = x.contiguous()[:, :, None]
+    found: Tensor = theirs.decode(clip).sample if op == "decode" else theirs.encode(clip).latent_dist.parameters
+    return found[:, :, 0]
+
+
+def network_of(ours: Autoencoder, op: str) -> Network:
+    return ours.decode if op == "decode" else ours.encode
+
+
 @torch.inference_mode()
-def measure(side: int, rounds: int) -> list[list[str]]:
+def measure(architecture: str, side: int, rounds: int) -> list[list[str]]:
     """Rows of the table for pictures of one size."""
-    theirs, ours = networks()
-    pixels = torch.rand(1, 3, side, side) * 2 - 1
-    latents = torch.randn(1, ours.config.latent_channels, side // 8, side // 8)
-    peers: dict[str, tuple[Run, Network, Tensor]] = {
-        "decode": (lambda: theirs.decode(latents[:, :, None]).sample[:, :, 0], ours.decode, latents),
-        "encode": (lambda: theirs.encode(pixels[:, :, None]).latent_dist.parameters[:, :, 0], ours.encode, pixels),
-    }
+    theirs, ours = networks(architecture)
     rows = []
-    for op, (peer, network, given) in peers.items():
-        x = given.contiguous(memory_format=torch.channels_last)
+    for op, x in inputs(ours, side).items():
+        network = network_of(ours, op)
         runs: dict[str, Run] = {
-            "diffusers": peer,
+            "diffusers": partial(peer, theirs, op, x),
             "whole": partial(network, Whole(), x),
             "strips": partial(gather, STRIPS, network, x),
         }
-        expected = peer()
-        span = expected.max() - expected.min()
-        seconds = alternate({name: partial(timed, run) for name, run in runs.items()}, rounds)
+        expected = runs["diffusers"]()
+        seconds = alternate({name: partial(timed, run) for name, run in runs.items()}, rounds, warmup=0)
         for name in ("whole", "strips"):
-            apart = ((runs[name]() - expected).abs().max() / span).item()
+            apart = distance(runs[name](), expected)[0]
             times = (milliseconds(seconds[each]) for each in ("diffusers", name))
-            rows.append([op, str(side), name, *times, speedup(seconds[name], seconds["diffusers"]), f"{apart:.1e}"])
+            ratio = speedup(seconds[name], seconds["diffusers"])
+            rows.append([architecture, op, str(side), name, *times, ratio, f"{apart:.1e}"])
     return rows
+
+
+@torch.inference_mode()
+def precisions(architecture: str, side: int) -> list[list[str]]:
+    """Rows of the table of half precision: the network as it stands, no fallback."""
+    _, ours = networks(architecture)
+    rows = []
+    given = inputs(ours, side)
+    exact = {op: network_of(ours, op)(Whole(), x) for op, x in given.items()}
+    for name, dtype in HALVES.items():
+        narrow = copy.deepcopy(ours).to(dtype)
+        for op, x in given.items():
+            found = network_of(narrow, op)(Whole(), x.to(dtype))
+            most, rms = distance(found, exact[op])
+            rows.append([architecture, op, str(side), name, f"{most:.1e}", f"{rms:.1e}"])
+    return rows
+
+
+def distance(found: Tensor, truth: Tensor) -> tuple[float, float]:
+    """(max, root mean square) of the difference, as parts of the range of `truth`."""
+    delta = (found.float() - truth) / (truth.max() - truth.min())
+    return delta.abs().max().item(), delta.square().mean().sqrt().item()
 
 
 def timed(run: Run) -> float:
@@ -75,11 +124,18 @@ def timed(run: Run) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--architectures", nargs="+", default=["wan21"], choices=PEERS)
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precisions", action="store_true")
     args = parser.parse_args()
-    rows = [row for side in args.sides for row in measure(side, args.rounds)]
-    print(table(("", "px", "ours", "diffusers, ms", "ours, ms", "ratio", "apart, of the range"), rows))
+    cases = [(architecture, side) for architecture in args.architectures for side in args.sides]
+    if args.precisions:
+        rows = [row for case in cases for row in precisions(*case)]
+        print(table(("", "", "px", "dtype", "max Δ, of the range", "RMS Δ"), rows))
+        return
+    rows = [row for case in cases for row in measure(*case, args.rounds)]
+    print(table(("", "", "px", "ours", "diffusers, ms", "ours, ms", "ratio", "apart, of the range"), rows))
 
 
 if __name__ == "__main__":

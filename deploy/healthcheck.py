@@ -2,6 +2,7 @@
 
 import http.client
 import socket
+import ssl
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -34,12 +35,20 @@ def option(words: list[str], name: str) -> str | None:
     return None
 
 
+def connect(words: list[str]) -> http.client.HTTPConnection:
+    """To the service of a command line; by http.client, which unlike urllib sees no proxy settings."""
+    path, port = option(words, "uds"), int(option(words, "port") or 8000)
+    if path:
+        return Local(path)
+    if option(words, "ssl-certfile"):  # whose name is not that of the loopback
+        context = ssl._create_unverified_context()
+        return http.client.HTTPSConnection("127.0.0.1", port, timeout=SECONDS, context=context)
+    return http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+
+
 def lives(words: list[str]) -> bool:
     """The answer of /healthz/live. Raises OSError where nothing answers."""
-    path, port = option(words, "uds"), option(words, "port") or "8000"
-    # http.client, which unlike urllib sees no proxy settings
-    connection = Local(path) if path else http.client.HTTPConnection("127.0.0.1", int(port), timeout=SECONDS)
-    with closing(connection):
+    with closing(connect(words)) as connection:
         connection.request("GET", "/healthz/live")
         return connection.getresponse().status == 200
 

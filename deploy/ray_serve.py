@@ -31,7 +31,9 @@ from app.api.door.connection import Connection, connections_for
 from app.engine.engine import LOAD_SECONDS
 from app.engine.memory import host_memory
 from app.errors import Overloaded
-from app.main import CLOSING_SECONDS, buffer_bytes, configure_logging, keys_of
+from app.logs import configure_logging
+from app.main import buffer_bytes, keys_of
+from app.server import CLOSING_SECONDS
 from app.settings import Settings, check_folders
 from deploy.ingress import Door, ReplicaDied, Replicas, create_ingress
 from deploy.replica import Answer, Call, Service

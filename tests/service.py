@@ -15,7 +15,8 @@ from fastapi import FastAPI
 from PIL import Image
 
 from app.engine.engine import Engine
-from app.main import Server, create_app, server_of
+from app.main import create_app
+from app.server import Listening, Server, server_of
 from app.settings import Settings
 from tests.fakes import total
 
@@ -57,7 +58,7 @@ def listening(models: Path, **options: Any) -> Iterator[tuple[Server, int]]:
     """A real server on a free port of the loopback, in a thread; and its port."""
     settings = Settings(**{"models": models, "device": "cpu", **options})
     app = create_app(settings)
-    server = server_of(app, settings, "127.0.0.1", 0)
+    server = server_of(app, settings, Listening(port=0))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()

@@ -19,8 +19,11 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from app.api.door.connection import Connection
+from app.api.streams import Streams
 from app.engine.memory import host_memory
-from app.main import JsonFormatter, Server, TextFormatter, build_engine, create_app, server_of
+from app.logs import JsonFormatter, TextFormatter
+from app.main import build_engine, create_app
+from app.server import Listening, Server, server_of
 from app.settings import InvalidSetting, Settings
 from app.store.digests import digest_of
 from tests.fakes import total
@@ -279,7 +282,7 @@ def test_a_large_folder_is_read_while_the_service_serves(models, tmp_path, monke
 def test_a_signal_turns_readiness_red_and_a_third_interrupt_forces(models):
     app = create_app(Settings(models=models, device="cpu"))
     engine = app.state.context.engine
-    server = Server(uvicorn.Config(app), engine, 30)
+    server = Server(uvicorn.Config(app), engine, Streams(), 30)
     server.handle_exit(signal.SIGTERM, None)
     assert (engine.draining, server.should_exit, server.force_exit) == (True, True, False)
     server.handle_exit(signal.SIGTERM, None)
@@ -294,7 +297,7 @@ def test_a_signal_turns_readiness_red_and_a_third_interrupt_forces(models):
 async def test_a_lost_device_ends_the_server(models):
     app = create_app(Settings(models=models, device="cpu"))
     engine = app.state.context.engine
-    server = Server(uvicorn.Config(app), engine, 30)
+    server = Server(uvicorn.Config(app), engine, Streams(), 30)
     assert await server.on_tick(1) is False
     engine.workers[0]._runner.lost = "gone"
     assert await server.on_tick(2) is True
@@ -302,7 +305,7 @@ async def test_a_lost_device_ends_the_server(models):
 
 async def test_that_no_file_can_be_opened_is_logged_once_a_minute(models, caplog):
     app = create_app(Settings(models=models, device="cpu"))
-    server = Server(uvicorn.Config(app), app.state.context.engine, 30)
+    server = Server(uvicorn.Config(app), app.state.context.engine, Streams(), 30)
     loop = asyncio.get_running_loop()
     for _ in range(2048):  # as asyncio says it for each of its attempts to accept
         server.note(loop, {"message": "socket.accept()", "exception": OSError(errno.EMFILE, "Too many open files")})
@@ -357,11 +360,54 @@ async def test_every_setting_reaches_its_reader(tmp_path):
     assert app.state.context.room.total == min(2 << 30, host_memory() // 6)
     app = create_app(Settings(models=tmp_path, device="cpu", buffer_bytes=8, max_connections=9))
     assert app.state.context.room.total == 8
-    server = server_of(app, Settings(max_connections=9, drain_seconds=3), "127.0.0.2", 1)
+    server = server_of(app, Settings(max_connections=9, drain_seconds=3), Listening("127.0.0.2", 1))
     assert (server.config.host, server.config.port, server.drain_seconds) == ("127.0.0.2", 1, 3)
     http: Any = server.config.http
     made = http(config=server.config, server_state=server.server_state, app_state={})
     assert (type(made), made.most) == (Connection, 9)
+
+
+async def test_pages_of_other_origins_may_ask_where_that_is_set(models):
+    page = {"Origin": "https://ui.example"}
+    asks = page | {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,x-request-id",
+    }
+    async with serving(models, default_model="kl") as service:
+        assert not any(
+            name.startswith("access-control") for name in (await service.get("/models", headers=page)).headers
+        )
+        assert (await service.request("OPTIONS", "/encode", headers=asks)).status_code == 405
+    async with serving(models, default_model="kl", cors_origins="https://ui.example", api_keys="k") as service:
+        answer = await service.request("OPTIONS", "/encode", headers=asks)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "https://ui.example")
+        assert "access-control-allow-credentials" not in answer.headers
+        answer = await service.post("/encode", content=picture(), headers=page | {"Authorization": "Bearer k"})
+        told = set(answer.headers["access-control-expose-headers"].split(", "))
+        ours = {name for name in answer.headers if name.startswith("x-")} | {"server-timing"}
+        assert ours <= {name.lower() for name in told}
+        assert (
+            "access-control-allow-origin" in (await service.get("/models", headers=page)).headers
+        )  # a 401 is read too
+        other = await service.get("/models", headers={"Origin": "https://other.example", "Authorization": "Bearer k"})
+        assert "access-control-allow-origin" not in other.headers
+        answer = await service.request("OPTIONS", "/encode", headers=asks | {"Origin": "https://other.example"})
+        assert answer.status_code == 400
+
+
+async def test_a_proxys_prefix_is_taken_off_wherever_it_still_is(models):
+    async with serving(models, default_model="kl", root_path="/a/vae", api_keys="k") as service:
+        key = {"Authorization": "Bearer k"}
+        for prefix in ("", "/a/vae"):
+            assert (await service.post(f"{prefix}/encode", content=picture(), headers=key)).status_code == 200
+            assert (await service.get(f"{prefix}/healthz/live")).status_code == 200
+            assert (await service.get(f"{prefix}/")).status_code == 200
+            refused(await service.get(f"{prefix}/models"), 401, "unauthorized")
+            document = (await service.get(f"{prefix}/openapi.json", headers=key)).json()
+            assert document["servers"] == [{"url": "/a/vae"}]
+        for other in ("/a/vaes/models", "/a/vae/a/vae/models"):
+            refused(await service.get(other, headers=key), 404, "not_found")
+        assert service.count("vae_requests_total", op="encode", status="200") == 2
 
 
 async def test_the_default_family_stands_in_where_nothing_says(models):

@@ -27,6 +27,8 @@ DEFAULTS = {
     "admin_key": None,
     "admin_key_file": None,
     "metrics_public": True,
+    "cors_origins": None,
+    "root_path": "",
     "log_format": "text",
 }
 
@@ -63,6 +65,8 @@ def test_these_are_the_settings_and_their_defaults():
         ("api_keys_file", "/run/keys", Path("/run/keys")),
         ("admin_key_file", "/run/admin", Path("/run/admin")),
         ("metrics_public", "false", False),
+        ("cors_origins", "https://a.example, *", "https://a.example, *"),
+        ("root_path", "/a/vae", "/a/vae"),
         ("log_format", "json", "json"),
     ],
 )
@@ -98,6 +102,12 @@ def test_every_setting_is_in_the_test_above():
         ("drain_seconds", float("nan")),
         ("drain_seconds", float("inf")),
         ("precision", "fp8"),
+        ("cors_origins", "https://a.example/"),
+        ("cors_origins", "a.example"),
+        ("cors_origins", "null"),
+        ("root_path", "vae"),
+        ("root_path", "/"),
+        ("root_path", "/vae/"),
         ("log_format", "xml"),
         ("metrics_public", "perhaps"),
         ("api_keys", " , "),

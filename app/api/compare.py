@@ -3,6 +3,7 @@
 import asyncio
 import math
 import textwrap
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -83,7 +84,7 @@ Run = Callable[[], Awaitable[Row]]
 )
 async def compare(request: Request, query: Annotated[CompareQuery, Query()], shared: Shared) -> Response:
     """One picture through each of `models` and back. Body: the bytes of a PNG, JPEG, WebP or AVIF."""
-    clock, deadline = Clock("compare", shared.metrics), deadline_of(request)
+    clock, deadline = Clock("compare", shared.metrics, request.state.stages), deadline_of(request)
     media = negotiate(accepted(request), (PNG, JSON, ZIP))
     trips = await _models(query, shared)
     for trip in trips:
@@ -126,7 +127,9 @@ async def compare(request: Request, query: Annotated[CompareQuery, Query()], sha
 
     async with AsyncExitStack() as room:
         # The request is refused now, or served whole.
+        started = time.perf_counter()
         runs = [(trip, await _admitted(room, shared, query, seen, deadline, trip, picture, clock)) for trip in trips]
+        clock.spans.append(("admission", started, time.perf_counter()))
         rows, cells = await while_connected(request, work(runs))
     with clock.stage("write"):
         numbers = Comparison(image_size=f"{seen[0]}x{seen[1]}", models=rows)

@@ -14,6 +14,7 @@ from fastapi.security import HTTPBearer
 from app.api.door.room import Codecs, Room
 from app.api.errors import Forbidden, Unauthorized
 from app.api.keys import Keys
+from app.api.streams import Streams
 from app.api.uploads import Uploads
 from app.engine.engine import Engine
 from app.engine.previews import Previews
@@ -69,6 +70,7 @@ class Context:
     codecs: Codecs
     uploads: Uploads
     previews: Previews
+    streams: Streams
     sketches: Codecs  # the one thread that previews have
     api_keys: Keys
     admin_keys: Keys

@@ -34,6 +34,10 @@ class Forbidden(errors.ServiceError):
     """A key that does not open this, or a route that is switched off."""
 
 
+class UnknownStream(errors.ServiceError):
+    """Nobody looks on at a stream of previews of that name."""
+
+
 class SlowBody(errors.ServiceError):
     """The body did not arrive in time."""
 
@@ -56,6 +60,7 @@ STATUS: dict[type[errors.ServiceError], Kind] = {
     Unauthorized: Kind(401, "unauthorized"),
     Forbidden: Kind(403, "forbidden"),
     errors.UnknownModel: Kind(404, "unknown_model"),
+    UnknownStream: Kind(404, "unknown_stream"),
     errors.NotAcceptable: Kind(406, "not_acceptable"),
     SlowBody: Kind(408, "slow_body", retryable=True),
     errors.FamilyMismatch: Kind(409, "family_mismatch"),

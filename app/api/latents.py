@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from fastapi import Request
 
-from app.api.schemas import DecodeQuery
+from app.api.schemas import DecodeQuery, ModelQuery
 from app.api.work import Size
 from app.errors import FamilyMismatch, InvalidParameter
 from app.store.family import CUSTOM
@@ -31,7 +31,7 @@ class WayBack:
     """A file that contradicts itself, in one line."""
 
 
-def convention_of(query: DecodeQuery, header: LatentShape, family: Family) -> Convention:
+def convention_of(query: ModelQuery, header: LatentShape, family: Family) -> Convention:
     """The latents' convention: the query's, or what a safetensors file says of itself. They must not disagree.
 
     A trainer's cache does not say it, and is taken to be of the model's family where the query says nothing. Raises

@@ -51,7 +51,7 @@ async def remote_decode(
     request: Request, model: Name, query: Annotated[RemoteDecodeQuery, Query()], shared: Shared
 ) -> Response:
     """A tensor of latents to a picture, or to a tensor of pictures."""
-    clock, deadline = Clock("decode", shared.metrics), deadline_of(request)
+    clock, deadline = Clock("decode", shared.metrics, request.state.stages), deadline_of(request)
     checkpoint = await resolved(request, model, shared)
     shared.engine.check_open(checkpoint)
     body, query = await _read(request, query, shared, clock)
@@ -114,7 +114,7 @@ async def remote_encode(
     request: Request, model: Name, query: Annotated[RemoteEncodeQuery, Query()], shared: Shared
 ) -> Response:
     """A picture file, or a tensor of pictures in [-1, 1], to a tensor of latents: the mode of the posterior."""
-    clock, deadline = Clock("encode", shared.metrics), deadline_of(request)
+    clock, deadline = Clock("encode", shared.metrics, request.state.stages), deadline_of(request)
     checkpoint = await resolved(request, model, shared)
     shared.engine.check_open(checkpoint)
     body, query = await _read(request, query, shared, clock)

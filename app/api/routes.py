@@ -67,7 +67,7 @@ router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
 )
 async def encode(request: Request, query: Annotated[EncodeQuery, Query()], shared: Shared) -> Response:
     """Pictures to latents. Body: PNG, JPEG, WebP, AVIF, .npy or safetensors, or a form with parts named `image`."""
-    clock, deadline = Clock("encode", shared.metrics), deadline_of(request)
+    clock, deadline = Clock("encode", shared.metrics, request.state.stages), deadline_of(request)
     moments = query.posterior == "moments"
     if moments and "latents" in query.model_fields_set and query.latents == "scaled":
         raise InvalidParameter("posterior=moments are raw; latents=scaled are a mode or a sample")
@@ -144,7 +144,7 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
 )
 async def decode(request: Request, query: Annotated[DecodeQuery, Query()], shared: Shared) -> Response:
     """Latents to pictures. Body: .npy, .npz, safetensors or torch.save's .pt, (C, h, w) or (N, C, h, w)."""
-    clock, deadline = Clock("decode", shared.metrics), deadline_of(request)
+    clock, deadline = Clock("decode", shared.metrics, request.state.stages), deadline_of(request)
     checkpoint = await resolved(request, query.model, shared)
     if query.preview is not None:
         return await preview(request, query, checkpoint, deadline, shared)

@@ -43,8 +43,8 @@ PRECISION = "The network's. auto: the service's own choice, again in fp32 where 
 TILING = "Bands of rows, for less memory and the same picture. auto: when memory is short."
 
 
-class CommonQuery(NoQuery):
-    """Parameters of both operations."""
+class ModelQuery(NoQuery):
+    """A model, and how its latents are meant."""
 
     model: str | None = Field(
         None,
@@ -55,6 +55,11 @@ class CommonQuery(NoQuery):
     latents: Convention = Field(
         "scaled", description="scaled: as a diffusion model sees them. raw: as the network has them."
     )
+
+
+class CommonQuery(ModelQuery):
+    """Parameters of both operations."""
+
     precision: Precision = Field("auto", description=PRECISION)
     tiling: Tiling = Field("auto", description=TILING)
     deterministic: bool = Field(False, description="The same bytes for the same request, at some cost in speed.")
@@ -100,8 +105,8 @@ class EncodeQuery(CommonQuery, PictureQuery):
     )
 
 
-class DecodeQuery(CommonQuery):
-    """Parameters of /decode."""
+class SizedQuery(NoQuery):
+    """How large a picture is sent, and how well."""
 
     size: Annotated[str, AfterValidator(_sizes)] | None = Field(
         None,
@@ -109,6 +114,22 @@ class DecodeQuery(CommonQuery):
         description="X-Image-Size of /encode: the picture comes back in this size. Without fit, any size to cut to. "
         "Absent: as a safetensors file says it, else as decoded.",
     )
+    quality: Annotated[int, Field(ge=1, le=100)] | None = Field(
+        None, description="Of JPEG, WebP and AVIF; 90 where nothing is said."
+    )
+
+    @property
+    def sizes(self) -> tuple[Pair, ...] | None:
+        """`size` as numbers, (width, height) of each picture or of all."""
+        return None if self.size is None else read_sizes(self.size)
+
+
+Preview = Literal["true", "linear", "tiny"]
+
+
+class DecodeQuery(CommonQuery, SizedQuery):
+    """Parameters of /decode."""
+
     fit: Change | None = Field(
         None,
         description="X-Image-Fit of /encode: pad cuts the padding off, resize resizes back, crop keeps the part that "
@@ -116,9 +137,6 @@ class DecodeQuery(CommonQuery):
     )
     offset: Annotated[str, AfterValidator(_offsets)] | None = Field(
         None, max_length=8192, description="X-Image-Offset of /encode, for fit=crop: told again with the answer."
-    )
-    quality: Annotated[int, Field(ge=1, le=100)] | None = Field(
-        None, description="Of JPEG, WebP and AVIF; 90 where nothing is said."
     )
     bits: Literal["8", "16"] = Field("8", description="A channel, in PNG.")
     fps: Annotated[int, Field(ge=1, le=240)] | None = Field(
@@ -130,7 +148,7 @@ class DecodeQuery(CommonQuery):
         "unclamped.",
     )
 
-    preview: Literal["true", "linear", "tiny"] | None = Field(
+    preview: Preview | None = Field(
         None,
         description="A cheap picture instead: by a tiny autoencoder of the model's latent space where one is in the "
         "folder, else by a linear map, in the size of the raw latent's grid. Beside it are model, latents, quality and "
@@ -143,14 +161,29 @@ class DecodeQuery(CommonQuery):
         return "uint16" if self.bits == "16" else self.dtype
 
     @property
-    def sizes(self) -> tuple[Pair, ...] | None:
-        """`size` as numbers, (width, height) of each picture or of all."""
-        return None if self.size is None else read_sizes(self.size)
-
-    @property
     def offsets(self) -> tuple[Pair, ...]:
         """`offset` as numbers, (x, y) of each picture or of all."""
         return read_offsets(self.offset or "") or ()
+
+
+class StreamQuery(NoQuery):
+    """Parameters of those who look on."""
+
+    stream: str = Field(
+        min_length=1,
+        max_length=64,
+        pattern="^[A-Za-z0-9._-]+$",
+        description="A name of the caller's for the stream, hard to guess: whoever knows it can look on.",
+    )
+
+
+class StepQuery(StreamQuery, ModelQuery, SizedQuery):
+    """Parameters of a latent that is shown to those who look on."""
+
+    preview: Preview = Field("true", description="As of a decode.")
+    size: Annotated[str, AfterValidator(_sizes)] | None = Field(
+        None, max_length=64, description="WxH: the picture is resized to it. Absent: as it comes."
+    )
 
 
 class CompareQuery(PictureQuery):

@@ -27,6 +27,7 @@ class Clock:
 
     op: str
     metrics: Metrics
+    spans: list[tuple[str, float, float]]  # name, start, end on time.perf_counter(), for whoever traces the request
     stages: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("read", "queue", "load", "compute", "write"), 0.0)
     )
@@ -38,12 +39,19 @@ class Clock:
         try:
             yield
         finally:
-            self.stages[name] += (time.perf_counter() - started) * 1000
+            self._add(name, started, time.perf_counter())
 
     def add(self, results: Sequence[Result]) -> None:
-        """The engine's stages: those of the item that took longest."""
-        for stage in ("queue", "load", "compute"):
-            self.stages[stage] += max(result.seconds.get(stage, 0.0) for result in results) * 1000
+        """The engine's stages, which end now: those of the item that took longest."""
+        end = time.perf_counter()
+        for stage in ("compute", "load", "queue"):
+            start = end - max(result.seconds.get(stage, 0.0) for result in results)
+            self._add(stage, start, end)
+            end = start
+
+    def _add(self, name: str, start: float, end: float) -> None:
+        self.stages[name] += (end - start) * 1000
+        self.spans.append((name, start, end))
 
     def finish(self) -> str:
         """The value of Server-Timing; the metrics get the same."""
@@ -129,7 +137,9 @@ async def finished(
     shared: Context,
 ) -> Done:
     """The work, for as long as its client waits. The body must be read."""
+    started = time.perf_counter()
     async with shared.engine.request(checkpoint, model, prepare, deadline, request.state.request_id) as run:
+        request.state.stages.append(("admission", started, time.perf_counter()))
         done = await while_connected(request, run())
     request.state.model = done.task.checkpoint.name
     return done

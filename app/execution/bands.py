@@ -120,7 +120,7 @@ class Walk:
     def _apply(self, node: Node, op: Pointwise, stop: int) -> Tensor:
         """A pointwise function of the rows of its sources; of one block of output rows perhaps the lower only."""
         start = self._made[node]
-        first, last = start // op.enlarges * op.reduces, op.reads(stop)
+        first, last = op.leaves(start), op.reads(stop)
         parts = []
         for source in node.sources:
             self._pull(source, last)
@@ -135,7 +135,7 @@ class Walk:
             out = op(*parts)
         del parts
         for role, source in _roles(node):
-            self._release(source, (node, role), stop // op.enlarges * op.reduces)
+            self._release(source, (node, role), op.leaves(stop))
         self._made[node] = stop
         above = start % op.enlarges
         if (above, stop - start) == (0, out.shape[2]):

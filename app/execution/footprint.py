@@ -110,7 +110,7 @@ def working_set(each: Pass) -> WorkingSet:
 
 
 def _rows_read(each: Pass, stop: int) -> dict[Node, list[int]]:
-    """Rows of every map that each of its readers has read when those < stop of the targets are made."""
+    """Rows of every map that its readers have read, and done with, when those < stop of the targets are made."""
     rows = {target: [min(stop, target.shape[2])] for target in each.targets}
     for node in reversed(each.nodes):
         if isinstance(node.op, Conv) and node.x is not None:
@@ -119,7 +119,7 @@ def _rows_read(each: Pass, stop: int) -> dict[Node, list[int]]:
                 rows.setdefault(node.add, []).append(max(rows[node]))
         elif isinstance(node.op, Pointwise):
             for source in node.sources:
-                rows.setdefault(source, []).append(node.op.reads(max(rows[node])))
+                rows.setdefault(source, []).extend((node.op.reads(max(rows[node])), node.op.leaves(max(rows[node]))))
     return rows
 
 

@@ -54,6 +54,10 @@ class Pointwise(ABC):
         """Rows of the sources that the output rows < stop need."""
         return -(-stop // self.enlarges) * self.reduces
 
+    def leaves(self, stop: int) -> int:
+        """The first row of the sources that the output rows >= stop need."""
+        return stop // self.enlarges * self.reduces
+
 
 class GlobalPointwise(Pointwise):
     """One that needs totals of its only source first."""

@@ -34,6 +34,28 @@ export async function call(path, { method = "GET", query = {}, headers = {}, bod
   return answer;
 }
 
+/** Puts a file; `progress(sent, all)` is told how far it is, which fetch cannot say. Raises as `call`. */
+export function upload(path, { query = {}, body, signal, progress }) {
+  const request = new XMLHttpRequest(), given = new URLSearchParams(query);
+  return new Promise((resolve, reject) => {
+    request.open("PUT", given.size ? `${path}?${given}` : path);
+    request.setRequestHeader("Authorization", `Bearer ${key.get()}`);
+    request.setRequestHeader("Content-Type", "application/octet-stream");
+    request.responseType = "blob";
+    request.upload.onprogress = ({ loaded, total }) => progress(loaded, total);
+    request.onabort = () => reject(new DOMException("cancelled", "AbortError"));
+    request.onerror = () => reject(new Problem("The connection broke before the file was there.", { code: "unreachable" }));
+    request.onload = () => {
+      const header = (name) => request.getResponseHeader(name) ?? "";
+      const headers = Object.fromEntries(["content-type", "x-request-id", "retry-after"].map((name) => [name, header(name)]).filter(([, text]) => text));
+      const answer = new Response(request.response, { status: request.status, statusText: request.statusText, headers });
+      answer.ok ? resolve(answer) : problemOf(answer).then(reject);
+    };
+    signal.addEventListener("abort", () => request.abort());
+    request.send(body);
+  });
+}
+
 async function problemOf(answer) {
   const facts = {
     status: answer.status,

@@ -7,6 +7,7 @@ import { readLatents, toNpy, toSafetensors } from "./latents.js";
 import { measured, pixelsOf } from "./pictures.js";
 
 const STAGES = ["read", "queue", "load", "compute", "write"];
+const SLOW = 300; // milliseconds of a decode beyond which a preview of the next one is worth its trouble
 let made = 0;
 
 /** A card for a model: {element, run(source, settings, signal), fail(error), dispose()}. */
@@ -81,11 +82,31 @@ export function card(row) {
     const own = ++turn;
     painting?.abort();
     painting = new AbortController();
+    const { signal } = painting;
+    if (slow()) sketch(next, own, signal);
     try {
-      await decode(next, own, painting.signal);
+      await decode(next, own, signal);
     } catch (error) {
       if (own === turn) fail(error);
     }
+  }
+
+  const slow = () => sum(said.decode) > SLOW;
+
+  /** Shows a preview of a latent that was painted on until its decode is there; one that is refused is not missed. */
+  async function sketch(next, own, signal) {
+    try {
+      const { convention } = next.metadata;
+      const answer = await call("decode", {
+        method: "POST", signal, body: toSafetensors(next), headers: { Accept: "image/webp" },
+        query: { model: row.name, preview: "linear", latents: convention ? "" : settings.latents },
+      });
+      const picture = await answer.blob();
+      if (own !== turn || element.getAttribute("aria-busy") !== "true") return;
+      const source = address("sketch", picture);
+      pictures.querySelectorAll("img.decoded").forEach((image) => Object.assign(image, { src: source, alt: `Preview of what ${row.name} makes of it` }));
+      state.textContent = "Decoding… this is a preview";
+    } catch {} // the decode tells
   }
 
   async function show(next, picture, pixels, own) {
@@ -107,7 +128,7 @@ export function card(row) {
   }
 
   function stages(original, reconstruction) {
-    const decoded = () => make("img", { src: reconstruction, alt: `What ${row.name} makes of it` });
+    const decoded = () => make("img", { className: "decoded", src: reconstruction, alt: `What ${row.name} makes of it` });
     if (!original) return [figure("Decoded", make("div", { className: "stage" }, decoded()))];
     const first = (className) => make("img", { src: original.url, alt: "The original", className });
     const both = make("div", { className: "stage split" }, decoded(), first("original"), make("span", { className: "divider" }));

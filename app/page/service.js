@@ -3,6 +3,7 @@
 import { call, key, listModels, modelPath } from "./api.js";
 import { announce, at, bar, bytesText, complain, countText, make, numberText, secondsText, table } from "./dom.js";
 import { buckets, of, parse, quantile, since, sum, sumBy } from "./metrics.js";
+import { deleteButton, showStoring, startStoring } from "./storing.js";
 
 const EVERY = 2000; // milliseconds
 const KEPT = 31; // readings: a minute of them
@@ -15,6 +16,10 @@ let known = null, age = 0; // what the metrics said of models when they were lis
 /** Begins or ends the reading. */
 export function watch(on) {
   watched = on;
+  relist();
+}
+
+function relist() {
   known = null;
   schedule(0);
 }
@@ -132,8 +137,9 @@ function modes(samples) {
 
 function showModels(rows) {
   const body = at("models"), names = new Set(rows.map((row) => row.name)), admin = key.get() !== "";
-  at("admin-hint").textContent = admin ? "" : "With the admin key (Key…) models can be loaded, unloaded, pinned and tested again.";
+  at("admin-hint").textContent = admin ? "" : "With the admin key (Key…) models can be loaded, unloaded, pinned, tested again, uploaded and deleted.";
   at("actions-head").hidden = !admin;
+  showStoring(admin);
   at("no-models").hidden = rows.length > 0;
   at("plan-form").hidden = !rows.some((row) => !row.error);
   for (const [name, { line }] of shownRows) if (!names.has(name)) shownRows.delete(name) && line.remove();
@@ -163,7 +169,7 @@ function modelLine(row, admin) {
     "tr", {}, head, make("td", {}, `${row.family} `, make("small", {}, `${source}; ${row.latent_channels} channels, 1/${row.spatial_factor}`)),
     make("td", {}, `${countText(row.parameters)} parameters`), make("td", {}, row.fp16 ?? "–"), make("td", {}, here.join("; ") || "–"),
   );
-  if (admin) line.append(make("td", { className: "actions" }, ...["load", "unload", "pin", "unpin", "retest"].map((action) => actionButton(row.name, action))));
+  if (admin) line.append(make("td", { className: "actions" }, ...["load", "unload", "pin", "unpin", "retest"].map((action) => actionButton(row.name, action)), deleteButton(row.name)));
   return line;
 }
 
@@ -178,8 +184,7 @@ function actionButton(name, action) {
       refused(error);
     }
     button.removeAttribute("aria-busy");
-    known = null;
-    schedule(0);
+    relist();
   };
   return button;
 }
@@ -197,6 +202,7 @@ async function plan(form) {
 /** Connects the view; `refusal(error)` is told what the service refuses. */
 export function startService(refusal) {
   refused = refusal;
+  startStoring(refusal, relist, (name) => shownRows.has(name));
   document.addEventListener("visibilitychange", () => schedule(0));
   at("plan-form").onsubmit = async (event) => {
     event.preventDefault();

@@ -24,7 +24,7 @@ from app.weights.files import SUFFIXES, open_regular
 HUB = "https://huggingface.co"
 REVISION = "main"  # a file is what its sha256 says, whichever commit it comes from
 TIMEOUT = httpx.Timeout(60, connect=15)  # seconds without a byte
-LARGEST = 1 << 30  # bytes of a file whose size the table does not know
+LARGEST = 2 << 30  # bytes of a file whose size the table does not know: Sana's has 1.25e9
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def listing() -> list[str]:
     for name, rows in fetchable().items():
         size = sum(row.bytes or 0 for row in rows) / 1e6 if all(row.bytes for row in rows) else None
         others = sorted({other for row in rows for other in row.names[1:]})
-        cells = (name.ljust(30), rows[0].family.ljust(8), f"{size:7.1f} MB" if size else "-".rjust(10))
-        fp16, repo = f"fp16 {rows[0].fp16}".ljust(14), (rows[0].repo or "").ljust(36)
+        cells = (name.ljust(30), rows[0].family.ljust(12), f"{size:7.1f} MB" if size else "-".rjust(10))
+        fp16, repo = f"fp16 {rows[0].fp16}".ljust(14), (rows[0].repo or "").ljust(50)
         lines.append("  ".join((*cells, fp16, repo, ", ".join(others))).rstrip())
     return lines
 

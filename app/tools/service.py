@@ -20,6 +20,7 @@ from app.text import reason
 AGAIN = 5  # times that a request is repeated after a 429 or 503
 LONGEST = 60.0  # seconds that a Retry-After may make us wait
 CONNECTIONS = 64  # to a service at an address
+UNIX = "unix:"  # an address that is the path of a socket
 
 NOT_NOW = (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE)
 SYSTEMIC = frozenset({"unauthorized", "forbidden", "unknown_model", "unsupported_checkpoint", "unavailable"})
@@ -41,17 +42,20 @@ async def connect(url: str | None, key: str | None, settings: Settings) -> Async
         headers = {b"Authorization": b"Bearer " + key.encode(errors="surrogateescape")} if key else {}
         limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
         try:
-            remote = httpx.AsyncClient(base_url=url, headers=headers, timeout=None, limits=limits)
+            path = url.removeprefix(UNIX) if url.startswith(UNIX) else None
+            transport = httpx.AsyncHTTPTransport(uds=path, limits=limits) if path else None
+            base = "http://latentd" if path else url
+            remote = httpx.AsyncClient(base_url=base, headers=headers, timeout=None, limits=limits, transport=transport)
         except (httpx.InvalidURL, UnicodeError) as error:
             raise InvalidInput(f"cannot use {url} as the service's address: {error}") from None
         async with remote as client:
             yield client
         return
     app = create_app(settings.model_copy(update=UNGUARDED))
-    transport = httpx.ASGITransport(app=app)
+    inside = httpx.ASGITransport(app=app)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://latentd", timeout=None) as client,
+        httpx.AsyncClient(transport=inside, base_url="http://latentd", timeout=None) as client,
     ):
         await app.state.context.engine.first_scan()  # however large the folder
         yield client

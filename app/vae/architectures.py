@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from app.terms import EXECUTIONS, ExecutionName
-from app.vae import layout_dc, layout_hunyuan, layout_kl, layout_tiny, layout_wan
+from app.vae import layout_dc, layout_hunyuan, layout_kl, layout_tiny, layout_wan, layout_wan22
 from app.vae.autoencoder import Autoencoder, Config, Shape, Shapes
 from app.vae.autoencoder_dc import AutoencoderDC, DCConfig
 from app.vae.autoencoder_hunyuan import AutoencoderHunyuan, HunyuanConfig
@@ -25,6 +25,7 @@ from app.vae.autoencoder_wan import (
     clip_tensors,
     picture_tensors,
 )
+from app.vae.autoencoder_wan22 import AutoencoderWan22, QwenImage21Config, Wan22Config, patched_picture_tensors
 from app.vae.families import FAMILIES
 from app.vae.latent_format import Constant
 
@@ -93,16 +94,20 @@ class Architecture:
 
 
 def _kl_told(shapes: Shapes) -> bool:
-    """A residual block with a plain convolution of two dimensions in level 0 of either half, in either layout."""
+    """A residual block of plain convolutions of two dimensions and GroupNorms in level 0 of either half."""
     if layout_hunyuan.told(shapes):  # which has such blocks, too
         return False
     blocks = [f"{half}.{level}" for half, way in (("encoder", "down"), ("decoder", "up")) for level in _levels(way)]
-    return any(len(shapes.get(f"{block}.conv2.weight", ())) == 4 for block in blocks)
+    plain = [block for block in blocks if f"{block}.norm1.gamma" not in shapes]
+    return any(len(shapes.get(f"{block}.conv2.weight", ())) == 4 for block in plain)
 
 
 def _levels(way: str) -> tuple[str, str]:
     return f"{way}.0.block.0", f"{way}_blocks.0.resnets.0"
 
+
+QUANT = frozenset({"conv1.weight", "conv2.weight"})
+"""All zero in a revision of Qwen-Image's, which makes pictures of one colour."""
 
 ARCHITECTURES: dict[str, Architecture] = {
     row.name: row
@@ -195,8 +200,45 @@ ARCHITECTURES: dict[str, Architecture] = {
             encoder=("encoder.", "conv1."),
             resident=picture_tensors,
             clips=Clips(WanClipConfig, WanConfig.for_clips, clip_tensors, TEMPORAL_FACTOR),
-            # A revision of Qwen-Image was published so: it makes pictures of one colour.
-            never_zero=frozenset({"conv1.weight", "conv2.weight"}),
+            never_zero=QUANT,
+        ),
+        Architecture(
+            name="wan22",
+            told=lambda shapes: layout_wan22.levels(shapes) == len(Wan22Config.multiples),
+            config=Wan22Config,
+            configure=lambda shapes, groups: Wan22Config.from_shapes(shapes),
+            module=AutoencoderWan22,
+            keys=layout_wan22.wan22_keys,
+            diffusers=Diffusers(
+                classes={},  # AutoencoderKLWan: two networks, and one row says how its config.json is read
+                act_fn=None,
+                keys=layout_wan22.diffusers_keys,
+                shape=layout_wan22.deep_shape,
+                config=layout_wan22.diffusers_config,
+            ),
+            output=lambda config: "decoder.head.2",
+            encoder=("encoder.", "conv1."),
+            resident=patched_picture_tensors,
+            never_zero=QUANT,
+        ),
+        Architecture(
+            name="qwenimage21",
+            told=lambda shapes: layout_wan22.levels(shapes) == len(QwenImage21Config.multiples),
+            config=QwenImage21Config,
+            configure=lambda shapes, groups: QwenImage21Config.from_shapes(shapes),
+            module=AutoencoderWan22,
+            keys=layout_wan22.wan22_keys,
+            shape=layout_wan22.flat_shape,
+            diffusers=Diffusers(
+                classes={"AutoencoderKLQwenImage21": None},
+                act_fn=None,
+                keys=layout_wan22.diffusers_keys,
+                config=layout_wan22.diffusers_config,
+            ),
+            output=lambda config: "decoder.head.2",
+            encoder=("encoder.", "conv1."),
+            resident=picture_tensors,
+            never_zero=QUANT,
         ),
     )
 }

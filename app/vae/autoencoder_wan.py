@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from app.errors import UnsupportedCheckpoint
 from app.execution.norms import RMSNorm
+from app.execution.pointwise import Add
 from app.execution.primitive import Execution
 from app.vae.autoencoder import Autoencoder, Shapes
 from app.vae.posterior import DiagonalGaussian, Posterior
@@ -27,7 +28,9 @@ IN_TIME = (False, True, True)  # by level but the coarsest: whether what lies be
 TEMPORAL_FACTOR = 4  # frames per latent but the first
 PIXEL_CHANNELS = (3, 4)  # RGB, or with alpha as Qwen-Image-Layered's
 
-BETWEEN_FRAMES = re.compile(r"(?:encoder\.downsamples|decoder\.upsamples)\.\d+\.time_conv\.(?:weight|bias)")
+BETWEEN_FRAMES = re.compile(
+    r"(?:encoder\.downsamples|decoder\.upsamples)\.\d+\.(?:(?:down|up)samples\.\d+\.)?time_conv\.(?:weight|bias)"
+)
 ATTENTION = re.compile(r"((?:encoder|decoder)\.middle\.1\.)(to_qkv|proj)\.(weight|bias)")
 
 
@@ -52,8 +55,8 @@ class WanConfig:
         Raises UnsupportedCheckpoint where a key that every such file has is missing, and for pictures that are neither
         RGB nor RGBA.
         """
-        encoder, decoder = _shape(shapes, "encoder.conv1.weight"), _shape(shapes, "decoder.head.2.weight")
-        latent = _shape(shapes, "decoder.conv1.weight")
+        encoder, decoder = sides(shapes, "encoder.conv1.weight"), sides(shapes, "decoder.head.2.weight")
+        latent = sides(shapes, "decoder.conv1.weight")
         if encoder[1] != decoder[0] or encoder[1] not in PIXEL_CHANNELS:
             raise UnsupportedCheckpoint(
                 f"the VAE of Wan for pictures of {encoder[1]} channels in and {decoder[0]} out; 3 or 4 were expected, "
@@ -78,7 +81,8 @@ class WanClipConfig(WanConfig):
     temporal_factor = TEMPORAL_FACTOR
 
 
-def _shape(shapes: Shapes, key: str) -> tuple[int, ...]:
+def sides(shapes: Shapes, key: str) -> tuple[int, ...]:
+    """The four or five sides of a convolution's kernel. Raises UnsupportedCheckpoint where it has none."""
     if key not in shapes:
         raise UnsupportedCheckpoint(f"the VAE of Wan has the key {key}; this file has not")
     if len(shapes[key]) not in (4, 5) or 0 in shapes[key]:
@@ -123,8 +127,8 @@ def clamp(x: Tensor, inplace: bool = False) -> Tensor:
     return x.clamp_(-1, 1) if inplace else x.clamp(-1, 1)
 
 
-def _conv3(c_in: int, c_out: int, timed: bool) -> Any:
-    """With three taps in time, which `Sliced` alone runs, or the last of them."""
+def conv3(c_in: int, c_out: int, timed: bool = False) -> Any:
+    """A convolution of 3x3; `timed`, with three taps in time, which `Sliced` alone runs."""
     if timed:
         return nn.Conv3d(c_in, c_out, kernel_size=3, padding=(0, 1, 1))
     return nn.Conv2d(c_in, c_out, kernel_size=3, padding=1)
@@ -133,9 +137,9 @@ def _conv3(c_in: int, c_out: int, timed: bool) -> Any:
 class Residual(nn.Module):
     """(B, c_in, h, w) -> (B, c_out, h, w). Numbers are those of a sequence whose activations have no weights."""
 
-    def __init__(self, c_in: int, c_out: int, timed: bool) -> None:
+    def __init__(self, c_in: int, c_out: int, timed: bool = False) -> None:
         super().__init__()
-        first, second = _conv3(c_in, c_out, timed), _conv3(c_out, c_out, timed)
+        first, second = conv3(c_in, c_out, timed), conv3(c_out, c_out, timed)
         self.residual = nn.ModuleDict({"0": RMSNorm(c_in), "2": first, "3": RMSNorm(c_out), "6": second})
         self.shortcut = nn.Conv2d(c_in, c_out, kernel_size=1) if c_in != c_out else None
 
@@ -165,39 +169,43 @@ class Attention(nn.Module):
 class Downsample(nn.Module):
     """(B, c, h, w) -> (B, c, h // 2, w // 2); zeros to the right and below only. In time, of two frames one."""
 
-    def __init__(self, channels: int, timed: bool) -> None:
+    def __init__(self, channels: int, timed: bool = False) -> None:
         super().__init__()
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, kernel_size=3, stride=2)})
         self.time_conv = nn.Conv3d(channels, channels, kernel_size=(3, 1, 1), stride=(2, 1, 1)) if timed else None
 
-    def forward(self, run: Execution[Any], x: Any) -> Any:
+    def forward(self, run: Execution[Any], x: Any, add: Any = None) -> Any:
         conv: Any = self.resample["1"]
-        x = run.conv(x, conv, pad=(0, 1, 0, 1))
-        return x if self.time_conv is None else run.between(x, self.time_conv)
+        if self.time_conv is None:
+            return run.conv(x, conv, pad=(0, 1, 0, 1), add=add)
+        x = run.between(run.conv(x, conv, pad=(0, 1, 0, 1)), self.time_conv)
+        return x if add is None else run.apply(Add(), x, add)
 
 
 class Upsample(nn.Module):
-    """(B, c, h, w) -> (B, c // 2, 2h, 2w). In time, of one frame two."""
+    """(B, c_in, h, w) -> (B, c_out, 2h, 2w). In time, of one frame two."""
 
-    def __init__(self, channels: int, timed: bool) -> None:
+    def __init__(self, c_in: int, c_out: int, timed: bool = False) -> None:
         super().__init__()
-        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels // 2, kernel_size=3, padding=1)})
-        self.time_conv = nn.Conv3d(channels, 2 * channels, kernel_size=(3, 1, 1)) if timed else None
+        self.resample = nn.ModuleDict({"1": conv3(c_in, c_out)})
+        self.time_conv = nn.Conv3d(c_in, 2 * c_in, kernel_size=(3, 1, 1)) if timed else None
 
-    def forward(self, run: Execution[Any], x: Any) -> Any:
+    def forward(self, run: Execution[Any], x: Any, add: Any = None) -> Any:
         conv: Any = self.resample["1"]
         if self.time_conv is not None:
             x = run.between(x, self.time_conv)
-        return run.conv(x, conv, up=True)
+        return run.conv(x, conv, up=True, add=add)
 
 
-def _middle(channels: int, timed: bool) -> nn.ModuleList:
+def middle(channels: int, timed: bool = False) -> nn.ModuleList:
+    """What a half has at its coarsest."""
     first, last = (Residual(channels, channels, timed) for _ in range(2))
     return nn.ModuleList([first, Attention(channels), last])
 
 
-def _head(c_in: int, c_out: int, timed: bool) -> nn.ModuleDict:
-    return nn.ModuleDict({"0": RMSNorm(c_in), "2": _conv3(c_in, c_out, timed)})
+def head(c_in: int, c_out: int, timed: bool = False) -> nn.ModuleDict:
+    """A half's last norm and convolution."""
+    return nn.ModuleDict({"0": RMSNorm(c_in), "2": conv3(c_in, c_out, timed)})
 
 
 class Encoder(nn.Module):
@@ -206,7 +214,7 @@ class Encoder(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         width, timed = config.encoder_width, config.temporal_factor > 1
-        self.conv1 = _conv3(config.pixel_channels, width, timed)
+        self.conv1 = conv3(config.pixel_channels, width, timed)
         self.downsamples = nn.ModuleList()
         channels = width
         for level, multiple in enumerate(MULTIPLES):
@@ -215,8 +223,8 @@ class Encoder(nn.Module):
                 channels = width * multiple
             if level < len(MULTIPLES) - 1:
                 self.downsamples.append(Downsample(channels, timed and IN_TIME[level]))
-        self.middle = _middle(channels, timed)
-        self.head = _head(channels, 2 * config.latent_channels, timed)
+        self.middle = middle(channels, timed)
+        self.head = head(channels, 2 * config.latent_channels, timed)
 
     def forward(self, run: Execution[Any], x: Any) -> Any:
         x = run.conv(x, self.conv1)
@@ -233,17 +241,17 @@ class Decoder(nn.Module):
         super().__init__()
         width, timed = config.decoder_width, config.temporal_factor > 1
         channels = width * MULTIPLES[-1]
-        self.conv1 = _conv3(config.latent_channels, channels, timed)
-        self.middle = _middle(channels, timed)
+        self.conv1 = conv3(config.latent_channels, channels, timed)
+        self.middle = middle(channels, timed)
         self.upsamples = nn.ModuleList()
         for level, multiple in reversed(list(enumerate(MULTIPLES))):
             for _ in range(DEPTH + 1):
                 self.upsamples.append(Residual(channels, width * multiple, timed))
                 channels = width * multiple
             if level > 0:
-                self.upsamples.append(Upsample(channels, timed and IN_TIME[level - 1]))
+                self.upsamples.append(Upsample(channels, channels // 2, timed and IN_TIME[level - 1]))
                 channels //= 2
-        self.head = _head(channels, config.pixel_channels, timed)
+        self.head = head(channels, config.pixel_channels, timed)
 
     def forward(self, run: Execution[Any], z: Any) -> Any:
         x = run.conv(z, self.conv1)

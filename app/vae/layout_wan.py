@@ -74,44 +74,58 @@ def diffusers_config(config: WanConfig, _: bool) -> dict[str, object]:
     }
 
 
-def _name(key: str) -> str:
+def outer_name(key: str) -> str:
+    """The publisher's name of what lies outside of the levels, in Wan 2.2 too; other keys as they are."""
     first, _, rest = key.partition(".")
     if first in dict(TOP):
         return f"{dict(TOP)[first]}.{rest}"
     if match := HALF_END.fullmatch(key):
         return f"{match[1]}.{dict(ENDS)[match[2]]}.{match[3]}"
     if match := HALF_MIDDLE.fullmatch(key):
-        return f"{match[1]}.middle.{dict(MIDDLE).get(match[2], match[2])}.{_begun(match[3], BLOCK)}"
+        return f"{match[1]}.middle.{dict(MIDDLE).get(match[2], match[2])}.{begun(match[3], BLOCK)}"
+    return key
+
+
+def outer_key(name: str) -> str:
+    """The way back, of names outside of the levels."""
+    first, _, rest = name.partition(".")
+    if first in swapped(TOP):
+        return f"{swapped(TOP)[first]}.{rest}"
+    part, _, inner = rest.partition(".")
+    if part == "middle":
+        number, _, inner = inner.partition(".")
+        return f"{first}.mid_block.{swapped(MIDDLE)[number]}.{begun(inner, swapped(BLOCK).items())}"
+    return f"{first}.{begun(rest, swapped(ENDS).items())}"
+
+
+def _name(key: str) -> str:
     if match := DOWN.fullmatch(key):
-        return f"encoder.downsamples.{match[1]}.{_begun(match[2], BLOCK)}"
+        return f"encoder.downsamples.{match[1]}.{begun(match[2], BLOCK)}"
     if match := UP.fullmatch(key):
         layer = LAYERS * int(match[1]) + (LAYERS - 1 if match[2] is None else int(match[2]))
-        return f"decoder.upsamples.{layer}.{_begun(match[3], BLOCK)}"
-    return key
+        return f"decoder.upsamples.{layer}.{begun(match[3], BLOCK)}"
+    return outer_name(key)
 
 
 def _key(name: str) -> str:
     first, _, rest = name.partition(".")
-    if first in _swapped(TOP):
-        return f"{_swapped(TOP)[first]}.{rest}"
     part, _, inner = rest.partition(".")
-    if part in ("downsamples", "upsamples", "middle"):
-        number, _, inner = inner.partition(".")
-        inner = _begun(inner, _swapped(BLOCK).items())
-        if part == "middle":
-            return f"{first}.mid_block.{_swapped(MIDDLE)[number]}.{inner}"
-        if part == "downsamples":
-            return f"{first}.down_blocks.{number}.{inner}"
-        level, layer = divmod(int(number), LAYERS)
-        kind = "upsamplers.0" if layer == LAYERS - 1 else f"resnets.{layer}"
-        return f"{first}.up_blocks.{level}.{kind}.{inner}"
-    return f"{first}.{_begun(rest, _swapped(ENDS).items())}"
+    if part not in ("downsamples", "upsamples"):
+        return outer_key(name)
+    number, _, inner = inner.partition(".")
+    inner = begun(inner, swapped(BLOCK).items())
+    if part == "downsamples":
+        return f"{first}.down_blocks.{number}.{inner}"
+    level, layer = divmod(int(number), LAYERS)
+    kind = "upsamplers.0" if layer == LAYERS - 1 else f"resnets.{layer}"
+    return f"{first}.up_blocks.{level}.{kind}.{inner}"
 
 
-def _swapped(table: Iterable[tuple[str, str]]) -> dict[str, str]:
+def swapped(table: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """{publisher's: diffusers'} of a table."""
     return {ours: theirs for theirs, ours in table}
 
 
-def _begun(key: str, table: Iterable[tuple[str, str]]) -> str:
+def begun(key: str, table: Iterable[tuple[str, str]]) -> str:
     """The key with its first components replaced, (old, new) by the first row that has them."""
     return next((new + key.removeprefix(old) for old, new in table if key.startswith(f"{old}.")), key)

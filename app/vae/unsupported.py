@@ -33,14 +33,6 @@ def _not(row: Told) -> Told:
     return lambda shapes: not row(shapes)
 
 
-def _side(pattern: str, index: int, value: int) -> Told:
-    """Some key is of the pattern, and its tensor has that side."""
-    compiled = re.compile(pattern)
-    return lambda shapes: any(
-        compiled.fullmatch(key) and len(shape) > index and shape[index] == value for key, shape in shapes.items()
-    )
-
-
 AUDIO = _any(
     _key(r".*\.weight_g$"),  # convolutions of audio are weight-normalised
     _key(r".*\.parametrizations\.weight\.original0$"),
@@ -94,17 +86,6 @@ UNSUPPORTED: Mapping[str, Told] = {
     "the VAE of HunyuanVideo": _all(
         _key(r"(encoder|decoder)\.conv_in\.conv\.weight", 5),
         _key(r"(encoder\.down|decoder\.up)_blocks\.0\.resnets\.0\.norm1\.weight"),
-    ),
-    "the VAE of Qwen-Image 2.1": _all(
-        _any(
-            _key(r"decoder\.upsamples\.0\.upsamples\.0\.residual\.2\.weight"),
-            _key(r"decoder\.up_blocks\.0\.upsampler\.resample\.1\.weight"),
-        ),
-        _side(r"decoder\.conv(1|_in)\.weight", 1, 64),
-    ),
-    "the VAE of Wan 2.2": _any(
-        _key(r"decoder\.upsamples\.0\.upsamples\.0\.residual\.2\.weight"),
-        _key(r"decoder\.up_blocks\.0\.upsampler\.resample\.1\.weight"),
     ),
     "a tiny autoencoder of clips (TAEHV)": _key(r"(taehv\.)?(encoder|decoder)\.\d+\.conv\.weight", 4),
     "a T5 text encoder": _key(r"encoder\.block\.0\.layer\.0\.SelfAttention\."),

@@ -20,6 +20,7 @@ class Convention:
     patch: int = 1  # raw latent positions along one side that ComfyUI has as one
     scale: float = 1.0  # of the diffusion model that a tiny autoencoder stands in for:
     shift: float = 0.0  # ComfyUI's latents are always as the full one has them, a tiny one's are scaled
+    frames: bool = False  # whether ComfyUI's have them, one for a picture: (N, C, 1, h, w)
 
 
 CONVENTIONS = {
@@ -29,6 +30,8 @@ CONVENTIONS = {
     "taesdxl": Convention("scaled", scale=0.13025),
     "taesd3": Convention("scaled", scale=1.5305, shift=0.0609),
     "taef1": Convention("scaled", scale=0.3611, shift=0.1159),
+    "wan21": Convention(frames=True),
+    "wan22": Convention(frames=True),
 }
 RAW = Convention()  # of every other family
 

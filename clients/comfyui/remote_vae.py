@@ -15,6 +15,8 @@ REQUEST_PIXELS = 16 << 20  # of one request: 96 MiB of answer
 class RemoteVAE:
     """Pictures (N, H, W, C) in [0, 1] and latents (N, C, h, w) as ComfyUI has them; the service does the work.
 
+    Where ComfyUI's latents have frames these are (N, C, 1, h, w): N pictures, not a video of N frames.
+
     `check` is called while the service is waited for and raises when the user cancels; `place` brings a result to the
     device and the type that the next node expects. The tiled methods are the whole ones: the service uses bands of
     rows where its memory is short, and they give the same picture.
@@ -41,9 +43,11 @@ class RemoteVAE:
         self.downscale_ratio = self.upscale_ratio = row.spatial_factor * self.convention.patch
 
     def decode(self, samples_in: Tensor, vae_options: Mapping[str, object] | None = None) -> Tensor:
-        """Pictures of latents; of a video's, its first frame."""
+        """Pictures of latents; of latents with frames that are not a video's, the first."""
         if vae_options:
             raise LatentdError(f"a remote VAE has no options, not {', '.join(vae_options)}")
+        if self.convention.frames and samples_in.ndim == 5 and samples_in.shape[2] != 1:
+            raise LatentdError(f"video is not supported yet: these latents have {samples_in.shape[2]} frames")
         latents = samples_in[:, :, 0] if samples_in.ndim == 5 else samples_in
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
             raise LatentdError(
@@ -68,14 +72,13 @@ class RemoteVAE:
         rows, columns = pixels.shape[1:3]
         array = picture_array(pixels)
         latent = (self.latent_channels, rows // factor, columns // factor)
-        return self.place(
-            torch.cat(
-                [
-                    from_service(self._send("encode", part, "float32", (len(part), *latent)), self.convention)
-                    for part in parts(array, rows * columns)
-                ]
-            )
+        latents = torch.cat(
+            [
+                from_service(self._send("encode", part, "float32", (len(part), *latent)), self.convention)
+                for part in parts(array, rows * columns)
+            ]
         )
+        return self.place(latents.unsqueeze(2) if self.convention.frames else latents)
 
     def decode_tiled(self, samples: Tensor, *tiles: int | None, **more: int | None) -> Tensor:
         return self.decode(samples)

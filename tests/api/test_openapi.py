@@ -139,6 +139,7 @@ def test_operations_have_names_of_their_own(document):
     assert len(set(names)) == len(names)
     assert set(names) == {
         *("encode", "decode", "compare", "list_models", "get_model", "plan_model"),
+        *("look_on", "show"),
         *(
             "load_model",
             "upload_model",

@@ -25,6 +25,13 @@ def test_the_port_is_that_of_the_command_line(words, port):
     assert healthcheck.option(words, "port") == port
 
 
+def test_it_asks_where_the_service_listens():
+    assert type(healthcheck.connect(["latentd", "serve", "--uds", "/run/socket"])) is healthcheck.Local
+    plain = healthcheck.connect(["latentd", "serve"])
+    assert (type(plain).__name__, plain.host, plain.port) == ("HTTPConnection", "127.0.0.1", 8000)
+    assert type(healthcheck.connect(["latentd", "serve", "--ssl-certfile=c.pem"])).__name__ == "HTTPSConnection"
+
+
 def test_it_asks_the_service(models, monkeypatch):
     with listening(models) as (server, port):
         words = ["latentd", "serve", "--port", str(port)]

@@ -14,7 +14,7 @@ from app.api.door.access import OFTEN
 from app.api.door.bounds import PROBES
 from app.arguments import parser
 from app.engine.worker import STOP_SECONDS
-from app.main import CLOSING_SECONDS
+from app.server import CLOSING_SECONDS
 from app.settings import PREFIX, Settings
 from app.store.known import named
 

@@ -16,6 +16,7 @@ import torch
 from pathlib import Path
 from app.engine import compute
 from app.main import serve
+from app.server import Listening
 from app.settings import Settings
 
 def fails(*args):
@@ -26,7 +27,7 @@ def run(*args):
     fails()
 
 compute.forward = run
-sys.exit(serve(Settings(models=Path(sys.argv[1]), device="cpu"), "127.0.0.1", int(sys.argv[2])))
+sys.exit(serve(Settings(models=Path(sys.argv[1]), device="cpu"), Listening(port=int(sys.argv[2]))))
 """
 
 

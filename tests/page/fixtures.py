@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 from playwright.sync_api import Browser
 
-from app.main import Server
+from app.server import Server
 from tests.page.visit import Visit, browsing, chromium, fill, visiting
 from tests.service import listening
 

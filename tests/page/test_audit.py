@@ -1,28 +1,15 @@
-import json
 import os
 
 import pytest
 from playwright.sync_api import Route
 
-from tests.page.visit import ASTRONAUT, EMBEDDED, SHOTS, TAEF2, visiting
+from tests.page.audit import audit
+from tests.page.visit import ASTRONAUT, EMBEDDED, TAEF2, visiting
 from tests.service import latent, listening, npy
 
 pytestmark = pytest.mark.browser
 WIDTHS = (360, 768, 1440)
 MODELS = "#model=latentd-small" + ("&model=taef2" if TAEF2[0].exists() else "")
-
-
-def audit(visit, name):
-    """axe-core's findings, all of them kept, none of them accepted; and nothing wider than the screen."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    visit.shot(name)
-    found = Axe().run(visit.page).response
-    (SHOTS / f"{name}.json").write_text(json.dumps(found["violations"], indent=1))
-    assert [(each["impact"], each["id"], each["nodes"][0]["html"]) for each in found["violations"]] == []
-    assert found["passes"]
-    wide = "() => document.documentElement.scrollWidth - innerWidth"
-    assert visit.page.evaluate(wide) <= 0
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -48,6 +35,8 @@ def test_every_state_is_for_everybody(browser, running, width, dark):
         visit.page.locator("#plan-form button").click()
         visit.page.wait_for_selector("#plan b")
         audit(visit, f"service-{name}")
+        visit.page.get_by_role("button", name="delete latentd-small", exact=True).click()
+        audit(visit, f"delete-{name}")
 
 
 def test_everything_is_reached_by_keys(visit):

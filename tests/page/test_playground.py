@@ -232,6 +232,35 @@ def test_of_several_paintings_the_last_one_counts(visit):
     np.testing.assert_array_equal(shown(visit), decoded(visit, array.astype(np.float32) * np.float32(1.5)))
 
 
+def test_a_slow_decode_of_what_was_painted_is_preceded_by_a_preview(visit):
+    page, held = visit.page, []
+    painted: list[bool] = []
+    visit.open("#model=latentd-small")
+    # The first decode says that it was slow, later ones are held, and the preview's map is there already.
+    timing = {"Server-Timing": "compute;dur=900"}
+
+    def decode(route):
+        if "preview=" in route.request.url:
+            sketch = io.BytesIO()
+            Image.new("RGB", (4, 4), "red").save(sketch, "WEBP")
+            return route.fulfill(body=sketch.getvalue(), content_type="image/webp")
+        if painted:
+            return held.append(route)
+        answer = route.fetch()
+        return route.fulfill(response=answer, headers=answer.headers | timing)
+
+    page.route("**/decode?**", decode)
+    visit.give("a.npy", npy(latent()))
+    visit.settle()
+    painted.append(True)
+    page.get_by_role("button", name="Zero it").click()
+    page.wait_for_selector(".state:text-is('Decoding… this is a preview')")
+    assert page.locator("img.decoded").evaluate("image => image.decode().then(() => image.naturalWidth)") == 4
+    held[0].continue_()
+    visit.settle()
+    assert page.locator("img.decoded").evaluate("image => image.decode().then(() => image.naturalWidth)") == 32
+
+
 @pytest.mark.parametrize(
     "header",
     [

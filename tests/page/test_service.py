@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 
+from tests.page.audit import audit
 from tests.page.visit import EMBEDDED, visiting
 from tests.service import latent, listening, npy, occupied, picture
 
@@ -142,3 +143,86 @@ def test_the_key_is_asked_for_and_kept_for_the_tab_alone(browser, folder):
             visit.page.locator("#open-key").click()
             visit.page.locator("#forget-key").click()
             visit.page.wait_for_selector("#key-dialog[open] :text('a key is needed')")
+
+
+def as_admin(shown):
+    shown.page.locator("#open-key").click()
+    use_key(shown, "the-admin")
+    shown.page.wait_for_selector("#upload-form")
+
+
+def test_nobody_else_uploads_or_deletes(shown):
+    assert not shown.page.locator("#upload-form").is_visible()
+    assert shown.page.locator("#models button").count() == 0
+
+
+def test_the_admin_uploads_and_deletes(shown, folder):
+    page = shown.page
+    as_admin(shown)
+    page.set_input_files("#upload-file", {"name": "New.safetensors", "mimeType": "", "buffer": EMBEDDED.read_bytes()})
+    assert page.locator("#upload-name").input_value() == "New"
+    page.locator("#upload-name").fill(SMALL)
+    page.locator("#upload-send").click()
+    page.wait_for_selector(f"#status:has-text('There is a model {SMALL}')")
+    assert not [each for each in shown.requests if each.startswith("PUT")]
+    page.locator("#upload-name").fill("New")
+    page.locator("#upload-send").click()
+    page.wait_for_selector("#status:text-is('New: uploaded')")
+    page.wait_for_selector("#models th:text-is('New')")
+    assert (folder / "VAE" / "New.safetensors").read_bytes() == EMBEDDED.read_bytes()
+    assert not page.locator("#upload-progress").is_visible()
+    delete = page.locator("#models").get_by_role("button", name="delete New", exact=True)
+    delete.click()
+    page.wait_for_selector("#delete-dialog[open] :text('Delete New?')")
+    shown.shot("delete")
+    page.keyboard.press("Enter")  # what has the focus keeps it
+    assert (folder / "VAE" / "New.safetensors").exists()
+    delete.click()
+    page.keyboard.press("Escape")
+    delete.click()
+    page.locator("#delete-dialog .danger").click()
+    page.wait_for_selector("#status:text-is('New: deleted')")
+    page.wait_for_selector("#models th:text-is('New')", state="detached")
+    assert page.evaluate("document.activeElement.id") == "models-table"
+    assert not (folder / "VAE" / "New.safetensors").exists()
+    assert [each for each in shown.requests if "New" in each] == ["PUT /models/New", "DELETE /models/New"]
+
+
+def test_an_upload_says_how_far_it_is_and_is_cancelled(shown, folder):
+    page = shown.page
+    as_admin(shown)
+    network = page.context.new_cdp_session(page)
+    slow = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 200_000}
+    network.send("Network.emulateNetworkConditions", slow)
+    page.set_input_files("#upload-file", {"name": "slow.safetensors", "mimeType": "", "buffer": EMBEDDED.read_bytes()})
+    page.locator("#upload-send").click()
+    page.wait_for_function("() => document.getElementById('upload-bar').value > 0")
+    page.wait_for_selector("#upload-text:has-text(' of ')")
+    audit(shown, "upload")
+    page.locator("#upload-cancel").click()
+    page.wait_for_selector("#status:has-text('the upload was cancelled')")
+    assert not page.locator("#upload-progress").is_visible()
+    assert page.locator("#upload-send").is_enabled()
+    network.send("Network.emulateNetworkConditions", slow | {"uploadThroughput": -1})
+    until_gone = "() => !document.querySelector('#models').innerText.includes('slow')"
+    page.wait_for_function(until_gone)
+    assert not (folder / "VAE" / "slow.safetensors").exists()
+
+
+def test_an_upload_or_a_deletion_that_is_refused_is_told(shown):
+    shown.refusals = True
+    page = shown.page
+    as_admin(shown)
+    page.set_input_files("#upload-file", {"name": "not.safetensors", "mimeType": "", "buffer": b"not a model"})
+    page.locator("#upload-send").click()
+    page.wait_for_selector("#problem .problem")
+    assert "HTTP 422" in page.locator("#problem").inner_text()
+    assert page.locator("#upload-name").input_value() == "not"  # to be mended
+    row = page.locator(ROW)
+    row.get_by_role("button", name=f"pin {SMALL}", exact=True).click()
+    page.wait_for_selector(f"#status:text-is('{SMALL}: pin done')")
+    row.get_by_role("button", name=f"delete {SMALL}", exact=True).click()
+    page.locator("#delete-dialog .danger").click()
+    page.wait_for_selector("#problem :text('HTTP 409')")
+    row.get_by_role("button", name=f"unpin {SMALL}", exact=True).click()
+    page.wait_for_selector(f"#status:text-is('{SMALL}: unpin done')")

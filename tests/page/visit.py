@@ -59,7 +59,7 @@ class Visit:
         self.refusals = False
         """Whether the service is expected to refuse something, which the browser writes to its console."""
         page.on("request", lambda request: self._note(request.method, request.url))
-        page.on("console", lambda message: self._hear(message.type, message.text))
+        page.on("console", lambda message: self._hear(message.type, message.text, message.location["url"]))
         page.on("pageerror", lambda error: self.console.append(str(error)))
 
     def _note(self, method: str, url: str) -> None:
@@ -70,8 +70,9 @@ class Visit:
         if f"{parts.scheme}://{parts.netloc}" != self.base:
             self.foreign.append(url)
 
-    def _hear(self, kind: str, text: str) -> None:
-        if kind in ("error", "warning") and not (self.refusals and text.startswith("Failed to load resource")):
+    def _hear(self, kind: str, text: str, url: str) -> None:
+        expected = self.refusals or "preview=" in url  # a preview may be refused at any time
+        if kind in ("error", "warning") and not (expected and text.startswith("Failed to load resource")):
             self.console.append(text)
 
     def open(self, fragment: str = "") -> None:

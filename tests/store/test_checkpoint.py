@@ -56,8 +56,8 @@ def test_every_family_in_every_layout_there_and_back(tmp_path, family, layout):
     for key, value in loaded.state_dict().items():
         assert torch.equal(value, module.state_dict()[key])
     module.to(memory_format=torch.channels_last)  # the same kernels, hence the same rounding
-    factor = FAMILIES[family].spatial_factor
-    pixels, latents = torch.rand(1, 3, factor * 2, factor), torch.randn(1, FAMILIES[family].latent_channels, 2, 3)
+    factor, colours = FAMILIES[family].spatial_factor, loaded.config.pixel_channels
+    pixels, latents = torch.rand(1, colours, factor * 2, factor), torch.randn(1, FAMILIES[family].latent_channels, 2, 3)
     torch.testing.assert_close(loaded.encode(Whole(), pixels), module.encode(Whole(), pixels))
     torch.testing.assert_close(loaded.decode(Whole(), latents), module.decode(Whole(), latents))
 

@@ -58,10 +58,10 @@ def test_what_can_be_fetched_has_a_place_and_a_name_of_its_own():
         assert len(rows) == (2 if first.endswith("-halves") else 1)
         for row in rows:
             assert re.fullmatch(r"[\w.-]+/[\w.-]+", row.repo or "")
-            assert re.fullmatch(r"[\w.-]+(/[\w.-]+)*\.(safetensors|ckpt)", row.file or "")
-            assert row.bytes is None or 1_000_000 < row.bytes < 1_000_000_000
+            assert re.fullmatch(r"[\w.-]+(/[\w.-]+)*\.(safetensors|ckpt|pth)", row.file or "")
+            assert row.bytes is None or 1_000_000 < row.bytes < 2_000_000_000
             assert row.names[0] == first
-            assert re.fullmatch(r"\w[\w.-]*\.(safetensors|ckpt)", row.save_as)
+            assert re.fullmatch(r"\w[\w.-]*\.(safetensors|ckpt|pth)", row.save_as)
             saved.append(row.save_as)
     assert len(set(saved)) == len(saved)
     assert len(fetchable()) > 20

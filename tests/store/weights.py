@@ -17,6 +17,7 @@ from app.vae.autoencoder_hunyuan import HunyuanConfig
 from app.vae.autoencoder_kl import KLConfig
 from app.vae.autoencoder_tiny import TinyConfig, TinyLayer
 from app.vae.autoencoder_wan import WanConfig
+from app.vae.autoencoder_wan22 import PATCHED, QwenImage21Config, Wan22Config, patched_picture_tensors
 from app.vae.families import FAMILIES
 from app.weights.parts import whole_of
 
@@ -79,12 +80,22 @@ def hunyuan_config(family: str = "hunyuanimage", width: int = WIDTH) -> HunyuanC
     return HunyuanConfig((width,) * 4 + (2 * width, max(4 * width, 2 * latent)), 1, 2, latent)
 
 
+def wan22_config(family: str = "wan22", width: int = 4) -> Wan22Config:
+    return Wan22Config(width, width, FAMILIES[family].latent_channels)
+
+
+def qwen21_config(family: str = "qwenimage21", width: int = 4) -> QwenImage21Config:
+    return QwenImage21Config(width, width, FAMILIES[family].latent_channels, 4)
+
+
 CONFIGS: dict[str, Callable[..., Config]] = {
     "kl": kl_config,
     "tiny": tiny_config,
     "wan21": wan_config,
     "dc": dc_config,
     "hunyuan": hunyuan_config,
+    "wan22": wan22_config,
+    "qwenimage21": qwen21_config,
 }
 
 
@@ -125,8 +136,13 @@ def canonical(state: Mapping[str, Tensor]) -> State:
 
 
 def _of_clips(state: Mapping[str, Tensor]) -> State:
-    """Kernels of three taps, and layers between frames."""
+    """Kernels of three taps, and layers between frames; of Wan 2.2 the channels of patches in the publisher's order."""
     found: State = {}
+    flat = "encoder.downsamples.4.downsamples.0.residual.2.weight" in state  # Qwen-Image 2.1
+    if not flat and "encoder.downsamples.0.downsamples.0.residual.2.weight" in state:
+        state = {name: turned for name in PATCHED for _, turned in patched_picture_tensors(name, state[name])} | {
+            name: value for name, value in state.items() if name not in PATCHED
+        }
     for name, value in state.items():
         stem, _, kind = name.rpartition(".")
         if ".middle.1." in name:
@@ -135,20 +151,21 @@ def _of_clips(state: Mapping[str, Tensor]) -> State:
                 found[f"{block}.to_qkv.{kind}"] = torch.cat([state[f"{block}.{part}.{kind}"] for part in "qkv"])
             elif layer not in ("k", "v"):
                 found[f"{block}.{layer.replace('proj_out', 'proj')}.{kind}"] = value
-        elif value.dim() == 4 and ".resample." not in name:
+        elif value.dim() == 4 and ".resample." not in name and not flat:
             taps = 2 if value.shape[-1] == 3 else 0
             found[name] = torch.cat([torch.randn(*value.shape[:2], taps, *value.shape[2:]), value[:, :, None]], dim=2)
         else:
             found[name] = value[..., None] if kind == "gamma" else value
-    for block, factor in (("encoder.downsamples.5", 1), ("encoder.downsamples.8", 1)):
-        found |= _between_frames(block, state[f"{block}.resample.1.weight"].shape[1], factor)
-    for block, factor in (("decoder.upsamples.3", 2), ("decoder.upsamples.7", 2)):
-        found |= _between_frames(block, state[f"{block}.resample.1.weight"].shape[1], factor)
+    resampling = [name.partition(".resample.")[0] for name in state if name.endswith(".resample.1.weight")]
+    down, up = ([name for name in resampling if name.startswith(half)] for half in ("encoder", "decoder"))
+    for blocks, factor in ((down[1:], 1), (up[:-1], 2)):  # the finest level has as many frames as the picture
+        for block in blocks:
+            found |= _between_frames(block, state[f"{block}.resample.1.weight"].shape[1], factor, 1 if flat else 3)
     return found
 
 
-def _between_frames(block: str, channels: int, factor: int) -> State:
-    weight = torch.randn(factor * channels, channels, 3, 1, 1)
+def _between_frames(block: str, channels: int, factor: int, taps: int) -> State:
+    weight = torch.randn(factor * channels, channels, *([taps] if taps > 1 else []), 1, 1)
     return {f"{block}.time_conv.weight": weight, f"{block}.time_conv.bias": torch.randn(factor * channels)}
 
 

@@ -34,6 +34,7 @@ from app.vae.autoencoder_dc import DCConfig, DCHalf, Kind
 from app.vae.autoencoder_hunyuan import HunyuanConfig
 from app.vae.autoencoder_kl import KLConfig
 from app.vae.autoencoder_wan import WanConfig
+from app.vae.autoencoder_wan22 import QwenImage21Config, Wan22Config
 from app.vae.families import FAMILIES, Family
 from app.vae.latent_format import LatentFormat
 from app.vae.layout import replaced
@@ -95,6 +96,8 @@ RANDOM: dict[str, Callable[[random.Random], Config]] = {
     ),
     "dc": random_dc,
     "hunyuan": random_hunyuan,
+    "wan22": lambda draw: Wan22Config(draw.choice([4, 8]), draw.choice([4, 8]), 48, draw.choice([3, 4])),
+    "qwenimage21": lambda draw: QwenImage21Config(draw.choice([4, 8]), draw.choice([4, 8]), 64, draw.choice([3, 4])),
     "tiny": lambda draw: tiny_config(draw.choice(["taesd", "taesd3", "taef2", "taesana"]), draw.choice([4, 8])),
 }
 

@@ -1,15 +1,20 @@
 """The constants are pinned: a digit changed by accident would make every picture of a family look washed out."""
 
 from dataclasses import replace
+from zlib import crc32
 
 import pytest
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLQwenImage21, AutoencoderKLWan
 
 from app.vae.families import FAMILIES, Family, takes
 from app.vae.latent_format import LatentFormat
 
 WAN = AutoencoderKLWan(base_dim=4).config  # diffusers has the publisher's numbers as its defaults
 WAN_MEAN, WAN_SCALE = tuple(WAN.latents_mean), tuple(1 / each for each in WAN.latents_std)
+QWEN21 = AutoencoderKLQwenImage21(base_dim=4, decoder_base_dim=4).config
+QWEN21_MEAN, QWEN21_SCALE = tuple(QWEN21.latents_mean), tuple(1 / each for each in QWEN21.latents_std)
+# Of Wan 2.2 only the folder's config.json has them; their digits are pinned by a checksum, below.
+WAN22_MEAN, WAN22_SCALE = FAMILIES["wan22"].latent_format.shift_factor, FAMILIES["wan22"].latent_format.scaling_factor
 
 PINNED = {
     # name: architecture, channels, scale, shift, patch, statistics, spatial factor
@@ -20,6 +25,8 @@ PINNED = {
     "flux": ("kl", 16, 0.3611, 0.1159, 1, False, 8),
     "flux2": ("kl", 32, 1.0, 0.0, 2, True, 8),
     "wan21": ("wan21", 16, WAN_SCALE, WAN_MEAN, 1, False, 8),
+    "wan22": ("wan22", 48, WAN22_SCALE, WAN22_MEAN, 1, False, 16),
+    "qwenimage21": ("qwenimage21", 64, QWEN21_SCALE, QWEN21_MEAN, 1, False, 16),
     "latentd-small": ("kl", 4, 1.0, 0.0, 1, False, 8),
     "sana": ("dc", 32, 0.41407, 0.0, 1, False, 32),
     "hunyuanimage": ("hunyuan", 64, 0.75289, 0.0, 1, False, 32),
@@ -56,6 +63,13 @@ def test_constants(name):
 def test_numbers_per_channel_are_as_many(row):
     for constant in (row.latent_format.scaling_factor, row.latent_format.shift_factor):
         assert not isinstance(constant, tuple) or len(constant) == row.channels("scaled")
+
+
+def test_constants_of_wan_22():
+    assert isinstance(WAN22_MEAN, tuple)
+    assert isinstance(WAN22_SCALE, tuple)
+    deviations = tuple(round(1 / each, 4) for each in WAN22_SCALE)
+    assert [crc32(repr(numbers).encode()) for numbers in (WAN22_MEAN, deviations)] == [1769105949, 4049137]
 
 
 @pytest.mark.parametrize("row", FAMILIES.values(), ids=FAMILIES)

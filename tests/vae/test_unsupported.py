@@ -40,7 +40,6 @@ CLASSES = {
     "AutoencoderKLMiniMaxH3": "the VAE of MiniMax H3",
     "AutoencoderKLMiniMaxH3Audio": SOUND,
     "AutoencoderKLMochi": "the VAE of Mochi",
-    "AutoencoderKLQwenImage21": "the VAE of Qwen-Image 2.1",
     "AutoencoderKLTemporalDecoder": "an AutoencoderKLTemporalDecoder (of Stable Video Diffusion)",
     "AutoencoderOobleck": SOUND,
     "AutoencoderRAE": "an AutoencoderRAE",
@@ -129,15 +128,6 @@ PUBLISHED: dict[str, dict[str, tuple[int, ...]]] = {
     "the VAE of LTX-Video or LTX-2": {
         "per_channel_statistics.mean-of-means": (128,),
         "decoder.conv_in.conv.weight": (1024, 128, 3, 3, 3),
-    },
-    "the VAE of Wan 2.2": {
-        "decoder.middle.0.residual.0.gamma": (1024, 1, 1, 1),
-        "decoder.upsamples.0.upsamples.0.residual.2.weight": (1024, 1024, 3, 3, 3),
-        "decoder.conv1.weight": (1024, 48, 3, 3, 3),
-    },
-    "the VAE of Qwen-Image 2.1": {
-        "decoder.upsamples.0.upsamples.0.residual.2.weight": (1152, 1152, 3, 3),
-        "decoder.conv1.weight": (1152, 64, 3, 3),
     },
     "a tiny autoencoder of clips (TAEHV)": {
         "encoder.2.conv.weight": (64, 64, 1, 1),

@@ -43,7 +43,7 @@ class Bounds:
                 scope, receive, send
             )  # whatever else it sends
             return
-        head = scope["method"] == "HEAD"
+        head = scope["state"]["head"] = scope["method"] == "HEAD"
         held = scope["state"]["held"] = Held(self.room)
 
         async def answer(message: Message) -> None:
@@ -56,8 +56,7 @@ class Bounds:
                 await send({**message, "body": body[start : start + PIECE], "more_body": True})
             last = len(body) and (len(body) - 1) // PIECE * PIECE
             await send({**message, "body": body[last:]})
-            if message.get("more_body", False):
-                held.drop(len(body))  # the client has most of it; a long answer is not counted whole
+            held.give_back(len(body))  # an answer may have no end
 
         try:
             await self.app({**scope, "method": "GET"} if head else scope, receive, answer)

@@ -75,7 +75,7 @@ class Room:
 
 
 class Held:
-    """What one request holds of the room, until it has its answer."""
+    """What one request holds of the room, until it has its answer, or has no more use for it."""
 
     def __init__(self, room: Room) -> None:
         self._room = room
@@ -91,15 +91,11 @@ class Held:
         self._room.add(size)
         self._size += size
 
-    def drop(self, size: int) -> None:
-        """Some of it: bytes that are gone already."""
-        self._room.give_back(size)
+    def give_back(self, size: int | None = None) -> None:
+        """So much of it, or all."""
+        size = self._size if size is None else size
         self._size -= size
-
-    def give_back(self) -> None:
-        """All of it."""
-        self._room.give_back(self._size)
-        self._size = 0
+        self._room.give_back(size)
 
 
 class Codecs:

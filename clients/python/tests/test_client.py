@@ -26,13 +26,14 @@ from latentd_client import (
     Unauthorized,
     UnexpectedAnswer,
     UnknownModel,
+    UnknownStream,
     Unreachable,
     UnsupportedMedia,
 )
 from latentd_client.steps import Policy
 from tests.service import latent, listening, npy, occupied, picture, pixels
 
-CALLS = ("encode", "decode", "models", "model", "compare")
+CALLS = ("encode", "decode", "preview", "show", "models", "model", "compare")
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,48 @@ def test_files_are_written_in_the_type_of_their_names(do, address, tmp_path):
     with pytest.raises(ValueError, match=r"ends in \.npy"):
         do(address, "encode", pixels(), model="kl", to=tmp_path / "b.png")
     assert not (tmp_path / "b.png").exists()
+
+
+def test_a_preview_is_a_picture_that_says_how_it_was_made(do, address, tmp_path):
+    shown = do(address, "preview", latent(), model="kl", how="tiny", to=tmp_path / "a.png")
+    assert (shown.array.shape, shown.media) == ((1, 32, 32, 3), "image/png")
+    assert (shown.preview or "").startswith("tiny:tiny")
+    latents = do(address, "encode", pixels(), model="kl")
+    linear = do(address, "preview", latents, how="linear", client={"retries": 60})  # until its map is fitted
+    assert (linear.array.shape, linear.media, linear.model) == ((1, 4, 4, 3), "image/webp", "kl")
+    assert (linear.preview or "").startswith("linear;db=")
+    with pytest.raises(ValueError, match=r"ends in \.png"):
+        do(address, "preview", latents, to="a.npy")
+
+
+def test_whoever_looks_on_sees_the_steps(address):
+    with Client(address) as client:
+        with client.look_on("a") as pictures:
+            for seed in range(3):
+                assert client.show(latent(seed=seed), "a", model="kl", how="tiny", size="16x16") is None
+                assert next(pictures).image_size == "16x16"
+        with pytest.raises(UnknownStream, match="stream=b"):
+            client.show(latent(), "b", model="kl")
+        with pytest.raises(InvalidParameter), client.look_on("a b"):
+            pass
+    with pytest.raises(Unreachable), Client("http://127.0.0.1:1") as client, client.look_on("a"):
+        pass
+
+
+async def test_whoever_looks_on_sees_the_steps_on_an_event_loop(address):
+    async with AsyncClient(address) as client:
+        async with client.look_on("a") as pictures:
+            assert await client.show(latent(), "a", model="kl", how="tiny") is None
+            assert (await anext(pictures)).array.shape == (1, 32, 32, 3)
+        with pytest.raises(UnknownStream):
+            await client.show(latent(), "b", model="kl")
+        with pytest.raises(InvalidParameter):
+            async with client.look_on("a b"):
+                pass
+    async with AsyncClient("http://127.0.0.1:1") as client:
+        with pytest.raises(Unreachable):
+            async with client.look_on("a"):
+                pass
 
 
 def test_the_models(do, address):
@@ -247,6 +290,23 @@ def test_batches_come_in_order_and_tell_how_far_they_are(do, address):
     back = do(address, "decode_many", iter(found), client=options | {"progress": True})
     assert [each.array.shape[2] for each in back] == [item.shape[1] for item in items]
     assert do(address, "encode_many", []) == []
+
+
+def test_how_far_it_is_is_told_before_a_result_is_handed_over(address):
+    """Who zips a batch with its names never asks for more after the last."""
+    seen: list[tuple[int, int | None]] = []
+    items = [pixels(16, 16)] * 3
+    with Client(address, progress=lambda *far: seen.append(far)) as client:
+        assert len(list(zip("abc", client.encode_many(items, model="kl"), strict=False))) == 3
+
+    async def awaited() -> None:
+        async with AsyncClient(address, progress=lambda *far: seen.append(far)) as client:
+            async with aclosing(client.encode_many(items, model="kl")) as batch:
+                for _ in items:
+                    await anext(batch)
+
+    asyncio.run(awaited())
+    assert seen == [(1, 3), (2, 3), (3, 3)] * 2
 
 
 def test_a_batch_ends_with_its_first_failure_and_begins_nothing_more(do, address):

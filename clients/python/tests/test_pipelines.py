@@ -1,6 +1,8 @@
 """Pipelines of diffusers, tiny and random: with RemoteVAE they make the pictures that they make with their own VAE."""
 
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -136,12 +138,68 @@ def qwen_net() -> Any:
     )
 
 
+class Processor:
+    """What the pipeline of Qwen-Image 2.1 asks of its processor before it sees a prompt."""
+
+    tokenizer = SimpleNamespace(encode=lambda text: [0])
+
+    def apply_chat_template(self, *_: Any, **__: Any) -> list[list[int]]:
+        return [[0]]
+
+
+def qwen21_net() -> Any:
+    return diffusers.QwenImage21Transformer2DModel(
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+
+
+def sana_net() -> Any:
+    return diffusers.SanaTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=16,
+        sample_size=2,
+    )
+
+
+def hunyuan_net() -> Any:
+    return diffusers.HunyuanImageTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        text_embed_2_dim=16,
+        rope_axes_dim=(8, 8),
+    )
+
+
 SD_TEXT = {"prompt_embeds": noise(1, 7, 32), "negative_prompt_embeds": noise(1, 7, 32) * 0.5}
 XL_TEXT = SD_TEXT | {"pooled_prompt_embeds": noise(1, 32), "negative_pooled_prompt_embeds": noise(1, 32) * 0.5}
 SD3_TEXT = SD_TEXT | {"pooled_prompt_embeds": noise(1, 64), "negative_pooled_prompt_embeds": noise(1, 64) * 0.5}
 FLUX_TEXT = {"prompt_embeds": noise(1, 7, 32), "pooled_prompt_embeds": noise(1, 32)}
 FLUX2_TEXT = {"prompt_embeds": noise(1, 7, 16)}
 QWEN_TEXT = {"prompt_embeds": noise(1, 7, 16), "prompt_embeds_mask": torch.ones(1, 7, dtype=torch.long)}
+SANA_TEXT = {
+    "prompt_embeds": noise(1, 7, 16),
+    "prompt_attention_mask": torch.ones(1, 7),
+    "negative_prompt": None,
+    "guidance_scale": 1.0,
+    "use_resolution_binning": False,
+}
+HUNYUAN_TEXT = QWEN_TEXT | {
+    "prompt_embeds_2": noise(1, 7, 16),
+    "prompt_embeds_mask_2": torch.ones(1, 7, dtype=torch.long),
+}
 SD3_WITHOUT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 FLUX_WITHOUT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 SIZE = {"width": SIDE, "height": SIDE}
@@ -205,6 +263,17 @@ PIPELINES: dict[str, tuple[str, Callable[[], Callable[[Any], Any]], dict[str, An
         lambda: flow(diffusers.QwenImageImg2ImgPipeline, qwen_net(), "text_encoder", "tokenizer"),
         QWEN_TEXT | SIZE | {"image": picture(), "strength": 1.0},
     ),
+    "Qwen-Image 2.1": (
+        "qwen21",
+        lambda: flow(partial(diffusers.QwenImage21Pipeline, processor=Processor()), qwen21_net(), "text_encoder"),
+        QWEN_TEXT | SIZE,
+    ),
+    "Sana": ("sana", lambda: flow(diffusers.SanaPipeline, sana_net(), "text_encoder", "tokenizer"), SANA_TEXT | SIZE),
+    "HunyuanImage": (
+        "hunyuan",
+        lambda: flow(diffusers.HunyuanImagePipeline, hunyuan_net(), *FLUX_WITHOUT),
+        HUNYUAN_TEXT | SIZE,
+    ),
 }
 
 
@@ -222,7 +291,7 @@ def test_the_pictures_are_those_of_the_local_vae(local, url, name):
     expected = run()
     pipe.vae = RemoteVAE(url, f"{family}-tiny")
     found = run()
-    assert found.shape == (1, SIDE, SIDE, 3)
+    assert found.shape == (1, SIDE, SIDE, pipe.vae.config.out_channels)
     assert expected.std() > 0.01  # a picture, not one colour
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 

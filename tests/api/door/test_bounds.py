@@ -67,3 +67,21 @@ async def test_an_answer_leaves_in_pieces_and_is_counted_until_it_has_left(size)
     assert max(length for length, _ in pieces) <= PIECE
     assert [more for _, more in pieces] == [True] * (len(pieces) - 1) + [False]
     assert room.used == 0
+
+
+async def test_what_has_left_of_an_answer_without_an_end_is_not_counted_any_more():
+    room, used = Room(10), []
+
+    async def answer(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(3):
+            await send({"type": "http.response.body", "body": bytes(7), "more_body": True})
+            used.append(room.used)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def served(scope, receive, send):
+        await Bounds(answer, room)({**scope, "state": {}}, receive, send)
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(served), base_url="http://service") as client:
+        assert len((await client.get("/")).content) == 21
+    assert used == [0, 0, 0]

@@ -105,6 +105,19 @@ def test_of_a_videos_latents_the_first_frame_is_decoded():
     assert (asked(told)[1] == latents[:, :, 0].numpy()).all()
 
 
+@pytest.mark.parametrize(("family", "factor", "channels"), [("wan21", 8, 16), ("wan22", 16, 48)])
+def test_latents_of_wan_have_one_frame(family, factor, channels):
+    sent = np.random.default_rng(0).standard_normal((2, channels, 2, 3)).astype(np.float32)
+    answers = answer(sent), answer(np.zeros((2, 2 * factor, 3 * factor, 3), np.float16))
+    with telling(*answers) as told:
+        latents = vae(told.server, family).encode(torch.ones(2, 2 * factor, 3 * factor, 3))
+        assert latents.shape == (2, channels, 1, 2, 3)
+        assert vae(told.server, family).decode(latents).shape == (2, 2 * factor, 3 * factor, 3)
+    assert (asked(told, 1)[1] == sent).all()
+    with pytest.raises(LatentdError, match="video is not supported yet: these latents have 3 frames"):
+        vae(told.server, family).decode(torch.zeros(1, channels, 3, 2, 2))
+
+
 @pytest.mark.parametrize("shape", [(1, 16, 2, 2), (4, 2, 2), (1, 4, 8)])
 def test_latents_of_another_vae_are_not_sent(shape):
     with pytest.raises(LatentdError, match="takes latents of 4 channels"):

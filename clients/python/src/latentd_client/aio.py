@@ -2,14 +2,17 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import httpx
 
 from latentd_client import calls
+from latentd_client.parts import Parts
 from latentd_client.progress import counting
+from latentd_client.results import Decoded
 from latentd_client.shell import Shell, arguments
 from latentd_client.steps import Policy, Send, Step, Steps, Wait, broken
 
@@ -61,6 +64,8 @@ class AsyncClient(Shell):
     decode = _awaited(calls.decode)
     models = _awaited(calls.models)
     model = _awaited(calls.model)
+    preview = _awaited(calls.preview)
+    show = _awaited(calls.show)
     compare = _awaited(calls.compare)
     encode_many = _many(calls.encode)
     decode_many = _many(calls.decode)
@@ -82,6 +87,19 @@ class AsyncClient(Shell):
             result: T = done.value
             return result
 
+    @asynccontextmanager
+    async def look_on(self, stream: str) -> AsyncIterator[AsyncIterator[Decoded]]:
+        """The pictures of a stream as they come: `async with client.look_on(name) as pictures`. Raises LatentdError."""
+        try:
+            look = calls.look(stream)
+            async with self._http.stream(look.method, look.path, **arguments(look)) as response:
+                if response.is_error:
+                    await response.aread()
+                parts = Parts(response)
+                yield (picture async for data in response.aiter_raw() for picture in parts.feed(data))
+        except httpx.RequestError as error:
+            raise broken(error) from error
+
     async def _do(self, step: Step) -> Any:
         if isinstance(step, Send):
             return await self._http.request(step.method, step.path, **arguments(step))
@@ -93,14 +111,18 @@ class AsyncClient(Shell):
         waiting: deque[asyncio.Future[T]] = deque()
         try:
             with counting(self.progress, items) as advance:
+
+                async def first() -> T:
+                    result = await waiting.popleft()
+                    advance()  # before the caller has it: one that zips does not come back for more
+                    return result
+
                 for item in items:
                     if len(waiting) >= 2 * self.at_once:  # one that is slow holds up few of the others
-                        yield await waiting.popleft()
-                        advance()
+                        yield await first()
                     waiting.append(asyncio.ensure_future(one(item)))
                 while waiting:
-                    yield await waiting.popleft()
-                    advance()
+                    yield await first()
         finally:
             for task in waiting:
                 task.cancel()

@@ -4,9 +4,10 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import httpx
 
@@ -14,6 +15,7 @@ from latentd_client.bodies import (
     LATENTS,
     NPY,
     PICTURES,
+    WEBP,
     ZIP,
     Array,
     Pathname,
@@ -25,12 +27,17 @@ from latentd_client.bodies import (
     write_file,
 )
 from latentd_client.errors import UnexpectedAnswer
+from latentd_client.parts import MIXED
 from latentd_client.results import Change, Comparison, Convention, Decoded, Encoded, Model
 from latentd_client.steps import Policy, Send, Steps, Work, exchange
 
 Fit = Change | Literal["error"]
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
 Tiling = Literal["auto", "never", "always"]
+Latents = Encoded | Pathname | bytes | Array
+How = Literal["true", "linear", "tiny"]
+"""A preview by a tiny autoencoder, by a linear map, or by the first of these that there is."""
+ONE = {suffix: media for suffix, media in PICTURES.items() if media not in (NPY, ZIP)}
 JSON = frozenset({"application/json"})
 
 T = TypeVar("T")
@@ -81,7 +88,7 @@ def encode(
 
 def decode(
     policy: Policy,
-    latents: Encoded | Pathname | bytes | Array,
+    latents: Latents,
     *,
     model: str | None = None,
     convention: Convention | None = None,
@@ -104,17 +111,10 @@ def decode(
     name says (.png, .jpg, .webp, .avif, .zip, .npy) and writes it. Raises LatentdError, and OSError for files.
     """
     media = NPY if to is None else media_of(to, PICTURES)
-    if isinstance(latents, Encoded):
-        came, content = latents, latents.content
-        model = model or came.model
-        convention, family = convention or came.convention, family or came.family
-        if size is None:
-            size, fit, offset = came.image_size, fit or came.image_fit, offset or came.image_offset
-    else:
-        content = yield Work(partial(latents_body, latents))
-    params = _params(
-        model=model,
-        latents=convention,
+    if isinstance(latents, Encoded) and size is None:
+        size, fit, offset = latents.image_size, fit or latents.image_fit, offset or latents.image_offset
+    headers, meant = _meant(media, latents, model, convention, family)
+    params = meant | _params(
         size=size,
         fit=fit,
         offset=offset,
@@ -125,12 +125,72 @@ def decode(
         tiling=tiling,
         deterministic=deterministic,
     )
-    headers = _headers(media) | ({} if family is None else {"X-Latents-Family": family})
+    content = yield from _content(latents)
     send = Send("POST", "/decode", params, headers, content)
     response = yield from exchange(policy, send, frozenset({media}), timeout)
     if to is not None:
         yield Work(partial(write_file, to, response.content))
     return Decoded.of(response)
+
+
+def preview(
+    policy: Policy,
+    latents: Latents,
+    *,
+    how: How = "true",
+    model: str | None = None,
+    convention: Convention | None = None,
+    family: str | None = None,
+    size: str | None = None,
+    quality: int | None = None,
+    to: Pathname | None = None,
+    timeout: float | None = None,
+) -> Steps[Decoded]:
+    """One latent as a cheap picture; `how` says by what, the result's `preview` by what it was and how near it comes.
+
+    A model's first linear one is tried again while its map is fitted. `to` is as of `decode`, one picture. Raises
+    LatentdError, and OSError for files.
+    """
+    media = WEBP if to is None else media_of(to, ONE)
+    headers, meant = _meant(media, latents, model, convention, family)
+    content = yield from _content(latents)
+    send = Send("POST", "/decode", meant | _params(preview=how, size=size, quality=quality), headers, content)
+    response = yield from exchange(policy, send, frozenset({media}), timeout)
+    if to is not None:
+        yield Work(partial(write_file, to, response.content))
+    return Decoded.of(response)
+
+
+def show(
+    policy: Policy,
+    latents: Latents,
+    stream: str,
+    *,
+    how: How = "true",
+    model: str | None = None,
+    convention: Convention | None = None,
+    family: str | None = None,
+    size: str | None = None,
+    quality: int | None = None,
+    timeout: float | None = None,
+) -> Steps[str | None]:
+    """Shows a latent to whoever looks on at a stream, unless a newer one comes first; why the one before was not shown.
+
+    It is not tried again: the next step is on its way. Raises LatentdError, of which UnknownStream says that nobody
+    looks on, and OSError for files.
+    """
+    headers, meant = _meant("*/*", latents, model, convention, family)
+    content = yield from _content(latents)
+    params = meant | _params(stream=stream, preview=how, size=size, quality=quality)
+    send = Send("POST", "/preview/stream", params, headers, content)
+    response = yield from exchange(replace(policy, retries=0), send, frozenset({""}), timeout)
+    warning = response.headers.get("x-warning")
+    return None if warning is None else unquote(warning)
+
+
+def look(stream: str) -> Send:
+    """The request of those who look on, whose answer has no end: `Parts` reads it."""
+    return Send("GET", "/preview/stream", {"stream": stream}, {"Accept": f"{MIXED}, */*;q=0.1"})
 
 
 def models(policy: Policy, *, timeout: float | None = None) -> Steps[list[Model]]:
@@ -187,6 +247,23 @@ def _params(**given: Any) -> dict[str, str]:
         for name, value in given.items()
         if value is not None
     }
+
+
+def _content(latents: Latents) -> Steps[bytes]:
+    if isinstance(latents, Encoded):
+        return latents.content
+    content: bytes = yield Work(partial(latents_body, latents))
+    return content
+
+
+def _meant(
+    media: str, latents: Latents, model: str | None, convention: Convention | None, family: str | None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Headers and parameters that say what latents are of; what `encode` gave knows it itself."""
+    if isinstance(latents, Encoded):
+        model, convention, family = model or latents.model, convention or latents.convention, family or latents.family
+    of_family = {} if family is None else {"X-Latents-Family": family}
+    return _headers(media) | of_family, _params(model=model, latents=convention)
 
 
 def _headers(media: str) -> dict[str, str]:

@@ -2,15 +2,18 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import httpx
 
 from latentd_client import calls
+from latentd_client.parts import Parts
 from latentd_client.progress import counting
+from latentd_client.results import Decoded
 from latentd_client.shell import Shell, arguments
 from latentd_client.steps import Policy, Send, Step, Steps, Wait, broken
 
@@ -57,6 +60,8 @@ class Client(Shell):
     decode = _blocking(calls.decode)
     models = _blocking(calls.models)
     model = _blocking(calls.model)
+    preview = _blocking(calls.preview)
+    show = _blocking(calls.show)
     compare = _blocking(calls.compare)
     encode_many = _many(calls.encode)
     decode_many = _many(calls.decode)
@@ -78,6 +83,19 @@ class Client(Shell):
             result: T = done.value
             return result
 
+    @contextmanager
+    def look_on(self, stream: str) -> Iterator[Iterator[Decoded]]:
+        """The pictures of a stream as they come: `with client.look_on(name) as pictures`. Raises LatentdError."""
+        try:
+            look = calls.look(stream)
+            with self._http.stream(look.method, look.path, **arguments(look)) as response:
+                if response.is_error:
+                    response.read()
+                parts = Parts(response)
+                yield (picture for data in response.iter_raw() for picture in parts.feed(data))
+        except httpx.RequestError as error:
+            raise broken(error) from error
+
     def _do(self, step: Step) -> Any:
         if isinstance(step, Send):
             return self._http.request(step.method, step.path, **arguments(step))
@@ -90,14 +108,18 @@ class Client(Shell):
         waiting: deque[Future[T]] = deque()
         try:
             with counting(self.progress, items) as advance:
+
+                def first() -> T:
+                    result = waiting.popleft().result()
+                    advance()  # before the caller has it: one that zips does not come back for more
+                    return result
+
                 for item in items:
                     if len(waiting) >= 2 * self.at_once:  # one that is slow holds up few of the others
-                        yield waiting.popleft().result()
-                        advance()
+                        yield first()
                     waiting.append(pool.submit(one, item))
                 while waiting:
-                    yield waiting.popleft().result()
-                    advance()
+                    yield first()
         finally:
             pool.shutdown(cancel_futures=True)
 

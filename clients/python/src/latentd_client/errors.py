@@ -7,7 +7,7 @@ LatentdError
 |  |- MalformedBody, UnsupportedMedia, TooLarge, NotAcceptable
 |  |- InvalidParameter, InvalidImage, InvalidLatent
 |- Unauthorized, Forbidden    the key
-|- UnknownModel, UnsupportedCheckpoint, FamilyMismatch, ModelBusy, ModelExists, ModelKept
+|- UnknownModel, UnknownStream, UnsupportedCheckpoint, FamilyMismatch, ModelBusy, ModelExists, ModelKept
 |- Overloaded, SlowBody
 |- Unavailable                starting, ending, or the device is lost
 |  |- ModelChanged            its file, while it was read
@@ -121,6 +121,12 @@ class UnknownModel(LatentdError):
     code = "unknown_model"
 
 
+class UnknownStream(LatentdError):
+    """Nobody looks on at a stream of that name."""
+
+    code = "unknown_stream"
+
+
 class UnsupportedCheckpoint(LatentdError):
     """The model's file is there, and cannot be used."""
 
@@ -221,7 +227,7 @@ BY_CODE = {kind.code: kind for kind in _below(LatentdError) if kind.code is not 
 def error_of(response: httpx.Response, media: frozenset[str]) -> LatentdError | None:
     """What is wrong with an answer; None for a good one of these types."""
     came = response.headers.get("content-type", "").partition(";")[0].strip()
-    if response.status_code == httpx.codes.OK and came in media:
+    if response.status_code in (httpx.codes.OK, httpx.codes.ACCEPTED) and came in media:
         return None
     retry_after = seconds(response.headers.get("retry-after"))
     try:
@@ -229,8 +235,9 @@ def error_of(response: httpx.Response, media: frozenset[str]) -> LatentdError | 
     except ValueError:
         problem = None
     if not isinstance(problem, dict):
+        expected = " or ".join(sorted(media)) or "no content"
         return UnexpectedAnswer(
-            f"expected {' or '.join(sorted(media))}, got HTTP {response.status_code} {came or 'of no type'}",
+            f"expected {expected}, got HTTP {response.status_code} {came or 'of no type'}",
             status=response.status_code,
             retryable=response.status_code in (429, 502, 503, 504),  # what a proxy says of a service that restarts
             retry_after=retry_after,

@@ -21,7 +21,17 @@ from latentd_client.results import Decoded, Encoded, Model
 
 log = logging.getLogger("latentd_client")
 
-EncoderOutput: TypeAlias = AutoencoderKLOutput | AutoencoderTinyOutput
+
+class PointOutput(AutoencoderTinyOutput):  # type: ignore[misc]  # diffusers has no types
+    """Latents of a network without a variance, by the name that the tiny ones' have and by DC-AE's."""
+
+    @property
+    def latent(self) -> Tensor:
+        found: Tensor = self.latents
+        return found
+
+
+EncoderOutput: TypeAlias = AutoencoderKLOutput | PointOutput
 
 
 class RemoteVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
@@ -64,7 +74,7 @@ class RemoteVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has
 
     @apply_forward_hook  # type: ignore[untyped-decorator]  # offloads what ran before, if the pipeline offloads
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Any]:
-        """Pictures (N, C, H, W) in [-1, 1] to `latent_dist`, or for a VAE without a variance to `latents`.
+        """Pictures (N, C, H, W) in [-1, 1] to `latent_dist`, or for a VAE without a variance to `latents` and `latent`.
 
         Pictures of one frame, (N, C, 1, H, W), to latents of one. Raises ValueError for more frames.
         """
@@ -82,7 +92,7 @@ class RemoteVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has
         _tell(answer)
         found = _framed(_tensor(answer.array, x), x)
         if answer.posterior == "point":
-            return AutoencoderTinyOutput(latents=found) if return_dict else (found,)
+            return PointOutput(latents=found) if return_dict else (found,)
         posterior = DiagonalGaussianDistribution(found)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -110,7 +120,7 @@ class RemoteVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has
     ) -> DecoderOutput | tuple[Tensor]:
         """There and back."""
         found = self.encode(sample)
-        if isinstance(found, AutoencoderTinyOutput):
+        if isinstance(found, PointOutput):
             return self.decode(found.latents, return_dict)
         z = found.latent_dist.sample(generator) if sample_posterior else found.latent_dist.mode()
         return self.decode(z, return_dict)
@@ -137,6 +147,8 @@ def config_of(row: Model) -> dict[str, Any]:
         "z_dim": channels,  # the same where pipelines of Wan and Qwen-Image look for it
         # Pipelines take 2 ** (len - 1) for the factor; the widths are the service's business.
         "block_out_channels": [0] * factor.bit_length(),
+        "encoder_block_out_channels": [0] * factor.bit_length(),  # Sana's look here
+        "spatial_compression_ratio": factor,  # HunyuanImage's
         "scaling_factor": 1.0 if per_channel else scale,
         "shift_factor": 0.0 if per_channel else shift,
         "latents_mean": shift if per_channel else None,

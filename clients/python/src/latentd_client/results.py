@@ -37,6 +37,7 @@ class _Answer:
     image_fit: Change | None  # where a picture had to change
     image_offset: str | None
     posterior: str | None  # `gaussian` or `point`, of moments
+    preview: str | None  # of a preview: `linear` or `tiny:NAME`, and `;db=` once that is known
     warning: str | None
     request_id: str
     timing: Mapping[str, float] = field(repr=False)  # stage: milliseconds
@@ -59,6 +60,7 @@ class _Answer:
             image_fit=headers.get("x-image-fit"),
             image_offset=headers.get("x-image-offset"),
             posterior=headers.get("x-posterior"),
+            preview=headers.get("x-preview"),
             warning=None if warning is None else unquote(warning),
             request_id=headers.get("x-request-id", ""),
             timing=_timing(headers.get("server-timing", "")),
