@@ -23,6 +23,7 @@ TORCH = "application/x-pytorch"  # is read and never written
 PNG, JPEG, WEBP, AVIF, ZIP = "image/png", "image/jpeg", "image/webp", "image/avif", "application/zip"
 PICTURES = (PNG, JPEG, WEBP, AVIF)  # that one picture is answered as
 APNG, MULTIPART = "image/apng", "multipart/mixed"
+VIDEOS = ("video/mp4", "video/webm", "video/x-matroska")  # with the extra latentd[video]
 JSON, OCTETS = "application/json", "application/octet-stream"
 _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
@@ -62,7 +63,7 @@ def pictures_body(media: str, arrays: list[np.ndarray], quality: int | None) -> 
 
 def without_alpha(media: str, checkpoint: Checkpoint) -> str | None:
     """What is to be said where a model's pictures have alpha and their file has none."""
-    lost = media in OPAQUE and checkpoint.config.pixel_channels == 4
+    lost = media in (*OPAQUE, *VIDEOS) and checkpoint.config.pixel_channels == 4
     return f"{media} has no alpha: the picture is laid over white" if lost else None
 
 

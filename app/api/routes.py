@@ -20,6 +20,7 @@ from app.api.answer import (
     PNG,
     SAFETENSORS,
     TORCH,
+    VIDEOS,
     WEBP,
     ZIP,
     accepted,
@@ -30,10 +31,11 @@ from app.api.answer import (
     pictures_body,
     without_alpha,
 )
-from app.api.clips import decode_clip, either_way, encode_clip, is_clip
+from app.api.clips import decode_clip, either_way, is_clip
 from app.api.context import GUARD, Limits, Shared
 from app.api.door.body import deadline_of, read_body, read_pictures
 from app.api.door.form import Part, naming
+from app.api.encode_clip import encode_clip
 from app.api.latents import WayBack, check_family, convention_of, warning, way_back
 from app.api.openapi import DECODED, ENCODED, LATENTS_FAMILY, PROBLEM, WORK, answers, problems, request_body
 from app.api.preview import preview
@@ -47,6 +49,7 @@ from app.wire.fit import Fit, fit, fitted_size
 from app.wire.images import check_sides
 from app.wire.origin import origin_of, restore
 from app.wire.pixels import PixelsHeader, check_channels, pixels_header, read_pixels
+from app.wire.reels import is_video
 from app.wire.spec import CLIPS
 
 NAMED = 4  # animated pictures that a warning tells of
@@ -74,7 +77,7 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     checkpoint = await resolved(request, query.model, shared)
     shared.engine.check_open(checkpoint)
     files = await read_pictures(request, shared.limits.body_bytes)
-    if query.frames is not None:
+    if query.frames is not None or is_video(files[0].content):
         return await encode_clip(request, query, checkpoint, files, deadline, clock, shared)
     with clock.stage("read"):
         headers = await asyncio.to_thread(_headers, files, shared.limits)
@@ -131,7 +134,7 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     response_class=Response,
     responses=answers(
         "A picture; several as zip or npy, (N, H, W, 3 or 4); of a clip, its frames as they are decoded",
-        (PNG, JPEG, WEBP, AVIF, ZIP, NPY, APNG, MULTIPART),
+        (PNG, JPEG, WEBP, AVIF, ZIP, NPY, APNG, MULTIPART, *VIDEOS),
         DECODED,
     )
     | problems(409, *WORK),
@@ -156,6 +159,8 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
         return await decode_clip(request, query, checkpoint, body, header, deadline, clock, shared)
     if query.fps is not None:
         raise InvalidParameter("fps is for clips, (1, C, T, h, w)")
+    if query.lossless:
+        raise InvalidParameter("lossless is for clips, (1, C, T, h, w); image/png always is")
     shared.limits.check_items(header.batch)  # nothing of a claimed length is made before
 
     def prepare(checkpoint: Checkpoint) -> Work[Done]:

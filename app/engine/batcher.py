@@ -14,7 +14,7 @@ import numpy as np
 
 from app.engine.jobs import RANKS, Clip, Job, Result, Task, check_shape
 from app.engine.rate import KNOWN, Rate
-from app.errors import DeadlineExceeded, Overloaded, TooLarge
+from app.errors import DeadlineExceeded, OutOfMemory, Overloaded, TooLarge
 from app.metrics import Metrics
 from app.terms import Op
 
@@ -265,22 +265,37 @@ class Admission:
     async def slices(self, arrays: AsyncIterable[np.ndarray]) -> AsyncGenerator[Result]:
         """Queues the slices of a clip one by one, each once the result of the one before it was taken.
 
-        A clip that ends early, for an error or because nobody wants more of it, lets go of all that it had.
+        Where not even the first one fits with what the clip would carry over time, all of it runs as one slice, in
+        bands: what these carry over rows may be less. A clip that ends early, for an error or because nobody wants
+        more of it, lets go of all that it had.
         """
-        loop, clip = asyncio.get_running_loop(), Clip()
+        clip = Clip()
         try:
             async for array in arrays:
-                check_shape(self._task, array.shape)
-                assert self._ticket is not None, "an admission runs once"
-                job = Job(self._task, array, self._deadline, loop.create_future(), origin=self._origin, clip=clip)
-                self._ticket = self._batcher.put_slice(self._ticket, job)
                 try:
-                    result = await job.future
-                finally:
-                    job.future.cancel()
+                    result = await self._slice(array, clip)
+                except OutOfMemory:
+                    if clip.begun:
+                        raise
+                    rest = [array async for array in arrays]
+                    if not rest:
+                        raise
+                    axis = 0 if self._task.op == "encode" else 1
+                    result = await self._slice(np.concatenate((array, *rest), axis), Clip(carry=None))
                 yield result
         finally:
             clip.end()
+
+    async def _slice(self, array: np.ndarray, clip: Clip) -> Result:
+        check_shape(self._task, array.shape)
+        assert self._ticket is not None, "an admission runs once"
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        job = Job(self._task, array, self._deadline, future, origin=self._origin, clip=clip)
+        self._ticket = self._batcher.put_slice(self._ticket, job)
+        try:
+            return await future
+        finally:
+            future.cancel()
 
     async def run(self, arrays: Sequence[np.ndarray]) -> list[Result]:
         """Queues one job an array and waits for all of them; the first error is raised, the others are dropped."""

@@ -13,7 +13,7 @@ from app.errors import InvalidImage, InvalidLatent
 from app.terms import Convention, Dtype, Op, Precision, Tiling
 
 if TYPE_CHECKING:  # at run time they would load torch, which the command line does only when it must
-    from app.execution.slices import Carry
+    from app.execution.causal import Carry
     from app.store.checkpoint import Checkpoint
 
 Output = Literal["uint8", "uint16", "float16", "float32"]
@@ -56,13 +56,19 @@ class Task:
 class Clip:
     """What one clip has on a device from its first slice to its last. Belongs to the event loop.
 
-    Between two slices nobody else knows of the carry; a running slice has it for itself.
+    Between two slices nobody else knows of the carry; a running slice has it for itself. A clip that runs as one slice
+    has none.
     """
 
-    carry: "Carry" = field(default_factory=deque)
+    carry: "Carry | None" = field(default_factory=deque)
     held: int = 0  # bytes of it, as memory is counted
     dtype: Dtype | None = None  # of the first slice, and so of all
     over: bool = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether its first slice is done: what it carries cannot be had again."""
+        return self.dtype is not None
 
     def end(self) -> None:
         """Lets go of everything."""

@@ -28,7 +28,7 @@ from app.engine.memory import DeviceMemory, Level
 from app.engine.planner import Planner, shape_of
 from app.engine.planning import ExecutionPlan
 from app.errors import DeadlineExceeded, NonFiniteOutput, OutOfMemory, ServiceError, Unavailable
-from app.execution.slices import carried_bytes
+from app.execution.causal import carried_bytes
 from app.metrics import DeviceMetrics
 from app.store.checkpoint import Checkpoint
 from app.terms import Dtype
@@ -179,7 +179,8 @@ class Runner:
         clip = group[0].clip
         held = 0 if clip is None else clip.held  # in the forecast, too
         available = self._planner.available(task) + held
-        known = (task, array.shape, len(group), dtype, available, failed, array.itemsize)
+        alone = clip is not None and clip.carry is None  # the whole clip, of which nothing is carried
+        known = (task, array.shape, len(group), dtype, available, failed, array.itemsize, alone)
         plan, peak = await on(self.thread, self._planner.choose, *known)
         self._cache.make_room(peak - held)
         self.reserved = peak - held
@@ -197,12 +198,12 @@ class Runner:
         started = time.monotonic()
         roomy = GAPS * self.reserved <= self._cache.free
         loads, resident = self._cache.loads, self._cache.nbytes
-        if clip is not None and clip.dtype is None:
+        if clip is not None and clip.carry and not clip.begun:
             clip.carry.clear()  # of a first slice that is tried again
         alone = not self._cache.loading
         outcome, peak, level = await on(self.thread, self._attempt, module, group, inputs, plan, roomy)
         seconds = time.monotonic() - started
-        if clip is not None and not clip.over:
+        if clip is not None and clip.carry is not None and not clip.over:
             self._cache.clips.add(clip)
             clip.held = carried_bytes(clip.carry)
         for job in group:
@@ -265,7 +266,8 @@ class Runner:
         self, failure: Failure, group: list[Job], plan: ExecutionPlan
     ) -> list[tuple[list[Job], ExecutionPlan | None]]:
         """What to run instead of a failed forward; jobs for which nothing is left end here."""
-        if failure.kind == "oom":
+        clip = group[0].clip
+        if failure.kind == "oom" and not (clip and clip.begun):
             log.warning("out of memory in %s, batch %d: %s", plan, plan.batch, failure.error)
             self._metrics.oom.inc()
             self._metrics.retries("oom").inc()

@@ -2,31 +2,20 @@
 
 The frames of a slice are the batch of its maps, (T, C, h, w): layers in space take them for pictures. A layer in time
 carries the last frames that it saw over to the next slice, so that any slices give what the whole clip gives, up to the
-order of additions. Over channels_last maps the T frames are one channels_last clip as they lie: nothing is rearranged.
+order of additions.
 """
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from app.execution.causal import Carry, between, causal, history_of, joined
 from app.execution.norms import Norm
+from app.execution.pointwise import Pointwise
 from app.execution.primitive import Activation, AttentionBlock, Whole
-
-Carry = deque[Tensor]
-"""What the layers in time keep between two slices of a clip, in the order they run; empty before the first slice.
-
-A run takes each from the left as it comes to its layer and leaves its successor on the right, so that what lies there
-is never twice in memory. A run that fails leaves nothing to go on from.
-"""
-
-
-def carried_bytes(carry: Carry) -> int:
-    """Bytes of what lies between two slices."""
-    return sum(kept.nbytes for kept in carry)
+from app.execution.rows import Rows
 
 
 class Sliced(Whole):
@@ -62,12 +51,9 @@ class Sliced(Whole):
             x = norm(x)
         if act is not None:
             x = act(x, inplace=norm is not None)
-        before = conv.kernel_size[0] - 1
-        if self._first and len(x) == 1:  # a picture: the last tap, and what it would carry
-            x = self._joined(x, before)
-            out = F.conv2d(x[before:], conv.weight[:, :, -1], conv.bias, padding=conv.padding[1:])
-        else:
-            out = _over_time(self._joined(x, before), conv)
+        x = joined(self._history(), x, history_of(conv))
+        self._leave(x[len(x) - history_of(conv) :])
+        out = causal(x, conv, (int(conv.padding[1]), int(conv.padding[2])), self._first)
         del x
         if add is not None:
             out += add
@@ -78,36 +64,23 @@ class Sliced(Whole):
         self._check()
         return super().attention(x, block)
 
+    def apply(self, function: Pointwise, *sources: Tensor) -> Tensor:
+        """See `Execution.apply`."""
+        return (function if self._first else function.later)(*sources)
+
     def between(self, x: Tensor, conv: nn.Conv3d) -> Tensor:
-        """See `Execution.between`.
-
-        With a stride of two, of every two later frames one is made, from them and the one before. With twice as many
-        channels out as in, of each later frame two, from it and the two before, zeros in place of the first.
-        """
+        """See `Execution.between`."""
         self._check()
-        head, later = (x[:1], x[1:]) if self._first else (x[:0], x)
-        if conv.stride[0] == 2:
-            x = torch.cat((head if self._first else self._carry.popleft(), later))
-            self._carry.append(x[-1:].clone(memory_format=torch.channels_last))
-            made = _over_time(x, conv) if len(later) else later
-        else:
-            x = self._joined(later, conv.kernel_size[0] - 1)
-            if not len(later):
-                return head
-            pairs = _over_time(x, conv).unflatten(1, (2, -1))  # (T, 2, C, h, w)
-            made = pairs.permute(0, 1, 3, 4, 2).flatten(0, 1).permute(0, 3, 1, 2)  # channels_last
-        return torch.cat((head, made)) if len(head) else made
+        out, last = between(x, self._history(), conv)
+        self._leave(last)
+        return out
 
-    def _joined(self, x: Tensor, before: int) -> Tensor:
-        """The frames before x, zeros before the first, and x; the last ones are carried."""
-        history = x.new_zeros((before, *x.shape[1:])) if self._first else self._carry.popleft()
-        joined = torch.cat((history, x)).contiguous(memory_format=torch.channels_last)
-        self._carry.append(joined[len(joined) - before :].clone(memory_format=torch.channels_last))
-        return joined
+    def _history(self) -> Tensor | None:
+        if self._first:
+            return None
+        rows = self._carry.popleft()
+        return rows.joined(0, rows.stop)
 
-
-def _over_time(x: Tensor, conv: nn.Conv3d) -> Tensor:
-    """Frames (T, C, h, w), those before them included -> (T', C', h', w')."""
-    clip = x.transpose(0, 1)[None]  # (1, C, T, h, w): channels_last_3d where the frames are channels_last
-    out = F.conv3d(clip, conv.weight, conv.bias, conv.stride, conv.padding)[0].transpose(0, 1)
-    return out.contiguous(memory_format=torch.channels_last)
+    def _leave(self, frames: Tensor) -> None:
+        self._carry.append(Rows())
+        self._carry[-1].append(frames.clone(memory_format=torch.channels_last))

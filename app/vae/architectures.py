@@ -25,7 +25,14 @@ from app.vae.autoencoder_wan import (
     clip_tensors,
     picture_tensors,
 )
-from app.vae.autoencoder_wan22 import AutoencoderWan22, QwenImage21Config, Wan22Config, patched_picture_tensors
+from app.vae.autoencoder_wan22 import (
+    AutoencoderWan22,
+    QwenImage21Config,
+    Wan22ClipConfig,
+    Wan22Config,
+    patched_clip_tensors,
+    patched_picture_tensors,
+)
 from app.vae.families import FAMILIES
 from app.vae.latent_format import Constant
 
@@ -54,7 +61,7 @@ Resident = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Clips:
-    """What of a network whose pictures are clips of one frame differs where it takes clips; see `execution.slices`."""
+    """What of a network whose pictures are clips of one frame differs where it takes clips; see `execution.causal`."""
 
     config: type[Config]
     configure: Callable[[Any], Config]  # given the configuration for pictures; raises UnsupportedCheckpoint
@@ -219,6 +226,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             output=lambda config: "decoder.head.2",
             encoder=("encoder.", "conv1."),
             resident=patched_picture_tensors,
+            clips=Clips(Wan22ClipConfig, Wan22Config.for_clips, patched_clip_tensors, TEMPORAL_FACTOR),
             never_zero=QUANT,
         ),
         Architecture(
@@ -257,9 +265,7 @@ def architecture_of(config: Config) -> Architecture:
     for row in ARCHITECTURES.values():
         if row.clips is not None and type(config) is row.clips.config:
             clips, factor = row.clips, row.clips.temporal_factor
-            return replace(
-                row, config=clips.config, resident=clips.resident, executions=("whole",), temporal_factor=factor
-            )
+            return replace(row, config=clips.config, resident=clips.resident, temporal_factor=factor)
     return next(row for row in ARCHITECTURES.values() if type(config) is row.config)
 
 

@@ -127,7 +127,7 @@ def clamp(x: Tensor, inplace: bool = False) -> Tensor:
     return x.clamp_(-1, 1) if inplace else x.clamp(-1, 1)
 
 
-def conv3(c_in: int, c_out: int, timed: bool = False) -> Any:
+def conv3(c_in: int, c_out: int, timed: bool) -> Any:
     """A convolution of 3x3; `timed`, with three taps in time, which `Sliced` alone runs."""
     if timed:
         return nn.Conv3d(c_in, c_out, kernel_size=3, padding=(0, 1, 1))
@@ -137,7 +137,7 @@ def conv3(c_in: int, c_out: int, timed: bool = False) -> Any:
 class Residual(nn.Module):
     """(B, c_in, h, w) -> (B, c_out, h, w). Numbers are those of a sequence whose activations have no weights."""
 
-    def __init__(self, c_in: int, c_out: int, timed: bool = False) -> None:
+    def __init__(self, c_in: int, c_out: int, timed: bool) -> None:
         super().__init__()
         first, second = conv3(c_in, c_out, timed), conv3(c_out, c_out, timed)
         self.residual = nn.ModuleDict({"0": RMSNorm(c_in), "2": first, "3": RMSNorm(c_out), "6": second})
@@ -169,7 +169,7 @@ class Attention(nn.Module):
 class Downsample(nn.Module):
     """(B, c, h, w) -> (B, c, h // 2, w // 2); zeros to the right and below only. In time, of two frames one."""
 
-    def __init__(self, channels: int, timed: bool = False) -> None:
+    def __init__(self, channels: int, timed: bool) -> None:
         super().__init__()
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, kernel_size=3, stride=2)})
         self.time_conv = nn.Conv3d(channels, channels, kernel_size=(3, 1, 1), stride=(2, 1, 1)) if timed else None
@@ -185,9 +185,9 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """(B, c_in, h, w) -> (B, c_out, 2h, 2w). In time, of one frame two."""
 
-    def __init__(self, c_in: int, c_out: int, timed: bool = False) -> None:
+    def __init__(self, c_in: int, c_out: int, timed: bool) -> None:
         super().__init__()
-        self.resample = nn.ModuleDict({"1": conv3(c_in, c_out)})
+        self.resample = nn.ModuleDict({"1": conv3(c_in, c_out, timed=False)})
         self.time_conv = nn.Conv3d(c_in, 2 * c_in, kernel_size=(3, 1, 1)) if timed else None
 
     def forward(self, run: Execution[Any], x: Any, add: Any = None) -> Any:
@@ -197,13 +197,13 @@ class Upsample(nn.Module):
         return run.conv(x, conv, up=True, add=add)
 
 
-def middle(channels: int, timed: bool = False) -> nn.ModuleList:
+def middle(channels: int, timed: bool) -> nn.ModuleList:
     """What a half has at its coarsest."""
     first, last = (Residual(channels, channels, timed) for _ in range(2))
     return nn.ModuleList([first, Attention(channels), last])
 
 
-def head(c_in: int, c_out: int, timed: bool = False) -> nn.ModuleDict:
+def head(c_in: int, c_out: int, timed: bool) -> nn.ModuleDict:
     """A half's last norm and convolution."""
     return nn.ModuleDict({"0": RMSNorm(c_in), "2": conv3(c_in, c_out, timed)})
 

@@ -1,18 +1,20 @@
-"""Clips on their way out, written as their frames come: a .npy, a zip or a multipart of PNG, an APNG.
+"""Clips on their way out, written as their frames come: a .npy, a zip or a multipart of PNG, an APNG, an animated WebP.
 
 What is cut off looks cut off in each: a .npy and an APNG have said their length, a zip has no directory, a multipart
-no last boundary.
+no last boundary; of a WebP, which begins with its length, nothing is there before all is. Video files are `video`'s.
 """
 
 import io
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from app.wire.images import write_webp
 from app.wire.png import END, chunk, deflated, head, write_png
 
 Frames = npt.NDArray[Any]
@@ -20,6 +22,15 @@ Frames = npt.NDArray[Any]
 
 BOUNDARY = "frame-of-latentd"
 """Between the parts of a multipart: a text that no PNG file has in it."""
+
+
+@dataclass(frozen=True)
+class FilmSpec:
+    """What a film is to be."""
+
+    count: int  # frames
+    fps: int
+    lossless: bool = False
 
 
 class Film(Protocol):
@@ -35,8 +46,8 @@ class Film(Protocol):
 class NpyFilm:
     """One array (T, H, W, C)."""
 
-    def __init__(self, count: int, fps: int) -> None:
-        self._count = count
+    def __init__(self, spec: FilmSpec) -> None:
+        self._count = spec.count
         self._begun = False
 
     def add(self, frames: Frames) -> bytes:
@@ -58,8 +69,8 @@ class NpyFilm:
 class ZipFilm:
     """PNG files 0000.png, 0001.png, .., stored."""
 
-    def __init__(self, count: int, fps: int) -> None:
-        self._digits = max(4, len(str(count - 1)))
+    def __init__(self, spec: FilmSpec) -> None:
+        self._digits = max(4, len(str(spec.count - 1)))
         self._number = 0
         self._tail = _Tail()
         self._archive = zipfile.ZipFile(self._tail, "w", zipfile.ZIP_STORED)
@@ -82,7 +93,7 @@ class ZipFilm:
 class MultipartFilm:
     """multipart/mixed of PNG files, each whole as soon as its frame is done."""
 
-    def __init__(self, count: int, fps: int) -> None:
+    def __init__(self, spec: FilmSpec) -> None:
         pass
 
     def add(self, frames: Frames) -> bytes:
@@ -97,9 +108,9 @@ class MultipartFilm:
 class ApngFilm:
     """A PNG file that moves, over and over. Format: W3C, "Portable Network Graphics", third edition, 11.3.6."""
 
-    def __init__(self, count: int, fps: int) -> None:
-        self._count = count
-        self._fps = fps
+    def __init__(self, spec: FilmSpec) -> None:
+        self._count = spec.count
+        self._fps = spec.fps
         self._number = 0
         self._sequence = 0
 
@@ -127,13 +138,41 @@ class ApngFilm:
         return struct.pack(">I", self._sequence - 1)
 
 
-FILMS: dict[str, Callable[[int, int], Film]] = {
+class WebpFilm:
+    """A WebP file that moves, over and over. Format: RFC 9649, 2.7.1."""
+
+    def __init__(self, spec: FilmSpec) -> None:
+        self._spec = spec
+        self._parts: list[bytes] = []
+        self._canvas = b""
+
+    def add(self, frames: Frames) -> bytes:
+        """See `Film.add`: nothing yet, for the file begins with its length."""
+        for frame in frames:
+            height, width, channels = frame.shape
+            sides = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+            self._canvas = bytes((2 | (channels == 4) << 4, 0, 0, 0)) + sides  # it moves; it may have alpha
+            number = len(self._parts)
+            begins, ends = (round(1000 * index / self._spec.fps) for index in (number, number + 1))
+            # at 0, 0; instead of what was there before
+            control = bytes(6) + sides + (ends - begins).to_bytes(3, "little") + b"\2"
+            self._parts.append(_riff(b"ANMF", control, *_webp_parts(write_webp(frame, self._spec.lossless))))
+        return b""
+
+    def end(self) -> bytes:
+        """See `Film.end`."""
+        head = _riff(b"VP8X", self._canvas), _riff(b"ANIM", bytes(6))  # over and over
+        return _riff(b"RIFF", b"WEBP", *head, *self._parts)
+
+
+FILMS: dict[str, Callable[[FilmSpec], Film]] = {
     "application/zip": ZipFilm,
     "application/x-npy": NpyFilm,
     "image/apng": ApngFilm,
     "multipart/mixed": MultipartFilm,
+    "image/webp": WebpFilm,
 }
-"""By media type; each is made of the number of frames and of frames per second."""
+"""By media type."""
 
 
 class _Tail(io.BytesIO):
@@ -158,6 +197,22 @@ class _Tail(io.BytesIO):
     def seek(self, offset: int, whence: int = 0, /) -> int:
         """To a place in the whole file."""
         return self._gone + super().seek(offset - self._gone if whence == 0 else offset, whence)
+
+
+def _riff(name: bytes, *data: bytes) -> bytes:
+    size = sum(map(len, data))
+    return b"".join((name, size.to_bytes(4, "little"), *data, bytes(size % 2)))
+
+
+def _webp_parts(picture: bytes) -> Iterator[bytes]:
+    """The chunks of a WebP file that are its pixels and their alpha."""
+    at = 12
+    while at < len(picture):
+        size = int.from_bytes(picture[at + 4 : at + 8], "little")
+        end = at + 8 + size + size % 2
+        if picture[at : at + 4] in (b"VP8 ", b"VP8L", b"ALPH"):
+            yield picture[at:end]
+        at = end
 
 
 def _part(picture: bytes) -> bytes:

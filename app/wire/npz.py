@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from app.errors import InvalidLatent, MalformedBody, TooLarge
+from app.errors import InvalidImage, InvalidInput, InvalidLatent, MalformedBody, TooLarge
 from app.wire.npy import MAX_HEADER, npy_header, write_npy
 from app.wire.scan import Body, count
 from app.wire.spec import ArraySpec, Values, check_size, values
@@ -70,6 +70,23 @@ def write_zip(files: list[tuple[str, bytes]]) -> bytes:
     return buffer.getvalue()
 
 
+def pictures_of(body: Body) -> list[zipfile.ZipInfo]:
+    """The PNG files of a zip archive in name order, numbers by value; `file_of` reads one.
+
+    Raises InvalidImage where it holds others or none, else as `npz_headers`.
+    """
+    with _archive(body) as archive:
+        return _members(archive, ".png", InvalidImage)
+
+
+def file_of(body: Body, member: zipfile.ZipInfo, max_bytes: int) -> bytes:
+    """The content of one, which takes at most `max_bytes`: raises TooLarge for more."""
+    if member.file_size > max_bytes:
+        raise TooLarge(f"{member.filename[:40]!r} has {member.file_size} bytes, more than the limit of {max_bytes}")
+    with _archive(body) as archive:
+        return _inflate(archive, member)
+
+
 @contextmanager
 def _archive(body: Body) -> Iterator[zipfile.ZipFile]:
     # ZipFile parses the whole directory at once, so its length is bounded first.
@@ -79,16 +96,18 @@ def _archive(body: Body) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(io.BytesIO(body)) as archive:
             yield archive
     except _DECODE_ERRORS as error:
-        raise MalformedBody(f"the .npz archive is truncated or corrupt: {str(error)[:80]}") from error
+        raise MalformedBody(f"the archive is truncated or corrupt: {str(error)[:80]}") from error
 
 
-def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+def _members(
+    archive: zipfile.ZipFile, ending: str = ".npy", wrong: type[InvalidInput] = InvalidLatent
+) -> list[zipfile.ZipInfo]:
     members = sorted(archive.infolist(), key=lambda member: _natural(member.filename))
     if not members:
-        raise InvalidLatent("the .npz archive is empty")
+        raise wrong("the archive is empty")
     for member in members:
-        if not member.filename.endswith(".npy"):
-            raise InvalidLatent(f"expected only .npy files in the archive, got {member.filename[:40]!r}")
+        if not member.filename.endswith(ending):
+            raise wrong(f"expected only {ending} files in the archive, got {member.filename[:40]!r}")
         if member.compress_type not in _READABLE or member.flag_bits & _ENCRYPTED:
             raise MalformedBody(f"{member.filename[:40]!r} is neither stored nor deflated, or encrypted")
     return members

@@ -3,10 +3,12 @@
 import http.client
 import io
 import socket
+import sys
 import time
 import zipfile
 from collections import deque
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,17 +17,20 @@ from PIL import Image
 from safetensors.numpy import load as load_safetensors
 from safetensors.torch import save_file
 
+from app import wire
 from app.engine import compute
 from app.errors import ServiceError
 from app.execution.slices import Sliced
 from app.store.checkpoint import load_autoencoder
+from app.wire.reels import reel_of
 from app.wire.tensors import write_safetensors
 from tests.service import listening, npy, serving, until
 from tests.service import refused as problem_of
 from tests.store.weights import state_of
 
 NPY, SAFETENSORS, ZIP = "application/x-npy", "application/x-safetensors", "application/zip"
-APNG, MULTIPART = "image/apng", "multipart/mixed"
+APNG, WEBP, MULTIPART = "image/apng", "image/webp", "multipart/mixed"
+MP4, WEBM, MKV = "video/mp4", "video/webm", "video/x-matroska"
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +83,12 @@ def frames_of(answer):
     if kind == ZIP:
         with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
             pictures = [archive.read(name) for name in archive.namelist()]
-    elif kind == APNG:
-        image, found = Image.open(io.BytesIO(answer.content)), []
+    elif kind in (MP4, WEBM, MKV):
+        reel = reel_of(answer.content, max_pixels=1 << 20)
+        return np.stack(reel.read(reel.count, (0, 0, 0)))
+    elif kind in (APNG, WEBP):
+        image: Any = Image.open(io.BytesIO(answer.content))
+        found = []
         for index in range(image.n_frames):
             image.seek(index)
             found.append(np.array(image))
@@ -91,9 +100,10 @@ def frames_of(answer):
     return np.stack([np.array(Image.open(io.BytesIO(picture))) for picture in pictures])
 
 
-@pytest.mark.parametrize("media", [NPY, ZIP, APNG, MULTIPART])
+@pytest.mark.parametrize("media", [NPY, ZIP, APNG, MULTIPART, WEBP, MP4, WEBM, MKV])
 async def test_a_clip_is_answered_frame_by_frame(service, decoded, media):
-    answer = await service.post("/decode?latents=raw", content=npy(latents()), headers={"Accept": media})
+    lossless = "&lossless=true" if media in (WEBP, MP4, WEBM) else ""
+    answer = await service.post(f"/decode?latents=raw{lossless}", content=npy(latents()), headers={"Accept": media})
     assert answer.status_code == 200, answer.text
     found = frames_of(answer)
     assert found.shape == (9, 32, 40, 3)
@@ -145,6 +155,32 @@ async def test_frames_become_latents(service, network, media):
     assert np.load(io.BytesIO(back.content)).shape == clip.shape
 
 
+@pytest.mark.parametrize("media", [ZIP, APNG, WEBP, MP4, WEBM, MKV])
+async def test_what_decode_answers_encode_takes(service, media):
+    lossless = "?lossless=true" if media in (WEBP, MP4, WEBM) else ""
+    film = await service.post(f"/decode{lossless}", content=npy(latents()), headers={"Accept": media})
+    frames = frames_of(film)
+    rule = "" if media in (MP4, WEBM, MKV) else "frames=error&"
+    found = await service.post(f"/encode?{rule}dtype=float32", content=film.content)
+    same = await service.post("/encode?frames=error&dtype=float32", content=npy(frames))
+    np.testing.assert_array_equal(np.load(io.BytesIO(found.content)), np.load(io.BytesIO(same.content)))
+
+
+async def test_bands_and_slices_give_the_same_frames(service, decoded):
+    answer = await service.post("/decode?latents=raw&tiling=always", content=npy(latents()), headers={"Accept": NPY})
+    assert answer.headers["X-Plan"] == "fp32/strips"
+    assert np.abs(frames_of(answer).astype(float) - decoded).max() <= 1
+
+
+async def test_without_the_extra_video_is_refused_and_the_rest_is_there(service, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.delitem(sys.modules, "app.wire.video", raising=False)
+    monkeypatch.delattr(wire, "video", raising=False)
+    asked = service.post("/decode", content=npy(latents()), headers={"Accept": MP4})
+    await refused(asked, 406, "not_acceptable", "latentd[video]")
+    await refused(service.post("/encode", content=b"\0\0\0\x20ftypisom"), 415, "unsupported_media", "latentd[video]")
+
+
 async def test_frame_counts_that_are_no_whole_latents(service):
     query = "/encode?dtype=float32&latents=raw&frames="
     clip = pixels(7)
@@ -170,9 +206,13 @@ async def test_what_is_refused(service):
     await refused(service.post("/decode?model=kl", content=clip), 422, "invalid_parameter", "for pictures")
     await refused(service.post("/decode", content=two), 422, "invalid_latent", "one clip")
     await refused(service.post("/decode?preview=true", content=clip), 422, "invalid_latent", "one frame")
-    await refused(service.post("/decode?tiling=always", content=clip), 422, "invalid_parameter", "whole only")
-    await refused(service.post("/decode?quality=5", content=clip), 422, "invalid_parameter", "without loss")
-    await refused(service.post("/decode?fps=8", content=clip), 422, "invalid_parameter", "fps is for image/apng")
+    await refused(service.post("/decode?quality=5", content=clip), 422, "invalid_parameter", "lossless=true")
+    await refused(service.post("/decode?fps=8", content=clip), 422, "invalid_parameter", "fps is for what moves")
+    await refused(service.post("/decode?lossless=true", content=clip), 422, "invalid_parameter", "always is")
+    picture = npy(latents(1))
+    await refused(service.post("/decode?lossless=true", content=picture), 422, "invalid_parameter", "for clips")
+    odd = service.post("/decode?size=37x30", content=clip, headers={"Accept": MP4})
+    await refused(odd, 406, "not_acceptable", "even sides, the frames have 37x30")
     await refused(service.post("/decode?fps=8", content=npy(latents(1))), 422, "invalid_parameter", "for clips")
     jpeg = service.post("/decode", content=clip, headers={"Accept": "image/jpeg"})
     await refused(jpeg, 406, "not_acceptable", "multipart/mixed")

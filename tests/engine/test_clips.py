@@ -5,17 +5,19 @@ import time
 from collections import deque
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from app.engine import compute
-from app.engine.forecast import MARGIN, CountingMode, count, network_shape
+from app.engine.forecast import MARGIN, CountingMode, Forecaster, count, network_shape
 from app.engine.jobs import Task
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan
 from app.errors import DeadlineExceeded, InvalidLatent, InvalidParameter, NonFiniteOutput, OutOfMemory, Overloaded
-from app.execution.slices import Carry, Sliced, carried_bytes
+from app.execution.causal import Carry, carried_bytes
+from app.execution.slices import Sliced
 from app.vae.architectures import architecture_of
 from app.vae.families import FAMILIES
 from tests.fakes import LIMITS, checkpoint, running, until, value
@@ -29,7 +31,7 @@ DECODE = Task("decode", WAN, latents="raw")
 def load(checkpoint, dtype, device):
     """Random weights, the same each time."""
     torch.manual_seed(0)
-    module = architecture_of(checkpoint.config).module(checkpoint.config).eval().requires_grad_(False)
+    module: Any = architecture_of(checkpoint.config).module(checkpoint.config).eval().requires_grad_(False)
     if checkpoint.name == "loud":
         module.decoder.conv1.weight *= 1e7
     for weight in module.parameters():
@@ -100,7 +102,7 @@ async def test_pictures_have_their_turn_between_slices():
                     order.append("slice")
 
         going = asyncio.ensure_future(clip())
-        await until(lambda: order)
+        await until(lambda: bool(order))
         task = Task("decode", PICTURES, latents="raw")
         async with engine.admit(task, [(16, 4, 4)], None) as admission:
             await admission.run([latents()[:, 0]])
@@ -153,6 +155,40 @@ async def test_a_clip_is_admitted_as_a_whole():
         with pytest.raises(InvalidLatent, match="16 channels"):
             async with engine.admit(DECODE, [(4, 3, 8, 8)], None):
                 pass
+
+
+async def test_memory_decides_between_frames_carried_over_rows_and_rows_over_time():
+    """The same clip as slices that are whole, as slices in bands, and in bands of all its frames."""
+    z = latents(3, side=16)
+    forecaster = Forecaster("cpu")
+    slices = network_shape(WAN, "decode", 128, 128)
+    whole, strips = (forecaster.peak(slices, ExecutionPlan("fp32", name, 1)) for name in ("whole", "strips"))
+    at_once = forecaster.peak(replace(slices, frames=3), ExecutionPlan("fp32", "strips", 1))
+    assert whole > strips > at_once
+    weights, found = WAN.weight_bytes(torch.float32), {}
+    for room in (whole, strips, at_once):
+        async with running(load=load, memory_limit_bytes=weights + room) as engine:
+            results = await decoded(engine, z)
+            found[room] = np.concatenate([each.array for each in results]), [each.plan for each in results]
+    assert [plans for _, plans in found.values()] == [["fp32/whole"] * 3, ["fp32/strips"] * 3, ["fp32/strips"]]
+    for frames, _ in found.values():
+        assert np.abs(frames.astype(int) - found[whole][0]).max() <= 1
+
+
+async def test_a_clip_in_midst_of_which_memory_ends_fails(monkeypatch):
+    """What its layers carried is gone: nothing goes on from there, not even in bands."""
+    forward = compute.forward_slice
+
+    def full(module, frames, task, plan, carry, check):
+        if carry:
+            raise torch.OutOfMemoryError("full")
+        return forward(module, frames, task, plan, carry, check)
+
+    monkeypatch.setattr(compute, "forward_slice", full)
+    async with running(load=load) as engine:
+        with pytest.raises(OutOfMemory):
+            await decoded(engine, latents(2))
+        assert held(engine) == 0
 
 
 async def test_a_clip_that_does_not_fit_says_so_before_its_first_frame():

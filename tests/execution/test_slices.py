@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from app.engine.forecast import CountingMode
+from app.execution.banded import Banded, execute, forecast_bytes, gather
+from app.execution.causal import Carry, Slice, carried_bytes
 from app.execution.norms import RMSNorm
 from app.execution.primitive import Whole
-from app.execution.slices import Carry, Sliced, carried_bytes
+from app.execution.slices import Sliced
 
 
 class Causal(nn.Module):
@@ -68,7 +71,8 @@ def test_what_is_carried_does_not_grow_or_hold_the_maps():
     sizes = []
     for n in (1, 2, 5, 9):
         _, carry = in_slices(net, x[:n], [1] * n)
-        assert all(kept.untyped_storage().nbytes() == kept.nbytes for kept in carry)
+        kept = [rows.joined(0, rows.stop) for rows in carry]
+        assert all(frames.untyped_storage().nbytes() == frames.nbytes for frames in kept)
         sizes.append(carried_bytes(carry))
     assert set(sizes) == {(2 + 2 + 1) * 4 * 5 * 7 * 4}
     _, carry = in_slices(net, x, [9])
@@ -95,3 +99,54 @@ def test_pictures_have_no_taps_in_time():
         net(Whole(), torch.randn(1, 4, 5, 7))
     x = torch.randn(1, 4, 5, 7)
     assert Whole().between(x, net.more) is x
+
+
+def in_bands(net: nn.Module, x: Tensor, sizes: list[int], band_elements: int = 1) -> tuple[Tensor, Carry]:
+    carry: Carry = deque()
+    execution = Banded("strips", band_elements)
+    return torch.cat([gather(execution, net, part, carry=carry) for part in x.split(sizes)]), carry
+
+
+@pytest.mark.parametrize("sizes", [[1], [5], [1, 4], [2, 2, 1], [3, 1, 3]], ids=str)
+def test_bands_of_slices_are_the_clip(sizes):
+    torch.manual_seed(0)
+    net, x = Causal(), torch.randn(sum(sizes), 4, 5, 7)
+    with torch.inference_mode():
+        expected = plain(net, x)
+        for band_elements in (1, 200, 1000):
+            found, carry = in_bands(net, x, sizes, band_elements)
+            torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+            assert carried_bytes(carry) == (2 + 2 + 1) * 4 * 5 * 7 * 4
+        torch.testing.assert_close(gather(Banded("strips", 1), net, x), expected, atol=2e-6, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_clip_may_go_on_in_bands_and_back():
+    torch.manual_seed(0)
+    net, x = Causal(), torch.randn(4, 4, 5, 7)
+    carry: Carry = deque()
+    found = [
+        net(Sliced(carry), x[:1]),
+        gather(Banded("strips", 100), net, x[1:3], carry=carry),
+        net(Sliced(carry), x[3:]),
+    ]
+    torch.testing.assert_close(torch.cat(found), plain(net, x), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", [Slice(True, True), Slice(True, False), Slice(False, False)], ids=str)
+@torch.inference_mode()
+def test_the_forecast_of_bands_holds(place):
+    net = Causal()
+    execution = Banded("strips", 8000)
+    frames = 9 if place.last else 4
+    x = torch.randn(frames, 4, 64, 64)
+    carry: Carry | None = None if place.last else deque()
+    with CountingMode([x, *net.parameters()]) as live:
+        if not place.first:
+            for part in (x[:1], x):
+                gather(execution, net, part, carry=carry)
+            live.peak = live.alive
+        for _, band in execute(execution, net, x, carry=carry):
+            del band
+    forecast = forecast_bytes(execution, net, tuple(x.shape), x.dtype, x.device, place)
+    assert live.peak <= forecast <= 1.25 * live.peak

@@ -9,9 +9,11 @@ import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 
 from app.errors import UnsupportedCheckpoint
-from app.execution.banded import RECOMPUTE, STRIPS, gather
+from app.execution.banded import RECOMPUTE, STRIPS, Banded, gather
+from app.execution.causal import Carry
 from app.execution.primitive import Whole
-from app.execution.slices import Carry, Sliced
+from app.execution.slices import Sliced
+from app.vae.architectures import architecture_of
 from app.vae.autoencoder_wan import AutoencoderWan, WanConfig, clip_tensors, picture_tensors
 from app.vae.layout_wan import diffusers_config, diffusers_keys, wan_keys
 from tests.vae.test_autoencoder_kl import assert_same
@@ -196,6 +198,8 @@ def test_a_clip_is_that_of_diffusers_in_slices_and_whole(make, options, latents)
     assert_same(sliced(vae.decode, z, [latents]), decoded)
     assert_same(sliced(vae.encode, pixels, [1, *[4] * (latents - 1)]), moments)
     assert_same(sliced(vae.encode, pixels, [len(pixels)]), moments)
+    assert_same(gather(Banded("strips", 1), vae.decode, z), decoded)
+    assert_same(gather(Banded("strips", 1), vae.encode, pixels), moments)
 
 
 @torch.inference_mode()
@@ -209,6 +213,7 @@ def test_clips_run_all_that_a_file_has():
     model = reference()
     vae = clips(model)
     assert sum(value.numel() for value in vae.parameters()) == sum(value.numel() for value in model.parameters())
-    assert (ours(model).config.temporal_factor, vae.config.temporal_factor) == (1, 4)
+    factors = [architecture_of(each.config).temporal_factor for each in (ours(model), vae)]
+    assert factors == [1, 4]
     with pytest.raises(UnsupportedCheckpoint, match="pictures alone"):
         WanConfig(8, 8, 16, flat=True).for_clips()

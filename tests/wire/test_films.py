@@ -4,14 +4,16 @@ import io
 import zipfile
 from email import message_from_bytes
 from email.policy import HTTP
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from app.wire.films import BOUNDARY, FILMS
+from app.wire.films import BOUNDARY, FILMS, FilmSpec
 
 NPY, ZIP, APNG, MULTIPART = "application/x-npy", "application/zip", "image/apng", "multipart/mixed"
+WEBP = "image/webp"
 
 
 def frames(count=5, channels=3, dtype=np.uint8):
@@ -19,7 +21,7 @@ def frames(count=5, channels=3, dtype=np.uint8):
 
 
 def pieces(media, film, fps=16):
-    writer = FILMS[media](len(film), fps)
+    writer = FILMS[media](FilmSpec(len(film), fps, lossless=True))
     return [writer.add(film[:1]), writer.add(film[1:4]), writer.add(film[4:]), writer.end()]
 
 
@@ -36,8 +38,8 @@ def read(media, body):
             assert archive.namelist() == [f"{index:04}.png" for index in range(len(archive.namelist()))]
             assert not any(entry.flag_bits for entry in archive.infolist()), "sizes stand before the data"
             return np.stack([opened(archive.read(name)) for name in archive.namelist()])
-    if media == APNG:
-        image = Image.open(io.BytesIO(body))
+    if media in (APNG, WEBP):
+        image: Any = Image.open(io.BytesIO(body))
         found = []
         for index in range(image.n_frames):
             image.seek(index)
@@ -59,8 +61,9 @@ def test_what_comes_out_is_what_went_in(media, channels):
 def test_frames_are_there_before_the_next_ones_are_made(media):
     film = frames()
     parts = pieces(media, film)
-    assert all(len(part) > film[0].size // 2 for part in parts[:3])
-    alone = FILMS[media](1, 16)
+    if media != WEBP:  # which begins with its length
+        assert all(len(part) > film[0].size // 2 for part in parts[:3])
+    alone = FILMS[media](FilmSpec(1, 16, lossless=True))
     assert np.array_equal(read(media, alone.add(film[:1]) + alone.end()), film[:1])
 
 
@@ -71,11 +74,25 @@ def test_floats_are_kept_in_an_array():
     assert np.array_equal(found, film)
 
 
-def test_an_apng_says_how_fast_it_is():
-    image = Image.open(io.BytesIO(b"".join(pieces(APNG, frames(), fps=24))))
-    image.load()
+@pytest.mark.parametrize(("media", "milliseconds"), [(APNG, [1000 / 24] * 5), (WEBP, [42, 41, 42, 42, 41])])
+def test_a_film_says_how_fast_it_is(media, milliseconds):
+    image: Any = Image.open(io.BytesIO(b"".join(pieces(media, frames(), fps=24))))
+    found = []
+    for index in range(image.n_frames):
+        image.seek(index)
+        image.load()
+        found.append(image.info["duration"])
     assert image.info["loop"] == 0
-    assert image.info["duration"] == pytest.approx(1000 / 24)
+    assert found == pytest.approx(milliseconds)
+
+
+def test_a_webp_with_loss_is_smaller():
+    film = np.repeat(np.repeat(frames(), 8, axis=1), 8, axis=2)
+    exact, lossy = (FILMS[WEBP](FilmSpec(5, 16, lossless)) for lossless in (True, False))
+    exact.add(film), lossy.add(film)
+    found = read(WEBP, lossy.end())
+    assert len(exact.end()) > 0
+    assert np.abs(found.astype(int) - film).mean() < 8
 
 
 @pytest.mark.parametrize("media", FILMS)
