@@ -12,16 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from fastapi import FastAPI
-from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable_created_metrics
 
 from app import __version__, startup
 from app.allocator import Heap
-from app.api import compare, docs, errors, health, models, openapi, page, remote, routes, storing, streaming
+from app.api import compare, docs, health, middleware, models, openapi, page, remote, routes, storing, streaming
 from app.api.context import Context, Limits
-from app.api.door.access import Access
-from app.api.door.bounds import Bounds
-from app.api.door.prefix import Prefix
 from app.api.door.room import Codecs, Room
 from app.api.keys import Keys
 from app.api.streams import Streams
@@ -159,13 +155,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     latents = (routes.router, streaming.router, remote.router, compare.router)
     for router in (*latents, models.admin, storing.router, models.router, health.router, docs.router, page.router):
         app.include_router(router)
-    errors.install(app)
-    app.add_middleware(Bounds, room=room)
-    if settings.origins:
-        app.add_middleware(CORSMiddleware, settings.origins, METHODS, ASKED, expose_headers=TOLD)
-    app.add_middleware(Access, metrics=engine.metrics, trace=spans.make if spans else None)
-    if settings.root_path:
-        app.add_middleware(Prefix, prefix=settings.root_path)
+    trace = spans.make if spans else None
+    middleware.install(app, room, engine.metrics, origins=settings.origins, prefix=settings.root_path, trace=trace)
     return app
 
 
@@ -183,11 +174,6 @@ def _spans(environ: Mapping[str, str]) -> "Spans | None":
         return None
     return exporting()
 
-
-METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
-ASKED = ("Authorization", "Content-Type", "X-Request-Id", "X-Request-Timeout-Ms", "X-Latents-Family", "traceparent")
-TOLD = sorted({*openapi.ENCODED, *openapi.DECODED, *openapi.COMPARED, "Retry-After"})
-"""What pages of other origins may do, say and read: what every client may."""
 
 BUFFER_BYTES, BUFFER_SHARE = 2 << 30, 6
 """The default of that setting; where the host has little memory, what tensors may take of it over this."""

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count
 from math import ceil
-from statistics import fmean, median, quantiles
+from statistics import fmean
 
+from benchmarks.trace import Ask, Costs, Outcome, bursts, zipf
 from deploy.routing import Book, Report, Resident, order
 
 Policy = str
@@ -28,61 +29,6 @@ BOUND = 1.5  # times the mean of a replica's requests, that one may have
 
 REPORT_SECONDS, REPORT_LAG = 0.25, 0.1
 """Between two reports of a replica, and until a router has one: Ray's controller looks and tells every 0.1 s."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A request of the trace."""
-
-    at: float  # seconds from the start
-    model: str
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds of what a request goes through; each call draws one."""
-
-    batch: Callable[[int], float]  # of so many items
-    load: Callable[[], float]
-    way: Callable[[], float]  # of everything else: the door, transport, reading, writing
-    expected_load: float
-    expected_item: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a trace."""
-
-    seconds: list[float]  # from asking to the answer
-    loads: Counter[str]  # by model
-    requests: Counter[str]  # by replica
-    batches: int = 0
-
-    @property
-    def p50(self) -> float:
-        """The median latency."""
-        return median(self.seconds)
-
-    @property
-    def p95(self) -> float:
-        """19 of 20 are answered within it."""
-        return quantiles(self.seconds, n=20)[-1]
-
-    @property
-    def mean(self) -> float:
-        """The mean latency."""
-        return fmean(self.seconds)
-
-
-def bursts(seconds: float, rate: float, weights: dict[str, float], seed: int = 0) -> list[Ask]:
-    """A trace of so many requests a second in bursts of 2 to 10 for one model each, 15 ms apart: somebody's batch."""
-    rng, asks, at = random.Random(seed), list[Ask](), 0.0
-    while True:
-        at += rng.expovariate(rate / 6)  # 6: a burst's mean size
-        if at > seconds:
-            return sorted(asks, key=lambda ask: ask.at)
-        [model] = rng.choices(list(weights), list(weights.values()))
-        asks += [Ask(at + 0.015 * index, model) for index in range(rng.randint(2, 10))]
 
 
 @dataclass(eq=False)
@@ -106,6 +52,7 @@ class _Replica:
         self.staged: list[_Request] = []
         self.cold: list[_Request] = []
         self.cold_ready = True
+        self.load_told, self.load_took = costs.expected_load, list[float]()
         self.end: Callable[[list[_Request], float], None]
 
     def put(self, request: _Request, now: float) -> None:
@@ -122,7 +69,7 @@ class _Replica:
             if self.running or not self.staged:
                 return
             self.running, self.staged = self.staged, []
-            seconds = self.costs.batch(len(self.running))
+            seconds = self.costs.batch(len(self.running), now)
             self.batches += 1
             self.running_until = now + seconds
             self.at(self.running_until, lambda: self._ended(self.running_until))
@@ -143,7 +90,8 @@ class _Replica:
                 self.cold, self.cold_ready = self._take(model), False
                 self._make_room()
                 self.loads[model] += 1
-                ready = now + self.costs.load()
+                self.load_took.append(self.costs.load(now))
+                ready = now + self.load_took[-1]
                 self.at(ready, lambda model=model, ready=ready: self._loaded(model, ready))  # type: ignore[misc]
         return []
 
@@ -173,7 +121,9 @@ class _Replica:
         waiting = [*self.queues.values(), self.staged, self.cold]
         wait = sum(len(each) for each in waiting) * self.costs.expected_item + max(0.0, self.running_until - now)
         residents = tuple(Resident((model,), "", 1) for model in self.resident)
-        return Report(self.reports, residents, self.capacity - len(residents), wait, self.costs.expected_load)
+        if self.load_took:  # as deploy.replica has it
+            self.load_told, self.load_took = (self.load_told + fmean(self.load_took)) / 2, []
+        return Report(self.reports, residents, self.capacity - len(residents), wait, self.load_told)
 
 
 class _Router:
@@ -188,7 +138,7 @@ class _Router:
         self.pending: Counter[str] = Counter()
         self.turns = count()
         self.choices = 0
-        self.choosing = 0.0  # seconds that this took, in truth
+        self.choosing = 0.0  # seconds of the processor that this took, in truth
 
     def choose(self, model: str, now: float) -> _Replica:
         """Where the next request goes."""
@@ -201,9 +151,9 @@ class _Router:
             bound = BOUND * (self.pending.total() + 1) / len(self.names)
             ring = sorted(self.names, key=lambda name: blake2b(f"{model} {name}".encode(), digest_size=8).digest())
             return self.replicas[next(name for name in ring if self.pending[name] + 1 <= ceil(bound))]
-        began = time.perf_counter()
+        began = time.thread_time()
         best = order(model, [self.book.state(name, report, now) for name, report in self.reports.items()])[0]
-        self.choices, self.choosing = self.choices + 1, self.choosing + time.perf_counter() - began
+        self.choices, self.choosing = self.choices + 1, self.choosing + time.thread_time() - began
         return self.replicas[best]
 
     def sent(self, replica: _Replica, model: str, now: float) -> None:
@@ -225,7 +175,7 @@ class Fleet:
     policy: Policy = "resident"
     doors: int = 1
     seed: int = 0
-    choosing: float = 0.0  # seconds of a choice, after `run`
+    choosing: float = 0.0  # seconds of the processor for a choice, after `run`
     _events: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _number: Iterator[int] = field(default_factory=count)
 
@@ -244,7 +194,7 @@ class Fleet:
             router = rng.choice(routers)
             replica = router.choose(ask.model, ask.at)
             router.sent(replica, ask.model, ask.at)
-            way = self.costs.way() / 2
+            way = self.costs.way(ask.at) / 2
             request = _Request(ask, way)
             sent_by[id(request)] = router
             self._at(ask.at + way, lambda: replica.put(request, ask.at + way))
@@ -287,9 +237,9 @@ class Fleet:
 
 
 CARD = Costs(
-    batch=lambda items: 0.005 + 0.15 * items,
-    load=lambda: 0.3,
-    way=lambda: 0.03,
+    batch=lambda items, _: 0.005 + 0.15 * items,
+    load=lambda _: 0.3,
+    way=lambda _: 0.03,
     expected_load=0.3,
     expected_item=0.15,
 )
@@ -298,11 +248,6 @@ CARD = Costs(
 
 FLEETS = ((1, 1), (8, 1), (72, 9))
 """(cards, doors): one, a host, a rack of nine hosts with a door each."""
-
-
-def zipf(models: int) -> dict[str, float]:
-    """So many models, each asked for less than the one before."""
-    return {f"model {index}": 1 / index for index in range(1, models + 1)}
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.scaleout --replicas 2` (`make ray` runs it with 2 and 4, in a network namespace: Ray listens on
 all interfaces). Each way of routing has replicas of its own; ours, Ray's round robin and Ray's power of two choices
-take turns. Then a replica of ours dies in the middle of a round, and every request must have its answer all the same.
+take turns. Then a replica of each dies in the middle of a round, and every request must have its answer all the same.
 The same requests go through `benchmarks.fleet`, with what batches and loads took here. One table, and JSON.
 """
 
@@ -19,9 +19,9 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, median, quantiles
+from statistics import fmean
 from typing import Any
 
 import httpx
@@ -35,10 +35,14 @@ from app.settings import Settings
 from app.store.checkpoint import Checkpoint
 from benchmarks.calls import latent, npy
 from benchmarks.doors import listening
-from benchmarks.fleet import POLICIES, REPORT_SECONDS, Ask, Costs, Fleet, Outcome, Policy, bursts
+from benchmarks.fleet import POLICIES, REPORT_SECONDS, Policy
+from benchmarks.measured import Done, Round
+from benchmarks.scaleout_table import Asked, lines, summary
+from benchmarks.trace import Ask, bursts
 from deploy.ingress import ReplicaDied, Replicas, create_ingress
-from deploy.ray_serve import Replica, ResidentRouter, application, door_of, replicas_of, start_ray
+from deploy.ray_serve import Replica, application, door_of, replicas_of, start_ray
 from deploy.replica import Answer, Call
+from deploy.router import ResidentRouter
 from tests.store.weights import state_of, write
 
 MODELS = {name: 1 / (index + 1) for index, name in enumerate("abcdef")}
@@ -74,80 +78,13 @@ class Watched(Replica):
             assert isinstance(entry, Checkpoint)
             engine.unload(entry)
 
+    async def load_seconds(self) -> float:
+        """That a load takes, as it tells routers."""
+        return self._service.report().load
+
     async def process(self) -> tuple[int, int]:
         """Its process, and how many requests it has."""
         return os.getpid(), self._service.engine.open_requests
-
-
-@dataclass(frozen=True)
-class Done:
-    """One request as its client saw it."""
-
-    model: str
-    status: int
-    sent: float  # since the round began
-    seconds: float
-    replica: str = ""
-    stages: dict[str, float] = field(default_factory=dict)  # seconds
-
-
-@dataclass
-class Round:
-    """The requests of one trace, and how often a replica died under one."""
-
-    done: list[Done] = field(default_factory=list)
-    died: int = 0
-
-
-def batches(done: Sequence[Done]) -> list[tuple[int, float]]:
-    """(items, seconds of compute) of each batch: its requests were told the same time by the same replica."""
-    sizes = Counter((each.replica, each.model, each.stages["compute"]) for each in done if each.status == 200)
-    return [(size, key[2]) for key, size in sizes.items()]
-
-
-def loads(done: Sequence[Done]) -> dict[str, list[float]]:
-    """Seconds of each load, by model: requests that waited for the same one were told the same time."""
-    found: dict[str, set[tuple[str, float]]] = defaultdict(set)
-    for each in done:
-        if each.status == 200 and each.stages["load"] > 0:
-            found[each.model].add((each.replica, each.stages["load"]))
-    return {model: [seconds for _, seconds in found[model]] for model in sorted(found)}
-
-
-def outcome(done: Sequence[Done]) -> Outcome:
-    """The same figures as a simulation has."""
-    good = [each for each in done if each.status == 200]
-    return Outcome(
-        [each.seconds for each in good],
-        Counter({model: len(seconds) for model, seconds in loads(good).items()}),
-        Counter(each.replica for each in good),
-        len(batches(good)),
-    )
-
-
-def costs_of(done: Sequence[Done], seed: int) -> Costs:
-    """What was measured, to be drawn from: of a batch a line over its size, times one of the ratios to that line."""
-    rng, measured = random.Random(seed), batches(done)
-    mean = fmean(size for size, _ in measured)
-    seconds = fmean(took for _, took in measured)
-    spread = sum((size - mean) ** 2 for size, _ in measured)
-    slope = sum((size - mean) * (took - seconds) for size, took in measured) / spread if spread else 0.0
-    slope = min(max(slope, 0.0), seconds / mean)
-    fixed = seconds - slope * mean
-    ratios = [took / (fixed + slope * size) for size, took in measured]
-    loaded = [took for found in loads(done).values() for took in found]
-    ways = [
-        each.seconds - sum(each.stages[name] for name in ("queue", "load", "compute"))
-        for each in done
-        if each.status == 200
-    ]
-    return Costs(
-        batch=lambda size: (fixed + slope * size) * rng.choice(ratios),
-        load=lambda: rng.choice(loaded),
-        way=lambda: max(0.0, rng.choice(ways)),
-        expected_load=fmean(loaded),
-        expected_item=fixed + slope,
-    )
 
 
 class Bench:
@@ -178,10 +115,13 @@ class Bench:
         return Done(ask.model, answer.status_code, sent - began, seconds, answer.headers.get("x-replica", ""), stages)
 
     async def _kill(self, policy: Policy) -> None:
-        """SIGKILL to the replica that has most to do."""
-        found = await self.handles[policy].broadcast("process").results_async(timeout_s=30)
-        busiest = max(found, key=lambda each: each[1])
-        os.kill(busiest[0], signal.SIGKILL)
+        """SIGKILL to the replica that has most to do, once any has several requests."""
+        requests = 0
+        while requests < 2:
+            await asyncio.sleep(0.02)
+            found = await self.handles[policy].broadcast("process").results_async(timeout_s=30)
+            process, requests = max(found, key=lambda each: each[1])
+        os.kill(process, signal.SIGKILL)
 
     def counting(self, policy: Policy, replicas: Replicas) -> Replicas:
         """The same, counting the tries that a replica's death ended."""
@@ -204,8 +144,10 @@ async def door(bench: Bench, policy: Policy, settings: Settings) -> AsyncIterato
         yield
 
 
-async def measure(bench: Bench, rounds: int, seconds: float, rate: float) -> dict[Policy, list[Round]]:
-    """Rounds in turns, each from empty replicas; last the one in which a replica of ours is killed."""
+async def measure(
+    bench: Bench, rounds: int, seconds: float, rate: float
+) -> tuple[dict[Policy, list[Round]], dict[Policy, Round]]:
+    """Rounds in turns, each from empty replicas; then one of each way in which a replica is killed."""
     found: dict[Policy, list[Round]] = defaultdict(list)
     for policy in POLICIES:
         await bench.handles[policy].broadcast("warm", bench.body).results_async()
@@ -214,96 +156,11 @@ async def measure(bench: Bench, rounds: int, seconds: float, rate: float) -> dic
         for policy in POLICIES[index % len(POLICIES) :] + POLICIES[: index % len(POLICIES)]:
             await bench.handles[policy].broadcast("empty").results_async()
             await asyncio.sleep(4 * REPORT_SECONDS)  # until the routers know
-            found[policy].append(await bench.round(policy, asks))
+            told = await bench.handles[policy].broadcast("load_seconds").results_async()
+            found[policy].append(replace(await bench.round(policy, asks), load=fmean(told)))
     asks = bursts(seconds, rate, MODELS, seed=rounds)
-    found["killed"].append(await bench.round("resident", asks, kill_at=seconds / 2))
-    return found
-
-
-def simulated(policy: Policy, real: Sequence[Round], count: int, seconds: float, rate: float) -> Outcome:
-    """The same traces through as many replicas that are none."""
-    costs = costs_of([each for one in real for each in one.done], seed=0)
-    outcomes = [
-        Fleet(count, RESIDENT[count], costs, policy, seed=index).run(bursts(seconds, rate, MODELS, seed=index))
-        for index in range(len(real))
-    ]
-    return Outcome(
-        [each for one in outcomes for each in one.seconds],
-        sum((one.loads for one in outcomes), Counter()),
-        sum((one.requests for one in outcomes), Counter()),
-        sum(one.batches for one in outcomes),
-    )
-
-
-def took_ms(real: Sequence[Round]) -> dict[str, float]:
-    """Means, in milliseconds, of what a request went through."""
-    done = [each for one in real for each in one.done if each.status == 200]
-    stages = {name: [each.stages[name] for each in done] for name in ("queue", "load", "compute")}
-    stages["batch of one"] = [took for size, took in batches(done) if size == 1]
-    stages["a load"] = [took for found in loads(done).values() for took in found]
-    stages["else"] = [each.seconds - sum(each.stages[name] for name in ("queue", "load", "compute")) for each in done]
-    return {name: round(fmean(seconds) * 1000, 1) for name, seconds in stages.items() if seconds}
-
-
-def row(name: str, found: Outcome) -> dict[str, Any]:
-    """The figures of one line of the table."""
-    return {
-        "name": name,
-        "requests": len(found.seconds),
-        "p50_ms": round(found.p50 * 1000, 1),
-        "p95_ms": round(found.p95 * 1000, 1),
-        "mean_ms": round(found.mean * 1000, 1),
-        "batches": found.batches,
-        "loads": sum(found.loads.values()),
-        "loads_by_model": dict(sorted(found.loads.items())),
-        "requests_by_replica": sorted(found.requests.values(), reverse=True),
-    }
-
-
-def summary(found: dict[Policy, list[Round]], count: int, seconds: float, rate: float) -> dict[str, Any]:
-    """All of it as JSON has it."""
-    rows = []
-    for policy in POLICIES:
-        real = found[policy]
-        every = outcome([each for one in real for each in one.done])
-        rows.append(
-            {"real": row(policy, every), "simulated": row(policy, simulated(policy, real, count, seconds, rate))}
-        )
-    [killed] = found["killed"]
-    took = [each.seconds for each in killed.done]
-    return {
-        "replicas": count,
-        "models": len(MODELS),
-        "resident": RESIDENT[count],
-        "rate": rate,
-        "routing": rows,
-        "killed": {
-            "requests": len(killed.done),
-            "statuses": dict(Counter(each.status for each in killed.done)),
-            "tried_again": killed.died,
-            "p50_ms": round(median(took) * 1000, 1),
-            "p95_ms": round(quantiles(took, n=20)[-1] * 1000, 1),
-        },
-    }
-
-
-def lines(told: dict[str, Any]) -> list[str]:
-    """The table."""
-    head = f"{'':24} requests   p50 ms   p95 ms  mean ms  batches  loads  by model        requests by replica"
-    text = [f"{told['replicas']} replicas, {told['models']} models, room for {told['resident']} each", head]
-    for pair in told["routing"]:
-        for kind in ("real", "simulated"):
-            one = pair[kind]
-            name = one["name"] if kind == "real" else "  simulated"
-            by_model = " ".join(str(one["loads_by_model"].get(model, 0)) for model in MODELS)
-            figures = f"{one['requests']:8} {one['p50_ms']:8} {one['p95_ms']:8} {one['mean_ms']:8} {one['batches']:8}"
-            text.append(f"{name:24} {figures} {one['loads']:6}  {by_model:15} {one['requests_by_replica']}")
-    killed = told["killed"]
-    text.append(
-        f"a replica killed: {killed['requests']} requests, statuses {killed['statuses']}, "
-        f"{killed['tried_again']} tried again, p50 {killed['p50_ms']} ms, p95 {killed['p95_ms']} ms"
-    )
-    return text
+    killed = {policy: await bench.round(policy, asks, kill_at=seconds / 2) for policy in POLICIES}
+    return found, killed
 
 
 async def run(args: argparse.Namespace, models: Path) -> dict[str, Any]:
@@ -325,8 +182,9 @@ async def run(args: argparse.Namespace, models: Path) -> dict[str, Any]:
                     serve.run, app, name=policy.replace(" ", "-"), route_prefix=None
                 )
                 await doors.enter_async_context(door(bench, policy, settings))
-            found = await measure(bench, args.rounds, args.seconds, args.rate)
-    return summary(found, args.replicas, args.seconds, args.rate)
+            found, killed = await measure(bench, args.rounds, args.seconds, args.rate)
+    asked = Asked(args.replicas, RESIDENT[args.replicas], MODELS, args.seconds, args.rate)
+    return summary(found, killed, asked)
 
 
 def main() -> int:
@@ -350,8 +208,7 @@ def main() -> int:
     print("\n".join(lines(told)))
     if args.json:
         args.json.write_text(json.dumps(told, indent=2) + "\n")
-    lost = {status: times for status, times in told["killed"]["statuses"].items() if status != 200}
-    return 1 if lost else 0
+    return 1 if any(set(one["statuses"]) != {200} for one in told["killed"].values()) else 0
 
 
 if __name__ == "__main__":

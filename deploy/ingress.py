@@ -17,11 +17,9 @@ from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.api import errors
+from app.api import middleware
 from app.api.context import check_key
-from app.api.door.access import Access
 from app.api.door.body import deadline_of, read_body, while_connected
-from app.api.door.bounds import Bounds
 from app.api.door.room import Room
 from app.api.errors import REMOTE
 from app.api.keys import Keys
@@ -38,6 +36,9 @@ PROBE_SECONDS = 2.0
 
 WORK = frozenset({"/encode", "/decode", "/compare"})
 """Pure: the same request gives the same answer wherever and however often it runs. So do those below REMOTE."""
+
+STREAM = "/preview/stream"
+"""Two connections that must meet in one replica, and one of them has no end."""
 
 HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade", b"content-length"})
 """Headers of the connection, not of the message."""
@@ -70,6 +71,8 @@ class Door:
     api_keys: Keys
     admin_keys: Keys
     metrics_public: bool = True
+    origins: tuple[str, ...] = ()
+    root_path: str = ""
 
 
 def create_ingress(replicas: Replicas, door: Door) -> FastAPI:
@@ -114,12 +117,13 @@ def create_ingress(replicas: Replicas, door: Door) -> FastAPI:
     @app.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE"])
     async def passed_on(request: Request) -> Response:
         path, query = request.scope["path"], request.scope["query_string"]
-        if request.method != "GET":
-            if path not in WORK and not path.startswith(REMOTE):
-                raise HTTPException(
-                    HTTPStatus.METHOD_NOT_ALLOWED,
-                    f"{request.method} {path[:200]} would reach one replica of many; the models folder is one",
-                )
+        works = request.method != "GET"
+        if path == STREAM or (works and path not in WORK and not path.startswith(REMOTE)):
+            raise HTTPException(
+                HTTPStatus.METHOD_NOT_ALLOWED,
+                f"{request.method} {path[:200]} would reach one replica of many; the models folder is one",
+            )
+        if works:
             await check(request)
         deadline = deadline_of(request)
         body = bytes(await read_body(request, door.body_bytes))
@@ -132,9 +136,7 @@ def create_ingress(replicas: Replicas, door: Door) -> FastAPI:
         response.raw_headers += [(name, value) for name, value in answer.headers if name not in HOP | OWN]
         return response
 
-    errors.install(app)
-    app.add_middleware(Bounds, room=room)
-    app.add_middleware(Access, metrics=metrics)
+    middleware.install(app, room, metrics, origins=door.origins, prefix=door.root_path)
     return app
 
 

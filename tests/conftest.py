@@ -1,8 +1,10 @@
 """Fixtures of every test: a folder of small random models, and an environment without settings."""
 
 import gc
+import logging
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,18 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.startswith("LATENTD_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _no_log_left() -> Iterator[None]:
+    """A command that a test runs leaves no log level, and no handler, whose stream is closed by the next test."""
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    yield
+    root.setLevel(level)
+    for handler in root.handlers[:]:
+        if handler not in before:
+            root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,11 @@
 
 import asyncio
 import io
+import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,66 @@ def listening(models: Path, **options: Any) -> Iterator[tuple[Server, int]]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+@contextmanager
+def saying(*answers: bytes | Callable[[socket.socket], object]) -> Iterator[str]:
+    """The address of somebody who answers the first request with the first of these, and so on; the last again.
+
+    Bytes are sent as they are, then the connection ends; a function has the socket to itself.
+    """
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def one(peer: socket.socket, answer: bytes | Callable[[socket.socket], object]) -> None:
+        with peer, suppress(OSError):  # the client may leave when it likes
+            if callable(answer):
+                answer(peer)
+            else:
+                read_request(peer)
+                peer.sendall(answer)
+            peer.shutdown(socket.SHUT_WR)
+            while peer.recv(1 << 16):  # a socket that is closed with bytes unread takes back what it sent
+                pass
+
+    def serve() -> None:
+        left = list(answers)
+        while True:
+            try:
+                peer, _ = listener.accept()
+            except OSError:
+                return
+            answer = left.pop(0) if len(left) > 1 else left[0]
+            threading.Thread(target=one, args=(peer, answer), daemon=True).start()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)  # closing alone wakes nobody
+        listener.close()
+        thread.join(5)
+
+
+def read_request(peer: socket.socket) -> bytes:
+    """A request with its body, if it states how long that is."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        if not (more := peer.recv(1 << 16)):
+            return data
+        data += more
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)content-length: (\d+)", head)
+    while length and len(body) < int(length[1]):
+        body += peer.recv(1 << 16)
+    return head + b"\r\n\r\n" + body
+
+
+def told(status: int, media: str, content: bytes = b"", **headers: str) -> bytes:
+    """An answer as it goes over the wire, the last of its connection; `_` in the name of a header is `-`."""
+    lines = {"Content_Type": media, "Content_Length": str(len(content)), "Connection": "close"} | headers
+    head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in lines.items())
+    return f"HTTP/1.1 {status} x\r\n{head}\r\n".encode() + content
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from app.wire.arrays import LatentShape, latent_shape, read_latents
 from app.wire.fit import resized
 from app.wire.images import check_sides
 from app.wire.origin import Origin
+from app.wire.scan import Body
 
 OWN = frozenset({"model", "latents", "size", "quality", "preview"})
 """Parameters of a decode that previews have too."""
@@ -52,13 +53,22 @@ async def preview(
     """One latent as a small or approximate picture; X-Preview says how it was made, and how near that comes."""
     if others := query.model_fields_set - OWN:
         raise InvalidParameter(f"{', '.join(sorted(others))}: a preview has {', '.join(sorted(OWN))} alone")
+    body = await body_of(request, shared)
     with shared.previews.entered():
-        found = await asked(request, query, query.preview or "true", checkpoint, OFFERS, shared)
+        found = await asked(request, body, query, query.preview or "true", checkpoint, OFFERS, shared)
         return await while_connected(request, made(found, deadline, shared))
+
+
+async def body_of(request: Request, shared: Context) -> Body:
+    """The body of a preview: refused before it is read where there is no place, but it takes none while it comes."""
+    request.state.op = "preview"
+    shared.previews.check_room()
+    return await read_body(request, shared.limits.body_bytes)
 
 
 async def asked(
     request: Request,
+    body: Body,
     query: DecodeQuery | StepQuery,
     how: Preview,
     checkpoint: Checkpoint,
@@ -66,9 +76,7 @@ async def asked(
     shared: Context,
 ) -> Asked:
     """What the request wants, its latent read; refused now where it cannot be. It entered `shared.previews` before."""
-    request.state.op = "preview"
     clock = Clock("preview", shared.metrics, request.state.stages)
-    body = await read_body(request, shared.limits.body_bytes)
     with clock.stage("read"):
         header = await shared.sketches.run(len(body), lambda: latent_shape(body))
     shared.limits.check_items(header.batch)
@@ -105,11 +113,13 @@ async def made(asked: Asked, deadline: float | None, shared: Context) -> Respons
 
 def _maker(task: Task, how: Preview, shared: Context) -> Checkpoint | Linear:
     tiny = shared.previews.tiny(task.checkpoint, task.latents) if how != "linear" else None
-    if tiny is not None:
-        return tiny
-    if how == "tiny":
+    if how == "tiny" and tiny is None:
         raise UnknownModel(f"there is no tiny autoencoder for {task.latents} latents of {task.checkpoint.name}")
+    if tiny is not None and (how == "tiny" or not shared.previews.beside_work):
+        return tiny
     linear = shared.previews.linear(task.checkpoint, task.latents)
+    if linear is None and tiny is not None:
+        return tiny
     if linear is None:
         raise Unavailable(f"the linear preview of {task.checkpoint.name} is being fitted")
     return linear

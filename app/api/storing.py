@@ -12,8 +12,19 @@ from app.api.door.body import pieces_of
 from app.api.models import Name, Nothing, model_row
 from app.api.openapi import BINARY, PROBLEM, problems
 from app.api.schemas import Model, UploadQuery
-from app.errors import DiskFull, MalformedBody, ModelBusy, ModelExists, TooLarge, Unavailable, UnknownModel
+from app.errors import (
+    DiskFull,
+    MalformedBody,
+    ModelBusy,
+    ModelExists,
+    TooLarge,
+    Unavailable,
+    UnknownModel,
+    UnsupportedCheckpoint,
+)
+from app.store.checkpoint import Checkpoint
 from app.store.incoming import Incoming, check_removable, place_for, remove, stem_of
+from app.weights.renames import half_of
 
 UPLOAD_SECONDS = 3600.0
 """A file must be here so long after its headers."""
@@ -54,7 +65,7 @@ async def upload(request: Request, name: Name, query: Annotated[UploadQuery, Que
                 raise DiskFull(f"the file has {announced} bytes, more than the disk of the models folder has left")
             await _receive(request, file, shared)
             path = await into.run(file.finish)
-            found = await into.run(shared.engine.store.check, path)
+            found = await into.run(_checked, path, shared)
             if query.sha256 and query.sha256.lower() != found.sha256:
                 raise MalformedBody(f"what came has sha256 {found.sha256}, not {query.sha256.lower()}")
             _check_free(place, path.name, shared, replace=query.replace)  # one may have come by itself meanwhile
@@ -97,6 +108,18 @@ def _check_free(place: Path, file: str, shared: Context, *, replace: bool) -> No
             raise ModelExists(
                 f"{entry.name} is {entry.path.name}, which {file} in {place.name} does not replace: delete it first"
             )
+
+
+def _checked(path: Path, shared: Context) -> Checkpoint:
+    """What came. Blocking. Raises UnsupportedCheckpoint."""
+    try:
+        return shared.engine.store.check(path)
+    except UnsupportedCheckpoint as error:
+        if half_of(path.stem) is None:
+            raise
+        raise UnsupportedCheckpoint(
+            f"{error}; the halves of a pair are uploaded as one file: `latentd convert` makes it of both"
+        ) from error
 
 
 async def _receive(request: Request, file: Incoming, shared: Context) -> None:

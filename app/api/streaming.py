@@ -12,7 +12,7 @@ from app.api.context import GUARD, Context, Shared
 from app.api.door.body import while_connected
 from app.api.errors import ClientGone
 from app.api.openapi import BINARY, LATENTS_FAMILY, PROBLEM, WORK, Responses, problems, request_body
-from app.api.preview import asked, made
+from app.api.preview import asked, body_of, made
 from app.api.schemas import StepQuery, StreamQuery
 from app.api.streams import Waiting
 from app.api.work import resolved
@@ -54,8 +54,9 @@ async def show(request: Request, query: Annotated[StepQuery, Query()], shared: S
     """Shows a latent to whoever looks on at the stream. The newest wins: one that still waits is not shown any more."""
     shared.streams.get(query.stream)  # before the body is read
     checkpoint = await resolved(request, query.model, shared)
+    body = await body_of(request, shared)
     with shared.previews.entered():
-        found = await asked(request, query, query.preview, checkpoint, (WEBP,), shared)
+        found = await asked(request, body, query, query.preview, checkpoint, (WEBP,), shared)
     width, height = found.size
     if width * height > PIXELS:
         raise TooLarge(

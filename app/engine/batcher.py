@@ -227,8 +227,11 @@ class Batcher:
         return batch
 
     def _turn(self, queue: Queue) -> tuple[int, int, float]:
-        """Of the first rank the model served longest ago; of several that never were, the one that waits longest."""
-        return queue[0], self._served.get(queue, 0), self._queues[queue][0].queued
+        """All work first. Then the model served longest ago; of several that never were, the one that waits longest.
+
+        The lower ranks take turns: a preview waits for one job of a fit, and a flood of previews does not stop the fit.
+        """
+        return min(queue[0], 1), self._served.get(queue, 0), self._queues[queue][0].queued
 
     def _dropped(self, job: Job, now: float) -> bool:
         if job.gone:

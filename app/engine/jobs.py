@@ -22,7 +22,7 @@ Numbers = Literal["float16", "float32"]
 """Of what comes out of an encoder."""
 
 Rank = Literal["work", "later", "spare"]
-"""Who goes first: `later` runs where no work waits, and `spare` is dropped as soon as some does."""
+"""Who goes first: `later` and `spare` run in turns where no work waits, and `spare` is dropped as soon as some does."""
 RANKS: tuple[Rank, ...] = get_args(Rank)
 
 T = TypeVar("T")

@@ -59,21 +59,33 @@ class Previews:
             work.cancel()
         await asyncio.gather(*self._work.values(), return_exceptions=True)
 
+    def check_room(self) -> None:
+        """Raises Overloaded where there is no place for one more now."""
+        if self._running >= MOST:
+            raise self.refused(f"{self._running} previews are being made already")
+        if self._beside_cpu_work and self._next - time.monotonic() > MOST / RATE:
+            raise self.refused(f"{RATE:g} a second are made beside work on a CPU")
+
     @contextmanager
     def entered(self) -> Iterator[None]:
         """One of the previews at once. Raises Overloaded."""
-        if self._running >= MOST:
-            raise self.refused(f"{self._running} previews are being made already")
-        if any(worker.working for worker in self._engine.workers if worker.device.type == "cpu"):
-            now = time.monotonic()
-            if self._next - now > MOST / RATE:
-                raise self.refused(f"{RATE:g} a second are made beside work on a CPU")
-            self._next = max(self._next, now) + 1 / RATE
+        self.check_room()
+        if self._beside_cpu_work:
+            self._next = max(self._next, time.monotonic()) + 1 / RATE
         self._running += 1
         try:
             yield
         finally:
             self._running -= 1
+
+    @property
+    def _beside_cpu_work(self) -> bool:
+        return any(worker.working for worker in self._engine.workers if worker.device.type == "cpu")
+
+    @property
+    def beside_work(self) -> bool:
+        """Whether a tiny preview would wait for work, and perhaps for ever."""
+        return any(worker.working for worker in self._engine.workers)
 
     def refused(self, why: str) -> Overloaded:
         """The error of a preview that is dropped, counted."""

@@ -141,7 +141,7 @@ function showModels(rows) {
   at("actions-head").hidden = !admin;
   showStoring(admin);
   at("no-models").hidden = rows.length > 0;
-  at("plan-form").hidden = !rows.some((row) => !row.error);
+  at("plan-title").hidden = at("plan-form").hidden = !rows.some((row) => !row.error);
   for (const [name, { line }] of shownRows) if (!names.has(name)) shownRows.delete(name) && line.remove();
   for (const row of rows) {
     const text = JSON.stringify([row, admin]), shown = shownRows.get(row.name);

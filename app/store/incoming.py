@@ -15,10 +15,14 @@ from typing import BinaryIO
 
 from app.errors import InvalidParameter, ModelExists, ModelKept
 from app.store.checkpoint import Checkpoint
+from app.store.declared import from_sidecar
+from app.store.folder import source_of
 from app.store.tree import ROOTS
 from app.weights.files import SUFFIXES, suffix_for
 
 HIDDEN = ".latentd-upload-"
+UNSOUND = frozenset('/\\:*?"<>|\ufffd')
+"""Of some system's file names; the last is what bytes that are no UTF-8 have become on their way here."""
 LONGEST = 200
 """Bytes of a name: most file systems end at 255, suffix included."""
 
@@ -26,13 +30,11 @@ LONGEST = 200
 def stem_of(name: str) -> str:
     """What a file of this name would be called; a suffix of weights is taken off. Raises InvalidParameter."""
     stem = next((name[: -len(suffix)] for suffix in SUFFIXES if name.lower().endswith(suffix)), name)
-    sound = (
-        stem.isprintable() and not stem.startswith(".") and stem == stem.strip() and not set(stem) & set('/\\:*?"<>|')
-    )
+    sound = stem.isprintable() and not stem.startswith(".") and stem == stem.strip() and not set(stem) & UNSOUND
     if not stem or not sound or len(stem.encode(errors="surrogateescape")) > LONGEST:
         raise InvalidParameter(
-            f"a new model's name is a file's: up to {LONGEST} bytes without / \\ : * ? \" < > |, control characters, a "
-            f"dot at its beginning or blanks around it; got {name[:80]!r}"
+            f"a new model's name is a file's: up to {LONGEST} bytes without / \\ : * ? \" < > |, control characters, "
+            f"bytes that are no UTF-8, a dot at its beginning or blanks around it; got {name[:80]!r}"
         )
     return stem
 
@@ -109,9 +111,23 @@ def check_removable(checkpoint: Checkpoint) -> None:
 
 
 def remove(checkpoint: Checkpoint) -> None:
-    """Deletes a model's file, or both of a pair. Raises OSError."""
-    for path in checkpoint.files:
+    """Deletes a model's file, or both of a pair, and what the operator wrote of it alone. Raises OSError."""
+    sidecar = _own_sidecar(checkpoint)
+    for path in (*checkpoint.files, *([sidecar] if sidecar else [])):
         path.unlink(missing_ok=True)
+
+
+def _own_sidecar(checkpoint: Checkpoint) -> Path | None:
+    """The NAME.json that a later model of the name would be read by: ours, and no other file's of this name."""
+    try:
+        source = source_of(checkpoint.path)
+        if source.sidecar is None or from_sidecar(source.sidecar) is None:
+            return None
+    except FileNotFoundError:  # it went by itself
+        return None
+    weights = [path for path in source.path.parent.iterdir() if path.suffix.lower() in SUFFIXES]
+    shared = any(path.stem == source.stem for path in weights if path not in source.files)
+    return None if shared else source.sidecar
 
 
 def _locked(path: Path) -> bool:

@@ -1,10 +1,8 @@
 """`latentd compare`: one picture through many VAEs; writes the contact sheet and prints the numbers."""
 
 import asyncio
-import io
 import json
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ from app.api.schemas import Comparison
 from app.errors import InvalidInput, ServiceError
 from app.settings import Settings
 from app.text import one_line
-from app.tools.service import connect, content_of, replace_file
+from app.tools.service import ANSWER_BYTES, ask, connect, content_of, replace_file
+from app.wire.npz import read_zip
 
 ZIP = "application/zip"
 COLUMNS = ("MODEL", "FAMILY", "PLAN", "PSNR dB", "SSIM", "LUMINANCE", "SATURATION", "HUE deg")
@@ -37,10 +36,10 @@ def compare_models(
     query = {"models": ",".join(models)} if models else {}
     answer = asyncio.run(_ask(body, query, settings, url, key))
     try:
-        with zipfile.ZipFile(io.BytesIO(answer)) as archive:
-            sheet = archive.read("sheet.png")
-            numbers = Comparison.model_validate_json(archive.read("numbers.json")).model_dump()
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        files = read_zip(answer, ANSWER_BYTES)
+        sheet = files["sheet.png"]
+        numbers = Comparison.model_validate_json(files["numbers.json"]).model_dump()
+    except (InvalidInput, KeyError, ValueError) as error:
         raise ServiceError(f"expected a zip of sheet.png and numbers.json from {url}: {error}") from error
     replace_file(output, sheet)
     rows: list[dict[str, Any]] = numbers["models"]
@@ -54,7 +53,7 @@ def compare_models(
 async def _ask(body: bytes, query: dict[str, str], settings: Settings, url: str | None, key: str | None) -> bytes:
     async with connect(url, key, settings) as client:
         try:
-            response = await client.post("/compare", params=query, content=body, headers={"Accept": ZIP})
+            response = await ask(client, "POST", "/compare", params=query, content=body, headers={"Accept": ZIP})
         except httpx.HTTPError as error:
             raise ServiceError(f"{url}: {str(error) or type(error).__name__}") from error
         return content_of(response, ZIP)

@@ -2,9 +2,7 @@
 
 import asyncio
 import errno
-import io
 import sys
-import zipfile
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -14,7 +12,7 @@ from urllib.parse import unquote
 
 import httpx
 
-from app.errors import InvalidInput, ServiceError
+from app.errors import InvalidInput, InvalidLatent, ServiceError
 from app.tools import kohya
 from app.tools.errand import Errand, pixels_at_once
 from app.tools.manifest import Made, Maker, Manifest
@@ -22,12 +20,13 @@ from app.tools.order import by_size
 from app.tools.paths import Found, Item, Kind
 from app.tools.pictures import Ready, ready, weight
 from app.tools.room import Room
-from app.tools.service import content_of, post, replace_file
+from app.tools.service import ANSWER_BYTES, PIXEL_BYTES, content_of, post, replace_file
 from app.tools.summary import Tally
 from app.tools.targets import part, twin
 from app.wire.arrays import latent_shape, read_latents
 from app.wire.headers import PictureHeader, read_header
 from app.wire.npy import write_npy
+from app.wire.npz import read_zip
 from app.wire.png import write_png
 
 T = TypeVar("T")
@@ -133,9 +132,10 @@ class Run:
                         )
                 headers["Accept"] = media
                 async with self._pixels.of(sent.pixels):
-                    path = f"/{self._errand.op}"
+                    path, most = f"/{self._errand.op}", ANSWER_BYTES + PIXEL_BYTES * sent.pixels
                     asked = (
-                        post(self._client, path, params=query, content=each, headers=headers) for each in sent.bodies
+                        post(self._client, path, most=most, params=query, content=each, headers=headers)
+                        for each in sent.bodies
                     )
                     answers = await asyncio.gather(*asked)
         contents = [self._content(answer, media, say) for answer in answers]
@@ -254,8 +254,7 @@ class Run:
             name = kohya.file_name(target.stem, sent.cut.original, self._form)
             yield target.with_name(name), kohya.write(self._form, latents[0], flipped, sent.cut)
         elif media == ZIP and target.suffix.lower() != ".zip":
-            with zipfile.ZipFile(io.BytesIO(contents[0])) as archive:
-                parts = [archive.read(name) for name in archive.namelist()]
+            parts = read_zip(contents[0], ANSWER_BYTES + PIXEL_BYTES * sent.pixels).values()
             for index, content in reversed(list(enumerate(parts))):
                 yield part(target, index), content
         else:
@@ -265,8 +264,10 @@ class Run:
 
     def _finite(self, content: bytes) -> Any:
         """The latent (C, h, w) of an answer. Raises InvalidLatent for one that is none, NaN among it."""
-        (latent,) = read_latents(content, max_bytes=len(content)).items
-        return latent
+        found = read_latents(content, max_bytes=len(content)).items
+        if len(found) != 1:
+            raise InvalidLatent(f"expected one latent for a picture, got {len(found)}")
+        return found[0]
 
 
 def _text(size: tuple[int, int]) -> str:

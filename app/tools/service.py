@@ -20,6 +20,10 @@ from app.text import reason
 AGAIN = 5  # times that a request is repeated after a 429 or 503
 LONGEST = 60.0  # seconds that a Retry-After may make us wait
 CONNECTIONS = 64  # to a service at an address
+ANSWER_BYTES = 64 << 20
+"""Of an answer, unless more can be meant. A sheet of 64 models has 50 MiB at most."""
+PIXEL_BYTES = 16
+"""Of an answer for each pixel that goes or comes: four channels of 16 bits are 8, and latents are less."""
 UNIX = "unix:"  # an address that is the path of a socket
 
 NOT_NOW = (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE)
@@ -39,7 +43,9 @@ class Refused(ServiceError):
 async def connect(url: str | None, key: str | None, settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the service at `url`, or else of one inside this process. Raises InvalidInput for no address."""
     if url is not None:
-        headers = {b"Authorization": b"Bearer " + key.encode(errors="surrogateescape")} if key else {}
+        headers = {b"Accept-Encoding": b"identity"}
+        if key:
+            headers[b"Authorization"] = b"Bearer " + key.encode(errors="surrogateescape")
         limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
         try:
             path = url.removeprefix(UNIX) if url.startswith(UNIX) else None
@@ -77,8 +83,11 @@ async def model_of(client: httpx.AsyncClient, model: str | None) -> Model:
         if models.default is None:
             raise InvalidInput(f"--model is required: there are {names}" if names else "there is no usable model")
         model = models.default
-    content = content_of(await client.get(f"/models/{quote(model)}"), "application/json")
-    row = Model.model_validate_json(content)
+    content = content_of(await ask(client, "GET", f"/models/{quote(model)}"), "application/json")
+    try:
+        row = Model.model_validate_json(content)
+    except ValidationError:
+        raise ServiceError(f"{client.base_url} tells of no model as latentd does") from None
     if row.error is not None:
         raise Refused(f"model {row.name}: {row.error}", "unsupported_checkpoint")
     return row
@@ -98,21 +107,37 @@ def list_models(url: str | None, key: str | None, settings: Settings) -> list[di
 
 
 async def _models(client: httpx.AsyncClient) -> Models:
-    content = content_of(await client.get("/models"), "application/json")
+    content = content_of(await ask(client, "GET", "/models"), "application/json")
     try:
         return Models.model_validate_json(content)
     except ValidationError:
         raise ServiceError(f"{client.base_url} lists no models as latentd does") from None
 
 
+async def ask(
+    client: httpx.AsyncClient, method: str, path: str, most: int = ANSWER_BYTES, **request: Any
+) -> httpx.Response:
+    """An answer, read to its end. Raises ServiceError for more than `most` bytes, and httpx.HTTPError."""
+    parts, size = [], 0
+    async with client.stream(method, path, **request) as response:
+        if packed := response.headers.get("content-encoding"):  # a few bytes of it may become any number
+            raise ServiceError(f"an answer in {packed}, which was not asked for")
+        async for data in response.aiter_bytes():
+            size += len(data)
+            if size > most:
+                raise ServiceError(f"an answer of more than {most} bytes, which is the most that is read")
+            parts.append(data)
+    return httpx.Response(response.status_code, headers=response.headers, content=b"".join(parts))
+
+
 async def post(client: httpx.AsyncClient, path: str, **request: Any) -> httpx.Response:
-    """The answer to a POST; where there is no room now, asked for again when the service says, at most AGAIN times."""
-    response = await client.post(path, **request)
+    """As `ask`; where there is no room now, asked for again when the service says, at most AGAIN times."""
+    response = await ask(client, "POST", path, **request)
     for _ in range(AGAIN):
         if response.status_code not in NOT_NOW:
             break
         await asyncio.sleep(_seconds(response.headers.get("retry-after", "")))
-        response = await client.post(path, **request)
+        response = await ask(client, "POST", path, **request)
     return response
 
 
@@ -131,7 +156,8 @@ def content_of(response: httpx.Response, media: str) -> bytes:
             raise ServiceError(f"HTTP {response.status_code} without a reason that can be read") from error
         raise Refused(problem.detail, problem.code)
     if response.status_code != httpx.codes.OK or came != media:  # somebody else's service
-        raise ServiceError(f"expected {media}, got HTTP {response.status_code} {came}")
+        to = response.headers.get("location")  # not followed: a key is for one address
+        raise ServiceError(f"expected {media}, got HTTP {response.status_code} {came if to is None else f'to {to}'}")
     return response.content
 
 

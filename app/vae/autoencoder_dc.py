@@ -115,11 +115,11 @@ def _half(shapes: Shapes, half: str) -> DCHalf:
         raise UnsupportedCheckpoint(f"an AutoencoderDC has blocks in {half}.stages.{missing}; this file has not")
     first = 0 if found[0].depth else 1
     if decodes:
-        made = shapes.get(f"decoder.stages.{first}.op_list.0.main.conv.conv.weight", (found[first].width,))[0]
-        shuffles = made != found[first].width
+        step = f"decoder.stages.{first}.op_list.0.main.conv.conv.weight"
+        shuffles = step in shapes and _shape(shapes, step)[0] != found[first].width
     else:
         step = f"encoder.stages.{first}.op_list.{found[first].depth}.main.conv.weight"
-        shuffles = step in shapes and shapes[step][0] != found[first + 1].width
+        shuffles = step in shapes and _shape(shapes, step)[0] != found[first + 1].width
     return DCHalf(
         widths=tuple((level if level.depth else found[1]).width for level in found),
         depths=tuple(level.depth for level in found),
@@ -150,7 +150,7 @@ def _level(shapes: Shapes, stem: str, stepped: bool) -> _Level:
         elif (key := f"{attention}.proj.conv.weight") in shapes:
             kernel, head = 0, HEAD
             if (branch := f"{attention}.aggreg.0.0.weight") in shapes:
-                kernel, head = shapes[branch][-1], _shape(shapes, f"{attention}.aggreg.0.1.weight")[1]
+                kernel, head = _shape(shapes, branch)[-1], _shape(shapes, f"{attention}.aggreg.0.1.weight")[1]
             level = _Level(_shape(shapes, key)[0], level.depth + 1, "vit", kernel, head)
         else:
             return level

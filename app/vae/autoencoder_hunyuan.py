@@ -1,8 +1,8 @@
 """AutoencoderHunyuan: the VAE of HunyuanImage 2.1, in one file, read top to bottom.
 
-The residual blocks of LDM; between levels and at both ends of the latent the shortcuts of DC-AE, with blocks of pixels
-in an order of their own. Attribute names are the checkpoint keys of its publisher (github.com/Tencent-Hunyuan/
-HunyuanImage-2.1), who numbers the levels of either half in the order in which they run.
+The residual blocks of AutoencoderKL; between levels and at both ends of the latent the shortcuts of DC-AE, with blocks
+of pixels in an order of their own. Attribute names are the checkpoint keys of its publisher, who numbers the levels of
+either half in the order in which they run (github.com/Tencent-Hunyuan/HunyuanImage-2.1).
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ from app.errors import UnsupportedCheckpoint
 from app.execution.pointwise import FACTOR, Average, Repeat, ToChannels, ToSpace
 from app.execution.primitive import Execution
 from app.vae.autoencoder import Autoencoder, Shapes
+from app.vae.autoencoder_kl import NORM_GROUPS, Level, Mid, conv3, group_norm, levels_of, shape_of
 from app.vae.posterior import DiagonalGaussian, Posterior
 
-NORM_EPS, NORM_GROUPS = 1e-6, 32  # diffusers, HunyuanImageResnetBlock
+NAME = "HunyuanImage's VAE"
 BLOCK = FACTOR**2  # positions that a step makes of one
 COLOURS = 3
 
@@ -46,90 +47,18 @@ class HunyuanConfig:
 
         Raises UnsupportedCheckpoint when the keys are not those of such an autoencoder.
         """
-        widths, encoder_depth = _levels(shapes, "encoder.down")
-        coarsest_first, decoder_depth = _levels(shapes, "decoder.up")
+        widths, encoder_depth = levels_of(shapes, "encoder.down", NAME)
+        coarsest_first, decoder_depth = levels_of(shapes, "decoder.up", NAME)
         if coarsest_first != widths[::-1]:
             raise UnsupportedCheckpoint(
                 f"{widths} channels in the encoder, {coarsest_first[::-1]} in the decoder: not one HunyuanImage VAE"
             )
-        latent = _shape(shapes, "decoder.conv_in.weight")[1]
+        latent = shape_of(shapes, "decoder.conv_in.weight", NAME)[1]
         coarsest = widths[-1]
         steps = all(BLOCK * fine % coarse == 0 for fine, coarse in pairwise(widths))
         if any(width % NORM_GROUPS for width in widths) or coarsest % (2 * latent) or not steps:
             raise UnsupportedCheckpoint(f"{widths} channels do not divide as those of HunyuanImage's VAE do")
         return cls(widths, encoder_depth, decoder_depth, latent)
-
-
-def _shape(shapes: Shapes, key: str) -> tuple[int, ...]:
-    if key not in shapes:
-        raise UnsupportedCheckpoint(f"HunyuanImage's VAE has the key {key}; this file has not")
-    if len(shapes[key]) != 4 or 0 in shapes[key]:
-        raise UnsupportedCheckpoint(f"{key} has shape {shapes[key]}; a convolution's four sides were expected")
-    return shapes[key]
-
-
-def _levels(shapes: Shapes, stem: str) -> tuple[tuple[int, ...], int]:
-    """(channels of each level, blocks per level) of `encoder.down` or `decoder.up`, in the order of the keys."""
-    widths: list[int] = []
-    while (key := f"{stem}.{len(widths)}.block.0.conv2.weight") in shapes:
-        widths.append(_shape(shapes, key)[0])
-    if not widths:
-        _shape(shapes, f"{stem}.0.block.0.conv2.weight")
-    depth = 1
-    while f"{stem}.0.block.{depth}.conv2.weight" in shapes:
-        depth += 1
-    return tuple(widths), depth
-
-
-def _conv3(c_in: int, c_out: int) -> nn.Conv2d:
-    return nn.Conv2d(c_in, c_out, kernel_size=3, padding=1)
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
-
-
-class ResnetBlock(nn.Module):
-    """(B, c, h, w) -> the same; only steps change the number of channels."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm1 = _norm(channels)
-        self.conv1 = _conv3(channels, channels)
-        self.norm2 = _norm(channels)
-        self.conv2 = _conv3(channels, channels)
-
-    def forward(self, run: Execution[Any], x: Any) -> Any:
-        h = run.conv(x, self.conv1, norm=self.norm1, act=F.silu)
-        return run.conv(h, self.conv2, norm=self.norm2, act=F.silu, add=x)
-
-
-class AttnBlock(nn.Module):
-    """(B, c, h, w) -> the same, every position attending to all."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = _norm(channels)
-        self.q = nn.Conv2d(channels, channels, kernel_size=1)
-        self.k = nn.Conv2d(channels, channels, kernel_size=1)
-        self.v = nn.Conv2d(channels, channels, kernel_size=1)
-        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
-
-    def forward(self, run: Execution[Any], x: Any) -> Any:
-        return run.attention(x, self)
-
-
-class Mid(nn.Module):
-    """The coarsest level of either half: block, attention, block."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.block_1 = ResnetBlock(channels)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels)
-
-    def forward(self, run: Execution[Any], x: Any) -> Any:
-        return self.block_2(run, self.attn_1(run, self.block_1(run, x)))
 
 
 class Downsample(nn.Module):
@@ -141,7 +70,7 @@ class Downsample(nn.Module):
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
-        self.conv = _conv3(c_in, c_out // BLOCK)
+        self.conv = conv3(c_in, c_out // BLOCK)
         self.past = Average(BLOCK * c_in // c_out)
         self.move = ToChannels(blocks_first=True)
 
@@ -154,30 +83,12 @@ class Upsample(nn.Module):
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
-        self.conv = _conv3(c_in, c_out * BLOCK)
+        self.conv = conv3(c_in, c_out * BLOCK)
         self.past = Repeat(BLOCK * c_out // c_in)
         self.move = ToSpace(blocks_first=True)
 
     def forward(self, run: Execution[Any], x: Any) -> Any:
         return run.apply(self.move, run.conv(x, self.conv, add=run.apply(self.past, x)))
-
-
-class Level(nn.Module):
-    """The residual blocks of one resolution, then the step to the next one."""
-
-    def __init__(self, channels: int, depth: int) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(channels) for _ in range(depth))
-        self.downsample: Downsample | None = None
-        self.upsample: Upsample | None = None
-
-    def forward(self, run: Execution[Any], x: Any) -> Any:
-        for block in self.block:
-            x = block(run, x)
-        for resample in (self.downsample, self.upsample):
-            if resample is not None:
-                x = resample(run, x)
-        return x
 
 
 class Encoder(nn.Module):
@@ -186,13 +97,13 @@ class Encoder(nn.Module):
     def __init__(self, config: HunyuanConfig) -> None:
         super().__init__()
         widths, made = config.widths, 2 * config.latent_channels
-        self.conv_in = _conv3(COLOURS, widths[0])
-        self.down = nn.ModuleList(Level(width, config.encoder_depth) for width in widths)
+        self.conv_in = conv3(COLOURS, widths[0])
+        self.down = nn.ModuleList(Level(width, width, config.encoder_depth) for width in widths)
         for level, (fine, coarse) in zip(self.down, pairwise(widths), strict=False):
             level.downsample = Downsample(fine, coarse)
         self.mid = Mid(widths[-1])
-        self.norm_out = _norm(widths[-1])
-        self.conv_out = _conv3(widths[-1], made)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = conv3(widths[-1], made)
         self.mean = Average(widths[-1] // made)
 
     def forward(self, run: Execution[Any], x: Any) -> Any:
@@ -209,14 +120,14 @@ class Decoder(nn.Module):
     def __init__(self, config: HunyuanConfig) -> None:
         super().__init__()
         widths = config.widths[::-1]
-        self.conv_in = _conv3(config.latent_channels, widths[0])
+        self.conv_in = conv3(config.latent_channels, widths[0])
         self.copies = Repeat(widths[0] // config.latent_channels)
         self.mid = Mid(widths[0])
-        self.up = nn.ModuleList(Level(width, config.decoder_depth) for width in widths)
+        self.up = nn.ModuleList(Level(width, width, config.decoder_depth) for width in widths)
         for level, (coarse, fine) in zip(self.up, pairwise(widths), strict=False):
             level.upsample = Upsample(coarse, fine)
-        self.norm_out = _norm(widths[-1])
-        self.conv_out = _conv3(widths[-1], COLOURS)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = conv3(widths[-1], COLOURS)
 
     def forward(self, run: Execution[Any], z: Any) -> Any:
         x = run.conv(z, self.conv_in, add=run.apply(self.copies, z))

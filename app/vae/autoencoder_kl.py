@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from app.errors import UnsupportedCheckpoint
 from app.execution.primitive import Execution
-from app.vae.autoencoder import Autoencoder, Shapes
+from app.vae.autoencoder import Autoencoder, Shape, Shapes
 from app.vae.posterior import DiagonalGaussian, Posterior
 
 NORM_EPS = 1e-6  # of every GroupNorm of the LDM autoencoders
@@ -59,15 +59,15 @@ class KLConfig:
         Raises UnsupportedCheckpoint when a key that every AutoencoderKL has is missing, or when there cannot be
         weights for as many blocks in every level as level 0 has.
         """
-        encoder_widths, encoder_depth = _levels(shapes, "encoder.down")
-        decoder_widths, decoder_depth = _levels(shapes, "decoder.up")
+        encoder_widths, encoder_depth = levels_of(shapes, "encoder.down")
+        decoder_widths, decoder_depth = levels_of(shapes, "decoder.up")
         if len(encoder_widths) != len(decoder_widths):
             raise UnsupportedCheckpoint(
                 f"encoder has {len(encoder_widths)} levels, decoder {len(decoder_widths)}: not one autoencoder"
             )
         post = "post_quant_conv.weight" in shapes
         first = "post_quant_conv.weight" if post else "decoder.conv_in.weight"
-        latent_channels = _shape(shapes, first)[1]
+        latent_channels = shape_of(shapes, first)[1]
         for width in (*encoder_widths, *decoder_widths):
             if width % norm_groups:
                 raise UnsupportedCheckpoint(
@@ -91,44 +91,47 @@ class KLConfig:
         )
 
 
-def _shape(shapes: Shapes, key: str) -> tuple[int, ...]:
+def shape_of(shapes: Shapes, key: str, of: str = "an AutoencoderKL") -> Shape:
+    """The four sides of a convolution's kernel. Raises UnsupportedCheckpoint where there is none."""
     if key not in shapes:
-        raise UnsupportedCheckpoint(f"an AutoencoderKL has the key {key}; this file has not")
+        raise UnsupportedCheckpoint(f"{of} has the key {key}; this file has not")
     if len(shapes[key]) != 4 or 0 in shapes[key]:
         raise UnsupportedCheckpoint(f"{key} has shape {shapes[key]}; a convolution's four sides were expected")
     return shapes[key]
 
 
-def _levels(shapes: Shapes, stem: str) -> tuple[tuple[int, ...], int]:
-    """(channels of each level, blocks per level) of `encoder.down` or `decoder.up`."""
+def levels_of(shapes: Shapes, stem: str, of: str = "an AutoencoderKL") -> tuple[tuple[int, ...], int]:
+    """(channels of each level, blocks per level) of `encoder.down` or `decoder.up`, in the order of the keys."""
     widths: list[int] = []
     while (key := f"{stem}.{len(widths)}.block.0.conv2.weight") in shapes:
-        widths.append(_shape(shapes, key)[0])
+        widths.append(shape_of(shapes, key, of)[0])
     if not widths:
-        _shape(shapes, f"{stem}.0.block.0.conv2.weight")
+        shape_of(shapes, f"{stem}.0.block.0.conv2.weight", of)
     depth = 1
     while f"{stem}.0.block.{depth}.conv2.weight" in shapes:
         depth += 1
     return tuple(widths), depth
 
 
-def _conv3(c_in: int, c_out: int) -> nn.Conv2d:
+def conv3(c_in: int, c_out: int) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size."""
     return nn.Conv2d(c_in, c_out, kernel_size=3, padding=1)
 
 
-def _norm(channels: int, groups: int) -> nn.GroupNorm:
+def group_norm(channels: int, groups: int = NORM_GROUPS) -> nn.GroupNorm:
+    """The norm of every LDM autoencoder."""
     return nn.GroupNorm(groups, channels, eps=NORM_EPS)
 
 
 class ResnetBlock(nn.Module):
     """(B, c_in, h, w) -> (B, c_out, h, w)."""
 
-    def __init__(self, c_in: int, c_out: int, groups: int) -> None:
+    def __init__(self, c_in: int, c_out: int, groups: int = NORM_GROUPS) -> None:
         super().__init__()
-        self.norm1 = _norm(c_in, groups)
-        self.conv1 = _conv3(c_in, c_out)
-        self.norm2 = _norm(c_out, groups)
-        self.conv2 = _conv3(c_out, c_out)
+        self.norm1 = group_norm(c_in, groups)
+        self.conv1 = conv3(c_in, c_out)
+        self.norm2 = group_norm(c_out, groups)
+        self.conv2 = conv3(c_out, c_out)
         self.nin_shortcut = nn.Conv2d(c_in, c_out, kernel_size=1) if c_in != c_out else None
 
     def forward(self, run: Execution[Any], x: Any) -> Any:
@@ -143,7 +146,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = _norm(channels, groups)
+        self.norm = group_norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, kernel_size=1)
         self.k = nn.Conv2d(channels, channels, kernel_size=1)
         self.v = nn.Conv2d(channels, channels, kernel_size=1)
@@ -156,11 +159,11 @@ class AttnBlock(nn.Module):
 class Mid(nn.Module):
     """The coarsest level of encoder and decoder: block, attention, block."""
 
-    def __init__(self, channels: int, config: KLConfig) -> None:
+    def __init__(self, channels: int, groups: int = NORM_GROUPS, *, attention: bool = True) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, config.norm_groups)
-        self.attn_1 = AttnBlock(channels, config.norm_groups) if config.mid_attention else None
-        self.block_2 = ResnetBlock(channels, channels, config.norm_groups)
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups) if attention else None
+        self.block_2 = ResnetBlock(channels, channels, groups)
 
     def forward(self, run: Execution[Any], x: Any) -> Any:
         x = self.block_1(run, x)
@@ -185,20 +188,20 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = _conv3(channels, channels)
+        self.conv = conv3(channels, channels)
 
     def forward(self, run: Execution[Any], x: Any) -> Any:
         return run.conv(x, self.conv, up=True)
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then the step to the next one."""
+    """The residual blocks of one resolution, then the step to the next one, where whoever builds it sets one."""
 
-    def __init__(self, c_in: int, c_out: int, depth: int, groups: int) -> None:
+    def __init__(self, c_in: int, c_out: int, depth: int, groups: int = NORM_GROUPS) -> None:
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(depth))
-        self.downsample: Downsample | None = None
-        self.upsample: Upsample | None = None
+        self.downsample: nn.Module | None = None
+        self.upsample: nn.Module | None = None
 
     def forward(self, run: Execution[Any], x: Any) -> Any:
         for block in self.block:
@@ -215,16 +218,16 @@ class Encoder(nn.Module):
     def __init__(self, config: KLConfig) -> None:
         super().__init__()
         widths, groups = config.encoder_widths, config.norm_groups
-        self.conv_in = _conv3(3, widths[0])
+        self.conv_in = conv3(3, widths[0])
         self.down = nn.ModuleList()
         for index, (c_in, c_out) in enumerate(pairwise((widths[0], *widths))):
             level = Level(c_in, c_out, config.encoder_depth, groups)
             if index < len(widths) - 1:
                 level.downsample = Downsample(c_out)
             self.down.append(level)
-        self.mid = Mid(widths[-1], config)
-        self.norm_out = _norm(widths[-1], groups)
-        self.conv_out = _conv3(widths[-1], 2 * config.latent_channels)
+        self.mid = Mid(widths[-1], groups, attention=config.mid_attention)
+        self.norm_out = group_norm(widths[-1], groups)
+        self.conv_out = conv3(widths[-1], 2 * config.latent_channels)
 
     def forward(self, run: Execution[Any], x: Any) -> Any:
         x = run.conv(x, self.conv_in)
@@ -240,16 +243,16 @@ class Decoder(nn.Module):
     def __init__(self, config: KLConfig) -> None:
         super().__init__()
         widths, groups = config.decoder_widths, config.norm_groups
-        self.conv_in = _conv3(config.latent_channels, widths[-1])
-        self.mid = Mid(widths[-1], config)
+        self.conv_in = conv3(config.latent_channels, widths[-1])
+        self.mid = Mid(widths[-1], groups, attention=config.mid_attention)
         self.up = nn.ModuleList()
         for index, (c_out, c_in) in enumerate(pairwise((*widths, widths[-1]))):
             level = Level(c_in, c_out, config.decoder_depth, groups)
             if index > 0:
                 level.upsample = Upsample(c_out)
             self.up.append(level)
-        self.norm_out = _norm(widths[0], groups)
-        self.conv_out = _conv3(widths[0], 3)
+        self.norm_out = group_norm(widths[0], groups)
+        self.conv_out = conv3(widths[0], 3)
 
     def forward(self, run: Execution[Any], z: Any) -> Any:
         x = run.conv(z, self.conv_in)

@@ -7,6 +7,7 @@ Attribute names are the publisher's keys, but for the attention's.
 Reference: Wan team, "Wan: Open and Advanced Large-Scale Video Generative Models", arXiv:2503.20314.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,8 +124,9 @@ def clip_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def clamp(x: Tensor, inplace: bool = False) -> Tensor:
-    """What the decoder ends with: [-1, 1]."""
-    return x.clamp_(-1, 1) if inplace else x.clamp(-1, 1)
+    """What the decoder ends with: [-1, 1]. What is infinite becomes NaN: a picture that overflowed is not to pass."""
+    infinite = x.isinf()
+    return (x.clamp_(-1, 1) if inplace else x.clamp(-1, 1)).masked_fill_(infinite, math.nan)
 
 
 def conv3(c_in: int, c_out: int, timed: bool) -> Any:

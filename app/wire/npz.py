@@ -47,10 +47,19 @@ def read_npz(body: Body, max_bytes: int) -> list[Values]:
     """
     with _archive(body) as archive:
         members, _ = _latents(_members(archive))
-        total = sum(member.file_size for member in members)
-        if total > max_bytes:
-            raise TooLarge(f"the archive holds {total} bytes uncompressed, more than the limit of {max_bytes}")
+        _check_total(members, max_bytes)
         return [values(_header(archive, member), _inflate(archive, member)) for member in members]
+
+
+def read_zip(body: Body, max_bytes: int) -> dict[str, bytes]:
+    """The files of a zip archive by their names, in their order.
+
+    Raises MalformedBody, and TooLarge where they are more than `max_bytes` uncompressed, before any is inflated.
+    """
+    with _archive(body) as archive:
+        members = _readable(archive)
+        _check_total(members, max_bytes)
+        return {member.filename: _inflate(archive, member) for member in members}
 
 
 def write_npz(arrays: list[npt.NDArray[Any]]) -> bytes:
@@ -102,15 +111,28 @@ def _archive(body: Body) -> Iterator[zipfile.ZipFile]:
 def _members(
     archive: zipfile.ZipFile, ending: str = ".npy", wrong: type[InvalidInput] = InvalidLatent
 ) -> list[zipfile.ZipInfo]:
-    members = sorted(archive.infolist(), key=lambda member: _natural(member.filename))
+    members = _readable(archive)
     if not members:
         raise wrong("the archive is empty")
     for member in members:
         if not member.filename.endswith(ending):
             raise wrong(f"expected only {ending} files in the archive, got {member.filename[:40]!r}")
+    return members
+
+
+def _readable(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """All, by name."""
+    members = sorted(archive.infolist(), key=lambda member: _natural(member.filename))
+    for member in members:
         if member.compress_type not in _READABLE or member.flag_bits & _ENCRYPTED:
             raise MalformedBody(f"{member.filename[:40]!r} is neither stored nor deflated, or encrypted")
     return members
+
+
+def _check_total(members: list[zipfile.ZipInfo], max_bytes: int) -> None:
+    total = sum(member.file_size for member in members)
+    if total > max_bytes:
+        raise TooLarge(f"the archive holds {total} bytes uncompressed, more than the limit of {max_bytes}")
 
 
 def _latents(members: list[zipfile.ZipInfo]) -> tuple[list[zipfile.ZipInfo], bool]:

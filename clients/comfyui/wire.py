@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -116,7 +117,7 @@ def _told(server: Server, path: str, read: Callable[[Any], Told], check: Callabl
     answer = call(server, "GET", path, most=LIST_BYTES, check=check)
     try:
         return read(json.loads(answer))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise LatentdError(f"what answers at {server.url} is not latentd, or is older than these nodes") from None
 
 
@@ -135,15 +136,23 @@ def send_array(
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     target = f"{path}?{urlencode(query)}"
     answer = call(server, "POST", target, body.getvalue(), NPY, most=size + SLACK_BYTES, check=check)
-    file = io.BytesIO(answer)
-    try:
-        np.lib.format.read_magic(file)
-        got, fortran, kind = np.lib.format.read_array_header_1_0(file)
-        if (kind, got, fortran) != (np.dtype(dtype), shape, False):
-            raise LatentdError(f"latentd at {server.url} sent {kind} {got} where {dtype} {shape} was expected")
-        return np.frombuffer(answer, dtype, offset=file.tell()).reshape(shape).copy()
-    except ValueError as error:
-        raise LatentdError(f"latentd at {server.url} sent no array: {error}") from None
+    header = _HEADER.match(answer)
+    if header is None:
+        raise LatentdError(f"latentd at {server.url} sent no array: {answer[:80]!r}")
+    kind, sides = (part.decode() for part in header.groups())
+    expected = np.dtype(dtype).str, ", ".join(map(str, shape))
+    if (kind, sides.strip(" ,")) != expected:
+        raise LatentdError(f"latentd at {server.url} sent {kind} ({sides}) where {dtype} {shape} was expected")
+    if len(answer) - header.end() != size:
+        raise LatentdError(f"latentd at {server.url} sent no array: {len(answer) - header.end()} bytes of {size}")
+    return np.frombuffer(answer, dtype, offset=header.end()).reshape(shape).copy()
+
+
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([|<]\w{2,8})', 'fortran_order': False, 'shape': \(([\d, ]{1,80})\), \} *\n",
+    re.DOTALL,
+)
+"""The beginning of an .npy as the service writes it; numpy's own reader takes any literal of Python for one."""
 
 
 def call(
@@ -171,9 +180,11 @@ def call(
         if status == 200:
             return answer
         delay = answer_headers.get("retry-after", "")
-        if status not in LATER or not delay.isdecimal() or time.monotonic() + int(delay) > end:
-            raise LatentdError(f"latentd at {server.url}: {_detail(server, status, answer)}")
-        _rest(max(1, int(delay)), check)
+        if status not in LATER or not delay.isdecimal() or time.monotonic() + float(delay) > end:
+            to = answer_headers.get("location")  # not followed: the key is for one host
+            words = f"moved to {to}" if to else _detail(server, status, answer)
+            raise LatentdError(f"latentd at {server.url}: {words}"[:DETAIL_CHARACTERS])
+        _rest(max(1.0, float(delay)), check)
 
 
 def _rest(seconds: float, check: Callable[[], None]) -> None:
@@ -188,7 +199,7 @@ def _detail(server: Server, status: int, answer: bytes) -> str:
     try:
         problem = json.loads(answer)
         text = f"{problem['detail']} ({status} {problem['code']}, request {problem['request_id']})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         text = f"status {status}, {answer[:200].decode(errors='replace')!r}"
     if status in {401, 403}:
         text += (

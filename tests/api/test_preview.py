@@ -19,9 +19,15 @@ async def service(models):
         yield service
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """However busy the machine is, no tiny preview is dropped for its time."""
+    monkeypatch.setattr("app.api.preview.PATIENCE_SECONDS", 60.0)
+
+
 async def fitted(service, path, latents=None):
     """The answer, once the map is fitted."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         body = npy(latent() if latents is None else latents)
         while (answer := await service.post(path, content=body)).status_code == 503:
             assert answer.headers["Retry-After"] == "1"
@@ -47,7 +53,7 @@ async def test_a_linear_preview_is_fitted_in_the_background_and_then_small(servi
 
 async def test_the_folder_s_tiny_autoencoder_goes_before_and_its_error_is_measured(service):
     await service.engine.first_scan()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         while True:
             answer = await service.post("/decode?model=kl&preview=true", content=npy(latent()))
             assert picture_of(answer).size == (32, 32)
@@ -127,6 +133,27 @@ async def test_previews_beyond_the_most_are_refused(service, monkeypatch):
     assert service.count("vae_rejected_total", reason="preview") >= 1
 
 
+async def test_bodies_that_do_not_end_take_no_place(service):
+    await fitted(service, "/decode?model=kl&preview=linear")
+    room = service.app.state.context.room
+
+    async def stops():
+        yield npy(latent())[:9]
+        await asyncio.Event().wait()
+
+    def half():
+        path, headers = "/decode?model=kl&preview=linear", {"Content-Length": "500"}
+        return asyncio.ensure_future(service.post(path, content=stops(), headers=headers))
+
+    slow = [half() for _ in range(previews.MOST)]
+    await until(lambda: room.used >= len(slow) * 500)
+    picture_of(await service.post("/decode?model=kl&preview=linear", content=npy(latent())))
+    for each in slow:
+        each.cancel()
+    await asyncio.wait(slow)
+    await until(lambda: room.used == 0)
+
+
 async def test_a_linear_preview_does_not_wait_for_the_device_and_a_tiny_one_not_long(service, monkeypatch):
     await fitted(service, "/decode?model=kl&preview=linear")
     monkeypatch.setattr("app.api.preview.PATIENCE_SECONDS", 0.2)
@@ -137,6 +164,8 @@ async def test_a_linear_preview_does_not_wait_for_the_device_and_a_tiny_one_not_
         dropped = asyncio.ensure_future(service.post("/decode?model=kl&preview=tiny", content=npy(latent())))
         await asyncio.sleep(0.3)
         assert not full.done()
+        any_one = await service.post("/decode?model=kl&preview=true", content=npy(latent()))
+        assert any_one.headers["X-Preview"].startswith("linear")  # there is one in any case
     refused(await dropped, 429, "overloaded")
     Image.open(io.BytesIO((await full).content)).load()
 

@@ -126,7 +126,7 @@ async def test_a_file_that_comes_by_itself_meanwhile_is_not_written_over(service
     "name",
     [
         *("..", ".hidden", "a%2Fb", "..%2F..%2Fetc%2Fpasswd", "a%00b", "a%09b", "a%5Cb", "%20a", "a%20", "c:d", "%7F"),
-        *(".safetensors", "n" * 201, "a%2A"),
+        *(".safetensors", "n" * 201, "a%2A", "a%FF"),
     ],
 )
 async def test_a_name_is_a_file_s(service, folder, name, tiny):
@@ -314,3 +314,30 @@ async def test_without_the_admin_key_nothing_comes_or_goes(service, folder, tiny
         answer = await service.request(method, "/models/kl", content=tiny, headers={"Authorization": "Bearer x"})
         refused(answer, 403, "forbidden")
     assert threading.active_count() < 64
+
+
+async def test_one_half_of_a_pair_is_told_how_both_are_uploaded(service, folder):
+    state = state_of("taesd")
+    for half in ("encoder", "decoder"):
+        part = {name.removeprefix(f"{half}."): each for name, each in state.items() if name.startswith(f"{half}.")}
+        detail = refused(await service.put(f"/models/new_{half}", content=save(part)), 422, "unsupported_checkpoint")
+        assert f"only the {half}" in detail
+        assert "as one file: `latentd convert`" in detail
+    assert files(folder) == {"kl.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("content", "beside", "gone"),
+    [('{"family": "sdxl"}', None, True), ('{"family": "sdxl"}', "kl.ckpt", False), ('{"hash": "abc"}', None, False)],
+)
+async def test_what_the_operator_wrote_of_a_model_goes_with_it(folder, models, content, beside, gone):
+    sidecar = folder / "VAE" / "kl.json"
+    sidecar.write_text(content)
+    if beside:
+        (folder / "VAE" / beside).write_bytes(b"another file of this name")
+    async with serving(folder, headers=ADMIN, admin_key="root") as service:
+        name = next(iter(name for name in await names(service) if "safetensors" in name), "kl")
+        answer = await service.delete(f"/models/{name}")
+        assert answer.status_code == 200, answer.text
+        assert sidecar.exists() is not gone
+        assert not (folder / "VAE" / "kl.safetensors").exists()

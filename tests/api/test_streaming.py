@@ -55,6 +55,12 @@ def server(models):
         yield server, f"http://127.0.0.1:{port}"
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """However busy the machine is, no tiny preview is dropped for its time."""
+    monkeypatch.setattr("app.api.preview.PATIENCE_SECONDS", 60.0)
+
+
 @pytest.fixture
 def client(server):
     with httpx.Client(base_url=server[1], timeout=60) as client:
@@ -74,8 +80,23 @@ def show(client: httpx.Client, query: str = "preview=tiny", seed: int = 0, name:
     return client.post(f"/preview/stream?stream={name}&{query}", content=npy(latent(seed=seed)), headers=headers)
 
 
+def alone(client: httpx.Client, seed: int) -> httpx.Response:
+    """The same preview as an answer; on a busy machine it may be dropped beside the measuring of its error."""
+    for _ in range(30):
+        answer = client.post("/decode?preview=tiny", content=npy(latent(seed=seed)))
+        if answer.status_code != httpx.codes.TOO_MANY_REQUESTS:
+            break
+        time.sleep(1)
+    return answer
+
+
 def streams_of(server):
     return server[0].config.app.state.context.streams._streams
+
+
+def at_rest(server):
+    """Nothing is made, and nothing is measured in the background, as after a first preview."""
+    return not server[0].engine.open_requests and not server[0].config.app.state.context.previews._work
 
 
 def wait(true):
@@ -94,8 +115,7 @@ def test_each_step_is_shown_as_it_comes(client):
             assert (headers["Content-Type"], headers["X-Image-Size"]) == ("image/webp", "32x32")
             assert headers["X-Preview"].startswith("tiny:tiny")
             assert headers["X-Request-Id"] == f"step-{seed}"
-            alone = client.post("/decode?preview=tiny", content=npy(latent(seed=seed)))
-            assert body == alone.content
+            assert body == alone(client, seed).content
         assert show(client, "preview=tiny&size=8x4&quality=20", seed=9).status_code == 202
         assert Image.open(io.BytesIO(shown.part()[1])).size == (8, 4)
 
@@ -111,9 +131,10 @@ def test_the_linear_map_is_fitted_first(client):
 
 def test_the_newest_of_those_that_wait_wins(server, client):
     with looking(client) as shown:
+        wait(lambda: at_rest(server))
         with occupied(server[0].engine):
             show(client, seed=1)
-            wait(lambda: server[0].engine.open_requests == 1)  # it is being made
+            wait(lambda: not streams_of(server)["a"].waits)  # it is being made
             for seed in (2, 3, 4):
                 assert show(client, seed=seed).status_code == 202
             room = server[0].config.app.state.context.room
@@ -127,9 +148,10 @@ def test_a_picture_that_is_the_last_for_now_is_sent_twice(server, client):
     with looking(client) as shown:
         show(client, seed=1)
         assert shown.any_part() == shown.any_part()
+        wait(lambda: at_rest(server))
         with occupied(server[0].engine):
             show(client, seed=2)
-            wait(lambda: server[0].engine.open_requests == 1)
+            wait(lambda: not streams_of(server)["a"].waits)
             show(client, seed=3)
         assert [shown.any_part()[0]["X-Request-Id"] for _ in range(3)] == ["step-2", "step-3", "step-3"]
 
@@ -163,8 +185,8 @@ def test_one_that_was_not_made_is_told_of_and_the_next_one_is_shown(server, clie
             assert "X-Warning" not in show(client).headers
             time.sleep(0.1)
         wait(lambda: stream["a"]._lost)
-        monkeypatch.setattr(preview, "PATIENCE_SECONDS", 30)
-        assert "dropped first" in show(client, seed=5).headers["X-Warning"]
+        monkeypatch.setattr(preview, "PATIENCE_SECONDS", 60)
+        assert show(client, seed=5).headers["X-Warning"].startswith("the last one: ")
         assert shown.part()[0]["X-Request-Id"] == "step-5"
         assert "X-Warning" not in show(client).headers
 

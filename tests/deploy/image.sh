@@ -35,12 +35,15 @@ mounts=()
 for each in ${IMAGE_MOUNTS:-}; do
     case $each in *:*) mounts+=(-v "$each:ro") ;; *) mounts+=(-v "$each:$each:ro") ;; esac
 done
-buildah bud --layers --network host --build-arg BASE="$base" --build-arg TORCH_INDEX="${TORCH_INDEX-}" --build-arg VERSION="$version" \
+# In Docker's own format: the other one has no health check.
+buildah bud --format docker --layers --force-rm --network host --build-arg BASE="$base" --build-arg TORCH_INDEX="${TORCH_INDEX-}" --build-arg VERSION="$version" \
     --build-arg REVISION="$(git rev-parse HEAD 2>/dev/null || true)" "${mounts[@]}" -t localhost/latentd . >"$work/build.log" 2>&1 ||
     { tail -20 "$work/build.log"; exit 1; }
 buildah images --format '{{.Name}} {{.Size}}' localhost/latentd
 buildah inspect --type image --format '{{.OCIv1.Config.Labels}}' localhost/latentd | grep -q "image.version:$version" ||
     { echo 'image-test: the labels lack the version'; exit 1; }
+buildah inspect --type image --format '{{.Docker.Config.Healthcheck.Test}}' localhost/latentd | grep -q healthcheck.py ||
+    { echo 'image-test: there is no health check'; exit 1; }
 
 # What the compose file wants: a root that nobody writes to, a /scratch in memory, no capabilities, no new privileges.
 container=$(buildah from localhost/latentd)

@@ -169,13 +169,18 @@ async def test_a_body_without_a_key_is_not_read():
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("POST", "/models/kl/load"), ("PUT", "/models/kl"), ("DELETE", "/models/kl"), ("POST", "/")]
+    ("method", "path"),
+    [
+        *[("POST", "/models/kl/load"), ("PUT", "/models/kl"), ("DELETE", "/models/kl"), ("POST", "/")],
+        *[(method, "/preview/stream") for method in ("GET", "POST", "HEAD")],
+    ],
 )
-async def test_what_would_change_one_replica_of_many_is_refused(method, path):
+async def test_what_is_one_replicas_alone_is_refused(method, path):
     fake = Fake()
     async with door(fake) as client:
         answer = await client.request(method, path)
-    assert (answer.status_code, answer.json()["code"]) == (405, "method_not_allowed")
+    assert answer.status_code == 405
+    assert method == "HEAD" or answer.json()["code"] == "method_not_allowed"
     assert not fake.calls
 
 
@@ -209,3 +214,13 @@ async def test_ready_is_what_a_replica_says():
     async with door(fake) as client:
         assert (await client.get("/readyz")).json() == {"status": "ok"}
     assert fake.calls[0].path == "/healthz/ready"
+
+
+async def test_a_proxys_prefix_and_pages_of_other_origins_are_the_door_s_business():
+    page, fake = {"Origin": "https://ui.example"}, Fake()
+    async with door(fake, origins=("https://ui.example",), root_path="/vae") as client:
+        answer = await client.post("/vae/decode?model=kl", content=b"latent", headers=page)
+        asked = await client.options("/vae/decode", headers=page | {"Access-Control-Request-Method": "POST"})
+    assert (answer.status_code, fake.calls[0].path, fake.calls[0].model) == (200, "/decode", "kl")
+    assert answer.headers.get_list("access-control-allow-origin") == ["https://ui.example"]
+    assert asked.status_code == 200

@@ -3,7 +3,7 @@
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ EVERYTHING = {
     "resources": ["../gpu"],
     "components": [f"../components/{name}" for name in ("fetch", "monitoring", "autoscaling")],
 }
+HASHED = EVERYTHING | {"components": ["../components/hashing"]}
+CUSTOM = {"PodMonitor", "ScaledObject"}
 
 
 def variables() -> Iterator[tuple[str, str, str | None]]:
@@ -145,23 +147,27 @@ def test_what_is_fetched_is_known():
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> list[dict[str, Any]]:
-    """What kustomize makes of the GPU overlay with every component."""
+def kustomize(tmp_path_factory) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
+    """What it makes of an overlay."""
     tool = next((each for each in ("kustomize", "kubectl") if shutil.which(each)), None)
     if tool is None:
         pytest.skip("neither kustomize nor kubectl is installed")
-    copy = tmp_path_factory.mktemp("kubernetes")
-    shutil.copytree(KUBERNETES, copy, dirs_exist_ok=True)
-    (copy / "everything").mkdir()
-    (copy / "everything" / "kustomization.yaml").write_text(yaml.safe_dump(EVERYTHING))
-    command = [tool, "build" if tool == "kustomize" else "kustomize", str(copy / "everything")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
+
+    def built(overlay: dict[str, Any]) -> list[dict[str, Any]]:
+        copy = tmp_path_factory.mktemp("kubernetes")
+        shutil.copytree(KUBERNETES, copy, dirs_exist_ok=True)
+        (copy / "overlay").mkdir()
+        (copy / "overlay" / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+        command = [tool, "build" if tool == "kustomize" else "kustomize", str(copy / "overlay")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return list(yaml.safe_load_all(done.stdout))
+
+    return built
 
 
-def test_all_of_it_speaks_of_the_same_pods(built):
-    found = {document["kind"]: document for document in built}
+def test_all_of_it_speaks_of_the_same_pods(kustomize):
+    found = {document["kind"]: document for document in kustomize(EVERYTHING)}
     mine = {"matchLabels": {"app.kubernetes.io/name": "latentd"}}
     deployment = found["Deployment"]["spec"]
     assert deployment["selector"] == mine
@@ -177,10 +183,31 @@ def test_all_of_it_speaks_of_the_same_pods(built):
     assert made["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
-def test_it_is_what_the_schemas_want(built):
+def test_the_gateway_finds_the_pods_and_is_found(kustomize):
+    found = {(each["kind"], each["metadata"]["name"]): each for each in kustomize(HASHED)}
+    pods, gateway = found["Service", "latentd-pods"]["spec"], found["Service", "latentd-gateway"]["spec"]
+    assert pods["clusterIP"] == "None"
+    assert pods["selector"] == found["Service", "latentd"]["spec"]["selector"]
+    front = found["Deployment", "latentd-gateway"]["spec"]["template"]
+    assert gateway["selector"].items() <= front["metadata"]["labels"].items()
+    assert not pods["selector"].items() <= front["metadata"]["labels"].items()
+    (written,) = (each["data"]["haproxy.cfg"] for (kind, _), each in found.items() if kind == "ConfigMap")
+    assert f"latentd-pods:{pods['ports'][0]['port']}\n" in written
+    assert f"bind :{front['spec']['containers'][0]['ports'][0]['containerPort']}\n" in written
+
+
+@pytest.mark.skipif(shutil.which("haproxy") is None, reason="needs haproxy")
+def test_haproxy_reads_the_gateways_configuration():
+    file = KUBERNETES / "components/hashing/haproxy.cfg"
+    done = subprocess.run(["haproxy", "-c", "-f", str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("overlay", "count"), [(EVERYTHING, 5), (HASHED, 10)], ids=["everything", "hashed"])
+def test_it_is_what_the_schemas_want(kustomize, overlay, count):
     """Those of Kubernetes itself; custom resources are the operators' own."""
     kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="the extra `deploy` is not installed")
-    own = [each for each in built if each["kind"] not in ("PodMonitor", "ScaledObject")]
-    assert len(own) == 5
+    own = [each for each in kustomize(overlay) if each["kind"] not in CUSTOM]
+    assert len(own) == count
     for document in own:
         kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)

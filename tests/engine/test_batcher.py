@@ -266,7 +266,19 @@ async def test_lower_ranks_wait_for_all_work_and_count_as_no_wait(batcher):
     assert batcher.wait_seconds() > 0
     taken = [await batcher.take() for _ in range(4)]
     assert {id(each[0]) for each in taken[:2]} == {id(each) for each in work}
-    assert taken[2:] == [[later], [spare]]
+    assert taken[2:] == [[spare], [later]]
+
+
+@pytest.mark.parametrize("ranks", [("spare", "later"), ("later", "spare")])
+async def test_the_lower_ranks_take_turns_however_many_of_one_come(batcher, ranks):
+    many, few = ranks
+    first, second = (put(batcher, B, rank=many) for _ in range(2))
+    assert await batcher.take() == [first, second]
+    put(batcher, B, rank=many)
+    one = put(batcher, A, rank=few)
+    assert await batcher.take() == [one]
+    put(batcher, A, rank=few)
+    assert (await batcher.take())[0].task.rank == many
 
 
 @pytest.mark.parametrize(("device", "said", "most"), [("cpu", None, 1 << 18), ("cuda", None, 4 << 20), ("cpu", 7, 7)])

@@ -6,6 +6,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import Route
 from safetensors.numpy import load, save
 
 from tests.page.visit import TAEF2
@@ -233,7 +234,8 @@ def test_of_several_paintings_the_last_one_counts(visit):
 
 
 def test_a_slow_decode_of_what_was_painted_is_preceded_by_a_preview(visit):
-    page, held = visit.page, []
+    page = visit.page
+    held: list[Route] = []
     painted: list[bool] = []
     visit.open("#model=latentd-small")
     # The first decode says that it was slow, later ones are held, and the preview's map is there already.

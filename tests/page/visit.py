@@ -88,7 +88,8 @@ class Visit:
         )
 
     def give(self, name: str, content: bytes, kind: str = "application/octet-stream") -> None:
-        """Chooses a file."""
+        """Chooses a file; `settle` then waits for the answers to it, and takes no earlier ones for them."""
+        self.page.evaluate("document.querySelectorAll('.card').forEach(each => each.setAttribute('aria-busy', 'true'))")
         self.page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": content})
 
     def facts(self, card: int = 0) -> dict[str, str]:
@@ -114,7 +115,7 @@ def visiting(
     """A fresh visitor, checked at the end."""
     scheme: Literal["dark", "light"] = "dark" if dark else "light"
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-    context.set_default_timeout(30_000)
+    context.set_default_timeout(120_000)  # the first decode of a busy machine
     try:
         visit = Visit(context.new_page(), base)
         yield visit

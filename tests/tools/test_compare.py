@@ -2,7 +2,6 @@ import json
 import shutil
 from pathlib import Path
 
-import httpx
 import pytest
 from PIL import Image
 
@@ -11,7 +10,7 @@ from app.settings import Settings
 from app.tools import compare as module
 from app.tools.compare import compare_models
 from app.wire.npz import write_zip
-from tests.service import listening, picture
+from tests.service import listening, picture, saying, told
 
 
 @pytest.fixture
@@ -21,9 +20,8 @@ def image(tmp_path) -> Path:
     return path
 
 
-def zipped(numbers: bytes) -> httpx.Response:
-    body = write_zip([("sheet.png", b""), ("numbers.json", numbers)])
-    return httpx.Response(200, content=body, headers={"content-type": "application/zip"})
+def zipped(numbers: bytes) -> bytes:
+    return told(200, "application/zip", write_zip([("sheet.png", b""), ("numbers.json", numbers)]))
 
 
 def run(image, output, models, *names, url=None, as_json=False) -> int:
@@ -96,20 +94,17 @@ def test_a_sheet_that_has_no_place_is_refused_before_anything_is_asked(image, tm
 @pytest.mark.parametrize(
     "answer",
     [
-        httpx.Response(200, content=b"PK no zip", headers={"content-type": "application/zip"}),
-        httpx.Response(200, content=b"<html>", headers={"content-type": "text/html"}),
-        httpx.Response(404, content=b"", headers={"content-type": "application/zip"}),
+        told(200, "application/zip", b"PK no zip"),
+        told(200, "text/html", b"<html>"),
+        told(404, "application/zip"),
         zipped(b"{}"),
         zipped(b'{"image_size": "1x1", "models": [{}]}'),
     ],
     ids=["torn", "html", "404", "no numbers", "no model"],
 )
-def test_somebody_elses_service_is_one_error(image, tmp_path, answer, monkeypatch):
-    client = httpx.AsyncClient
-    transport = httpx.MockTransport(lambda request: answer)
-    monkeypatch.setattr("app.tools.folders.httpx.AsyncClient", lambda **options: client(transport=transport, **options))
-    with pytest.raises(ServiceError, match="zip"):
-        run(image, tmp_path / "sheet.png", Path("nowhere"), url="http://else.where")
+def test_somebody_elses_service_is_one_error(image, tmp_path, answer):
+    with saying(answer) as url, pytest.raises(ServiceError, match="zip"):
+        run(image, tmp_path / "sheet.png", Path("nowhere"), url=url)
     assert not (tmp_path / "sheet.png").exists()
 
 

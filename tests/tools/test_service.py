@@ -1,5 +1,5 @@
-import asyncio
 import errno
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -38,7 +38,7 @@ async def test_what_has_no_room_is_asked_again_when_it_says_and_not_for_ever(mon
             return httpx.Response(status, headers={"Retry-After": header} if header else {})
         return httpx.Response(200)
 
-    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr("app.tools.service.asyncio", SimpleNamespace(sleep=sleep))
     async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://x") as client:
         response = await post(client, "/decode", content=b"body")
     times = min(full, AGAIN)

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from app.engine import compute
 from app.engine.forecast import count, network_shape
 from app.engine.jobs import Task
 from app.engine.planning import ExecutionPlan
+from app.errors import UnsupportedCheckpoint
 from app.execution.banded import Banded, gather
 from app.execution.primitive import Whole
 from app.store.checkpoint import blank, load_autoencoder
@@ -106,6 +108,22 @@ RANDOM: dict[str, Callable[[random.Random], Config]] = {
 
 def shapes_of(config: Config) -> Shapes:
     return {key: tuple(value.shape) for key, value in blank(config).state_dict().items()}
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (0, 8, 3, 3), (8, 0, 3, 3), (8,) * 5, (1,) * 6], ids=str)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_whatever_shape_a_tensor_has_is_read_or_refused(name, shape):
+    row = ARCHITECTURES[name]
+    network = blank(RANDOM[name](random.Random(1))).state_dict()
+    published = canonical({key: torch.zeros(value.shape) for key, value in network.items()})
+    whole = {key: tuple(value.shape) for key, value in published.items()}
+    configs = set()
+    for key in whole:
+        with suppress(UnsupportedCheckpoint):
+            configs.add(row.configure(whole | {key: row.shape(key, shape)}, None))
+        list(row.resident(key, torch.zeros(row.shape(key, shape), device="meta")))
+    for config in configs:
+        blank(config)
 
 
 @pytest.mark.parametrize("seed", range(8))

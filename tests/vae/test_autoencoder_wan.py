@@ -1,5 +1,6 @@
 """Parity with diffusers on random weights, for pictures: a clip of one frame there."""
 
+import math
 from collections import deque
 from typing import Any
 
@@ -77,6 +78,16 @@ def test_decoded_pictures_end_at_black_and_white():
     decoded = ours(model).decode(Whole(), latents)
     assert (decoded.min(), decoded.max()) == (-1, 1)
     assert_same(decoded, model.decode(latents[:, :, None]).sample[:, :, 0])
+
+
+@pytest.mark.parametrize("execution", [Whole(), STRIPS], ids=["whole", "strips"])
+@torch.inference_mode()
+def test_what_overflows_last_is_not_taken_for_black_or_white(execution):
+    vae = ours(reference())
+    vae.get_parameter("decoder.head.2.bias").copy_(torch.tensor([math.inf, -math.inf, 0.0]))
+    decoded = gather(execution, vae.decode, torch.randn(1, 16, 4, 4))
+    assert decoded.isnan().flatten(2).all(2).tolist() == [[True, True, False]]
+    assert decoded[:, 2].isfinite().all()
 
 
 @pytest.mark.parametrize("execution", [STRIPS, RECOMPUTE], ids=str)

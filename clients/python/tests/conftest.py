@@ -1,11 +1,31 @@
 """The fixtures of the service's own tests: these run against a real one. And VAEs of diffusers, there and here."""
 
+import asyncio
+
 import pytest
 
+from latentd_client import AsyncClient, Client
 from tests.conftest import _no_settings, anyio_backend, models
 from tests.service import listening
 
 __all__ = ["_no_settings", "anyio_backend", "models"]
+
+
+@pytest.fixture(params=["blocking", "async"])
+def do(request):
+    """do(url, method, *arguments, client={...}, **keywords), in one of the shells."""
+
+    def blocking(url, method, *args, client=None, **kwargs):
+        with Client(url, **(client or {})) as shell:
+            found = getattr(shell, method)(*args, **kwargs)
+            return list(found) if method.endswith("many") else found
+
+    async def awaited(url, method, *args, client=None, **kwargs):
+        async with AsyncClient(url, **(client or {})) as shell:
+            found = getattr(shell, method)(*args, **kwargs)
+            return [each async for each in found] if method.endswith("many") else await found
+
+    return blocking if request.param == "blocking" else lambda *args, **kw: asyncio.run(awaited(*args, **kw))
 
 
 @pytest.fixture(scope="session")

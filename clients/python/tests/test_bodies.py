@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentd_client import UnexpectedAnswer
 from latentd_client.bodies import (
     AVIF,
     LATENTS,
@@ -102,8 +103,22 @@ def test_what_came_as_an_array():
         array_of(b"", ZIP)
     hostile = io.BytesIO()
     np.save(hostile, np.array([object()]), allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with pytest.raises(UnexpectedAnswer, match=r"not the \.npy"):
         array_of(hostile.getvalue(), NPY)
+
+
+@pytest.mark.parametrize("shape", ["(1, 2)", "(1, 4)", "(99999999999, 9999999999)", "(9, 2)", f"({'9' * 70}, 1)", "()"])
+def test_a_shape_that_lies_is_not_believed(shape):
+    content = npy(np.zeros((1, 3), np.float16))
+    with pytest.raises(UnexpectedAnswer):
+        array_of(content.replace(b"(1, 3)", shape.encode()), NPY)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00\xff\xff" + b"-" * 70_000, b"<html>"])
+@pytest.mark.parametrize("media", [NPY, PNG, AVIF])
+def test_what_is_not_of_its_type_is_told(content, media):
+    with pytest.raises(UnexpectedAnswer):
+        array_of(content, media)
 
 
 def test_the_type_is_that_of_the_name(tmp_path):

@@ -10,11 +10,11 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import httpx
 
 from latentd_client import calls
-from latentd_client.parts import Parts
+from latentd_client.parts import Parts, endless
 from latentd_client.progress import counting
 from latentd_client.results import Decoded
 from latentd_client.shell import Shell, arguments
-from latentd_client.steps import Policy, Send, Step, Steps, Wait, broken
+from latentd_client.steps import Body, Policy, Send, Step, Steps, Wait, broken
 
 P = ParamSpec("P")
 A = TypeVar("A")
@@ -93,19 +93,25 @@ class AsyncClient(Shell):
         try:
             look = calls.look(stream)
             async with self._http.stream(look.method, look.path, **arguments(look)) as response:
-                if response.is_error:
-                    await response.aread()
-                parts = Parts(response)
+                parts = Parts(response if endless(response) else await self._whole(response, look))
                 yield (picture async for data in response.aiter_raw() for picture in parts.feed(data))
         except httpx.RequestError as error:
             raise broken(error) from error
 
     async def _do(self, step: Step) -> Any:
         if isinstance(step, Send):
-            return await self._http.request(step.method, step.path, **arguments(step))
+            async with self._http.stream(step.method, step.path, **arguments(step)) as response:
+                return await self._whole(response, step)
         if isinstance(step, Wait):
             return await asyncio.sleep(step.seconds)
         return await asyncio.to_thread(step.function)
+
+    async def _whole(self, response: httpx.Response, send: Send) -> httpx.Response:
+        body = Body(response, send)
+        async for data in response.aiter_bytes():
+            if not body.feed(data):
+                break
+        return body.whole()
 
     async def _in_order(self, one: Callable[[A], Awaitable[T]], items: Iterable[A]) -> AsyncGenerator[T]:
         waiting: deque[asyncio.Future[T]] = deque()

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import struct
 import zlib
 from contextlib import suppress
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from latentd_client.errors import UnexpectedAnswer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -100,17 +103,38 @@ def npy(array: Array) -> bytes:
 def array_of(content: bytes, media: str) -> Array:
     """An .npy as an array, a PNG, JPEG, WebP or AVIF as uint8 (1, H, W, 3), with alpha (1, H, W, 4).
 
-    Raises ValueError for other types.
+    Raises ValueError for other types, and UnexpectedAnswer for content that is not of its type.
     """
     if media == NPY:
-        array: Array = np.load(io.BytesIO(content), allow_pickle=False)
-        return array
+        return _npy_array(content)
     if media in (PNG, JPEG, WEBP, AVIF):
         from PIL import Image
 
-        with Image.open(io.BytesIO(content)) as picture:
-            return np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))[None]
+        try:
+            with Image.open(io.BytesIO(content)) as picture:
+                return np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))[None]
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UnexpectedAnswer(f"not a picture of {media}: {error}") from error
     raise ValueError(f"{media} is no single array: its bytes are in `content`")
+
+
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([|<][uf]\d)', 'fortran_order': False, 'shape': \(([\d, ]{1,80})\), \} *\n",
+    re.DOTALL,
+)
+"""The beginning of an .npy as the service and numpy write it, of whole numbers without a sign and floats."""
+
+
+def _npy_array(content: bytes) -> Array:
+    """Its shape is believed where it has as many bytes. Raises UnexpectedAnswer."""
+    found = _NPY.match(content)
+    if found is None:
+        raise UnexpectedAnswer(f"not the .npy of an array: {content[:80]!r}")
+    shape = [int(side) for side in found[2].split(b",") if side.strip()]
+    try:
+        return np.frombuffer(bytearray(memoryview(content)[found.end() :]), np.dtype(found[1].decode())).reshape(shape)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UnexpectedAnswer(f"an .npy of {shape} with {len(content) - found.end()} bytes: {error}") from error
 
 
 def media_of(path: Pathname, known: dict[str, str]) -> str:

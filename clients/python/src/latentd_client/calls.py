@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -39,6 +40,8 @@ How = Literal["true", "linear", "tiny"]
 """A preview by a tiny autoencoder, by a linear map, or by the first of these that there is."""
 ONE = {suffix: media for suffix, media in PICTURES.items() if media not in (NPY, ZIP)}
 JSON = frozenset({"application/json"})
+SHEET_BYTES = 512 << 20
+"""Of a part of a comparison: 64 models have a sheet of 4096 x 4096 pixels."""
 
 T = TypeVar("T")
 
@@ -227,17 +230,25 @@ def compare(
     response = yield from exchange(policy, send, frozenset({ZIP}), timeout)
     try:
         with zipfile.ZipFile(io.BytesIO(response.content)) as both:
-            return Comparison.of(json.loads(both.read("numbers.json")), both.read("sheet.png"))
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+            return Comparison.of(json.loads(_member(both, "numbers.json")), _member(both, "sheet.png"))
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise UnexpectedAnswer(f"not the zip of a comparison: {error}") from error
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Raises ValueError for what would unpack into more than a sheet has."""
+    found = archive.getinfo(name)
+    if found.file_size > SHEET_BYTES:
+        raise ValueError(f"{name} has {found.file_size} bytes; at most {SHEET_BYTES} are read")
+    return archive.read(found)
 
 
 def _parsed(response: httpx.Response, parse: Callable[[Any], T]) -> T:
     """A JSON answer. Raises UnexpectedAnswer for one that is not what latentd sends."""
     try:
         return parse(response.json())
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnexpectedAnswer(f"JSON, but not latentd's: {response.text[:80]!r}", status=200) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UnexpectedAnswer(f"JSON, but not latentd's: {response.content[:80]!r}", status=200) from error
 
 
 def _params(**given: Any) -> dict[str, str]:

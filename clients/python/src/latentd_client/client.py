@@ -11,11 +11,11 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import httpx
 
 from latentd_client import calls
-from latentd_client.parts import Parts
+from latentd_client.parts import Parts, endless
 from latentd_client.progress import counting
 from latentd_client.results import Decoded
 from latentd_client.shell import Shell, arguments
-from latentd_client.steps import Policy, Send, Step, Steps, Wait, broken
+from latentd_client.steps import Body, Policy, Send, Step, Steps, Wait, broken
 
 P = ParamSpec("P")
 A = TypeVar("A")
@@ -89,19 +89,25 @@ class Client(Shell):
         try:
             look = calls.look(stream)
             with self._http.stream(look.method, look.path, **arguments(look)) as response:
-                if response.is_error:
-                    response.read()
-                parts = Parts(response)
+                parts = Parts(response if endless(response) else self._whole(response, look))
                 yield (picture for data in response.iter_raw() for picture in parts.feed(data))
         except httpx.RequestError as error:
             raise broken(error) from error
 
     def _do(self, step: Step) -> Any:
         if isinstance(step, Send):
-            return self._http.request(step.method, step.path, **arguments(step))
+            with self._http.stream(step.method, step.path, **arguments(step)) as response:
+                return self._whole(response, step)
         if isinstance(step, Wait):
             return time.sleep(step.seconds)
         return step.function()
+
+    def _whole(self, response: httpx.Response, send: Send) -> httpx.Response:
+        body = Body(response, send)
+        for data in response.iter_bytes():
+            if not body.feed(data):
+                break
+        return body.whole()
 
     def _in_order(self, one: Callable[[A], T], items: Iterable[A]) -> Generator[T]:
         pool = ThreadPoolExecutor(self.at_once, "latentd")

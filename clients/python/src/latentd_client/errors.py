@@ -232,12 +232,14 @@ def error_of(response: httpx.Response, media: frozenset[str]) -> LatentdError | 
     retry_after = seconds(response.headers.get("retry-after"))
     try:
         problem = response.json() if came == PROBLEM else None
-    except ValueError:
+    except (ValueError, RecursionError):
         problem = None
-    if not isinstance(problem, dict):
+    if not isinstance(problem, dict) or not problem.keys() >= {"code", "detail"}:
         expected = " or ".join(sorted(media)) or "no content"
+        to = response.headers.get("location")  # not followed: a key is for one address
+        got = f"{came or 'of no type'}" if to is None else f"to {to}"
         return UnexpectedAnswer(
-            f"expected {expected}, got HTTP {response.status_code} {came or 'of no type'}",
+            f"expected {expected}, got HTTP {response.status_code} {got}",
             status=response.status_code,
             retryable=response.status_code in (429, 502, 503, 504),  # what a proxy says of a service that restarts
             retry_after=retry_after,
@@ -260,5 +262,5 @@ def seconds(retry_after: str | None) -> float | None:
         return float(text)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None

@@ -12,8 +12,14 @@ MOST = 64 << 20
 """Bytes of a part, and of its head."""
 
 
+def endless(response: httpx.Response) -> bool:
+    """Whether an answer is one of parts; any other is read whole."""
+    came: str = response.headers.get("content-type", "")
+    return response.status_code == httpx.codes.OK and came.partition(";")[0].strip() == MIXED
+
+
 class Parts:
-    """Of one answer, whose body has been read if it is an error."""
+    """Of one answer, which has been read if it is not one of parts."""
 
     def __init__(self, response: httpx.Response) -> None:
         """Raises LatentdError for an answer of another type."""

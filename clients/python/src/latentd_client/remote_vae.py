@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from latentd_client.bodies import Array
 from latentd_client.calls import Precision, Tiling
 from latentd_client.client import Client
-from latentd_client.errors import UnsupportedCheckpoint
+from latentd_client.errors import UnexpectedAnswer, UnsupportedCheckpoint
 from latentd_client.results import Decoded, Encoded, Model
 
 log = logging.getLogger("latentd_client")
@@ -90,8 +90,11 @@ class RemoteVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has
             **self._options,
         )
         _tell(answer)
-        found = _framed(_tensor(answer.array, x), x)
-        if answer.posterior == "point":
+        point = answer.posterior == "point"
+        rows, columns = (side // self.config.spatial_compression_ratio for side in x.shape[-2:])
+        channels = self.config.latent_channels * (1 if point else 2)
+        found = _framed(_tensor(_shaped(answer, (len(x), channels, rows, columns)), x), x)
+        if point:
             return PointOutput(latents=found) if return_dict else (found,)
         posterior = DiagonalGaussianDistribution(found)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
@@ -108,7 +111,9 @@ class RemoteVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has
             _array(z), model=self.config.model, convention="raw", dtype=_travels(z), **self._options
         )
         _tell(answer)
-        sample = _framed(_tensor(answer.array.transpose(0, 3, 1, 2), z), z)
+        rows, columns = (side * self.config.spatial_compression_ratio for side in z.shape[-2:])
+        pictures = _shaped(answer, (len(z), rows, columns, self.config.out_channels))
+        sample = _framed(_tensor(pictures.transpose(0, 3, 1, 2), z), z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
@@ -180,6 +185,13 @@ def _travels(x: Tensor) -> Literal["float16", "float32"]:
 
 def _array(x: Tensor) -> Array:
     return np.asarray(x.detach().to("cpu", getattr(torch, _travels(x))))
+
+
+def _shaped(answer: Encoded | Decoded, shape: tuple[int, ...]) -> Array:
+    """The array of an answer. Raises UnexpectedAnswer for one of another shape."""
+    if answer.array.shape != shape:
+        raise UnexpectedAnswer(f"{answer.model}: expected an array of {shape}, got {answer.array.shape}")
+    return answer.array
 
 
 def _framed(tensor: Tensor, like: Tensor) -> Tensor:

@@ -170,6 +170,8 @@ class Comparison:
 
 
 def _known(kind: type[Any], row: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise TypeError(f"expected a row, got {row!r:.40}")
     names = {each.name for each in fields(kind)}
     return {key: value for key, value in row.items() if key in names}
 

@@ -31,7 +31,9 @@ class Shell(ABC):
     ) -> None:
         self.policy = policy or Policy(timeout, retries)
         self.at_once, self.progress = at_once, progress
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        headers = {"Accept-Encoding": "identity"}
+        if api_key is not None:
+            headers["Authorization"] = f"Bearer {api_key}"
         self._connect(base_url=url, headers=headers, timeout=None, transport=transport)
 
     @abstractmethod

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.wan_memory`: the memory of a picture's decode by Qwen-Image's VAE, beside diffusers.
+"""`python -m benchmarks.qwen_memory`: the memory of a picture's decode by Qwen-Image's VAE, beside diffusers.
 
 Each way runs once in a process of its own, on random weights of the real width in float32: seconds, tensors counted,
 pages resident, and how far its picture is from the one that the same program makes in one go. `--picture` writes the
-differences, amplified; a way that does not fit the machine is left out with `--ways`, its forecast is printed.
+differences, amplified. Of a way that `--ways` leaves out, as it does not fit the machine, there is only the forecast.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,20 +24,20 @@ from torch import Tensor, nn
 
 from app.allocator import give_back, keep_pages
 from app.engine.forecast import CountingMode
-from app.execution.banded import RECOMPUTE, STRIPS, AnyExecution, Banded, execute, forecast_bytes
+from app.execution.banded import STRIPS, AnyExecution, Banded, execute, forecast_bytes
 from app.execution.footprint import whole_elements
 from app.execution.primitive import Whole
 from app.execution.program import record
 from benchmarks.pairs import table
+from benchmarks.published import inputs, networks, peer
 from benchmarks.seams import LABEL, amplified, levels
 from benchmarks.tiling import deviation
-from benchmarks.wan import inputs, networks, peer
 
 ARCHITECTURE = "wan21"
-EXECUTIONS: dict[str, AnyExecution] = {"whole": Whole(), "strips": STRIPS, "recompute": RECOMPUTE}
+EXECUTIONS: dict[str, AnyExecution] = {"whole": Whole(), "strips": STRIPS}  # norms are pointwise: nothing to recompute
 WAYS = (*EXECUTIONS, "diffusers", "diffusers tiled")
 HEADER = ("px", "way", "max Δ, of the range", "PSNR, dB", "forecast, GB", "counted, GB", "resident, GB", "s")
-AMPLIFIED = {"diffusers tiled": 8.0, "strips": 10_000.0, "recompute": 10_000.0}
+AMPLIFIED = {"diffusers tiled": 8.0, "strips": 10_000.0}
 
 
 def untiled(way: str) -> str:
@@ -51,8 +52,13 @@ def runner(way: str, side: int) -> tuple[nn.Module, Callable[[Tensor], Iterator[
     if way in EXECUTIONS:
         keep_pages()
         return ours, partial(execute, EXECUTIONS[way], ours.decode), x
-    (theirs.enable_tiling if way.endswith("tiled") else theirs.disable_tiling)()
+    tile(theirs, way)
     return theirs, lambda latents: iter([(0, peer(theirs, "decode", latents))]), x
+
+
+def tile(theirs: Any, way: str) -> None:
+    """Has diffusers decode tile by tile, or not."""
+    (theirs.enable_tiling if way.endswith("tiled") else theirs.disable_tiling)()
 
 
 @torch.inference_mode()
@@ -93,16 +99,23 @@ def drain(bands: Iterator[tuple[int, Tensor]]) -> None:
         del band
 
 
-def forecast(way: str, side: int) -> int | None:
-    """Bytes by arithmetic, of our ways."""
+def forecast(way: str, side: int) -> int:
+    """Bytes by arithmetic: ours of the program, diffusers' of its tensors on torch's meta device."""
+    theirs, ours = networks(ARCHITECTURE)
+    latents = inputs(ours, side)["decode"]
     if way not in EXECUTIONS:
-        return None
-    _, ours = networks(ARCHITECTURE)
-    shape = tuple(inputs(ours, side)["decode"].shape)
-    execution = EXECUTIONS[way]
+        tile(theirs.to("meta"), way)
+        with CountingMode(theirs.parameters()) as live, torch.inference_mode():
+            peer(theirs, "decode", latents.to("meta"))
+        return int(live.peak)
+    execution, shape = EXECUTIONS[way], tuple(latents.shape)
     if isinstance(execution, Banded):
         return forecast_bytes(execution, ours.decode, shape, torch.float32, torch.device("cpu"))
     return whole_elements(record(ours.decode, shape)) * torch.float32.itemsize
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f}"
 
 
 def sheet(pictures: dict[str, Tensor], output: Path, side: int) -> None:
@@ -139,27 +152,24 @@ def main() -> None:
         folder = args.keep or Path(scratch)
         pictures: dict[str, Tensor] = {}
         rows = []
-        for way in args.ways:
+        for way in WAYS:
+            if way not in args.ways:
+                rows.append([str(args.side), way, "", "", gigabytes(forecast(way, args.side)), "", "", ""])
+                continue
             output, told = folder / f"{way} {args.side}.npy", folder / f"{way} {args.side}.json"
             if not told.exists():
-                command = [sys.executable, "-m", "benchmarks.wan_memory", "--child", way, "--side", str(args.side)]
+                command = [sys.executable, "-m", "benchmarks.qwen_memory", "--child", way, "--side", str(args.side)]
                 answer = subprocess.run([*command, "--keep", str(output)], stdout=subprocess.PIPE, check=True).stdout
                 told.write_bytes(answer)
             figures = json.loads(told.read_text())
             pictures[way] = torch.from_numpy(np.load(output, mmap_mode="c"))
-            expected, apart = forecast(way, args.side), ["", ""]
+            apart = ["", ""]
             if untiled(way) != way and untiled(way) in pictures:
                 most, _, psnr = deviation(pictures[way], pictures[untiled(way)])
                 apart = [f"{most:.1e}", f"{psnr:.1f}"]
-            sizes = (expected, figures["counted"], figures["resident"])
-            cells = [f"{size / 1e9:.2f}" if size is not None else "" for size in sizes]
-            rows.append([str(args.side), way, *apart, *cells, f"{figures['seconds']:.0f}"])
-        print(
-            table(
-                ("px", "way", "max Δ, of the range", "PSNR, dB", "forecast, GB", "counted, GB", "resident, GB", "s"),
-                rows,
-            )
-        )
+            sizes = (forecast(way, args.side), figures["counted"], figures["resident"])
+            rows.append([str(args.side), way, *apart, *map(gigabytes, sizes), f"{figures['seconds']:.0f}"])
+        print(table(HEADER, rows))
         if args.picture:
             sheet(pictures, args.picture, args.side)
 

@@ -1,6 +1,7 @@
-"""`python -m benchmarks.wan`: pictures through VAEs of clips at their real widths, beside diffusers, random weights.
+"""`python -m benchmarks.published`: pictures through VAEs at the widths they are published with, beside diffusers.
 
-diffusers runs its clip of one frame; ours is the two-dimensional network, in one go and in strips. All in one process,
+Weights are random. Of a VAE of clips diffusers runs a clip of one frame; ours is the two-dimensional network. Each runs
+in one go and in strips. All in one process,
 in turns, in float32; each figure is a median, differences are of the range of diffusers' output. With `--precisions`
 instead: ours in half precision beside ours in float32.
 """
@@ -13,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage21, AutoencoderKLWan
+from diffusers import AutoencoderDC, AutoencoderKLHunyuanImage, AutoencoderKLQwenImage21, AutoencoderKLWan
 from torch import Tensor
 
 from app.execution.banded import STRIPS, gather
@@ -22,6 +23,8 @@ from app.vae.architectures import ARCHITECTURES
 from app.vae.autoencoder import Autoencoder
 from benchmarks.pairs import alternate, milliseconds, speedup, table
 
+WIDTHS = (128, 256, 512, 512, 1024, 1024)  # of Sana's and of HunyuanImage 2.1's
+
 PEERS: dict[str, Callable[[], Any]] = {
     # of each architecture: diffusers' class with the options of the published config.json
     "wan21": AutoencoderKLWan,
@@ -29,6 +32,28 @@ PEERS: dict[str, Callable[[], Any]] = {
         base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2
     ),
     "qwenimage21": AutoencoderKLQwenImage21,
+    "dc": lambda: AutoencoderDC(
+        latent_channels=32,
+        encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        encoder_block_out_channels=WIDTHS,
+        decoder_block_out_channels=WIDTHS,
+        encoder_layers_per_block=(2, 2, 2, 3, 3, 3),
+        decoder_layers_per_block=(3,) * 6,
+        encoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)),
+        decoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)),
+        upsample_block_type="interpolate",
+        downsample_block_type="Conv",
+    ),
+    "hunyuan": lambda: AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=64,
+        block_out_channels=WIDTHS,
+        layers_per_block=2,
+        spatial_compression_ratio=32,
+        sample_size=384,
+    ),
 }
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LAST = torch.channels_last
@@ -61,10 +86,15 @@ def inputs(ours: Autoencoder, side: int) -> dict[str, Tensor]:
 
 
 def peer(theirs: Any, op: str, x: Tensor) -> Tensor:
-    """The same of diffusers: pixels, or moments."""
-    clip = x.contiguous()[:, :, None]
-    found: Tensor = theirs.decode(clip).sample if op == "decode" else theirs.encode(clip).latent_dist.parameters
-    return found[:, :, 0]
+    """The same of diffusers: pixels, or moments, or the latents of a network that has no moments."""
+    clips = hasattr(theirs, "temperal_downsample")
+    given = x.contiguous().unsqueeze(2) if clips else x.contiguous()
+    if op == "decode":
+        found: Tensor = theirs.decode(given).sample
+    else:
+        encoded = theirs.encode(given)
+        found = encoded.latent if isinstance(theirs, AutoencoderDC) else encoded.latent_dist.parameters
+    return found[:, :, 0] if clips else found
 
 
 def network_of(ours: Autoencoder, op: str) -> Network:
@@ -116,10 +146,11 @@ def distance(found: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 def timed(run: Run) -> float:
-    """Seconds of one run."""
-    began = time.perf_counter()
+    """Seconds of one run: of the processor where there is one thread, which others on the machine do not prolong."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
     run()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def main() -> None:
@@ -127,8 +158,10 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="+", default=["wan21"], choices=PEERS)
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--precisions", action="store_true")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     cases = [(architecture, side) for architecture in args.architectures for side in args.sides]
     if args.precisions:
         rows = [row for case in cases for row in precisions(*case)]
