@@ -22,6 +22,8 @@ NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x
 TORCH = "application/x-pytorch"  # is read and never written
 PNG, JPEG, WEBP, AVIF, ZIP = "image/png", "image/jpeg", "image/webp", "image/avif", "application/zip"
 PICTURES = (PNG, JPEG, WEBP, AVIF)  # that one picture is answered as
+APNG, MULTIPART = "image/apng", "multipart/mixed"
+VIDEOS = ("video/mp4", "video/webm", "video/x-matroska")  # with the extra latentd[video]
 JSON, OCTETS = "application/json", "application/octet-stream"
 _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
@@ -61,12 +63,17 @@ def pictures_body(media: str, arrays: list[np.ndarray], quality: int | None) -> 
 
 def without_alpha(media: str, checkpoint: Checkpoint) -> str | None:
     """What is to be said where a model's pictures have alpha and their file has none."""
-    lost = media in OPAQUE and checkpoint.config.pixel_channels == 4
+    lost = media in (*OPAQUE, *VIDEOS) and checkpoint.config.pixel_channels == 4
     return f"{media} has no alpha: the picture is laid over white" if lost else None
 
 
 def answer(body: bytes, kind: str, done: Done, clock: Clock, origin: Origin) -> Response:
     """A body of this Content-Type, and headers that say what happened to it."""
+    return Response(body, media_type=kind, headers=answer_headers(done, clock, origin))
+
+
+def answer_headers(done: Done, clock: Clock, origin: Origin) -> dict[str, str]:
+    """What happened, as headers."""
     told = next((result for result in done.results if result.reason), done.results[0])
     checkpoint = done.task.checkpoint
     headers = {
@@ -84,7 +91,7 @@ def answer(body: bytes, kind: str, done: Done, clock: Clock, origin: Origin) -> 
         headers["X-Plan-Reason"] = told.reason
     if done.warning:
         headers["X-Warning"] = header_value(done.warning)
-    return Response(body, media_type=kind, headers=headers)
+    return headers
 
 
 def accepted(request: Request) -> str:

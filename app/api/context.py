@@ -45,6 +45,14 @@ class Limits:
         if (total := times * sum(width * height for width, height in sizes)) > self.pixels:
             raise TooLarge(f"{total} pixels in one request; at most {self.pixels} are accepted")
 
+    def check_clip(self, size: tuple[int, int], frames: int) -> None:
+        """Raises TooLarge for so many frames of a size (width, height): each too large, or all together."""
+        self.check([size])
+        if (total := frames * size[0] * size[1]) > self.pixels:
+            raise TooLarge(
+                f"{frames} frames of {size[0]}x{size[1]} are {total} pixels; at most {self.pixels} are accepted"
+            )
+
     def check_items(self, count: int) -> None:
         """Raises TooLarge for more pictures than a request may bring."""
         if count > self.items:

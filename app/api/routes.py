@@ -10,14 +10,17 @@ import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
 from app.api.answer import (
+    APNG,
     AVIF,
     JPEG,
+    MULTIPART,
     NPY,
     NPZ,
     PICTURES,
     PNG,
     SAFETENSORS,
     TORCH,
+    VIDEOS,
     WEBP,
     ZIP,
     accepted,
@@ -28,9 +31,11 @@ from app.api.answer import (
     pictures_body,
     without_alpha,
 )
+from app.api.clips import decode_clip, either_way, is_clip
 from app.api.context import GUARD, Limits, Shared
 from app.api.door.body import deadline_of, read_body, read_pictures
 from app.api.door.form import Part, naming
+from app.api.encode_clip import encode_clip
 from app.api.latents import WayBack, check_family, convention_of, warning, way_back
 from app.api.openapi import DECODED, ENCODED, LATENTS_FAMILY, PROBLEM, WORK, answers, problems, request_body
 from app.api.preview import preview
@@ -44,6 +49,8 @@ from app.wire.fit import Fit, fit, fitted_size
 from app.wire.images import check_sides
 from app.wire.origin import origin_of, restore
 from app.wire.pixels import PixelsHeader, check_channels, pixels_header, read_pixels
+from app.wire.reels import is_video
+from app.wire.spec import CLIPS
 
 NAMED = 4  # animated pictures that a warning tells of
 
@@ -70,6 +77,8 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     checkpoint = await resolved(request, query.model, shared)
     shared.engine.check_open(checkpoint)
     files = await read_pictures(request, shared.limits.body_bytes)
+    if query.frames is not None or is_video(files[0].content):
+        return await encode_clip(request, query, checkpoint, files, deadline, clock, shared)
     with clock.stage("read"):
         headers = await asyncio.to_thread(_headers, files, shared.limits)
     sizes = [header.size for header in headers for _ in range(header.count)]
@@ -124,13 +133,14 @@ async def encode(request: Request, query: Annotated[EncodeQuery, Query()], share
     "/decode",
     response_class=Response,
     responses=answers(
-        "A picture; several as zip or npy, (N, H, W, 3 or 4)",
-        (PNG, JPEG, WEBP, AVIF, ZIP, NPY),
+        "A picture; several as zip or npy, (N, H, W, 3 or 4); of a clip, its frames as they are decoded",
+        (PNG, JPEG, WEBP, AVIF, ZIP, NPY, APNG, MULTIPART, *VIDEOS),
         DECODED,
     )
     | problems(409, *WORK),
     openapi_extra=request_body(
-        "Latents, (C, h, w) or (N, C, h, w); a .npz, or a list of torch.save's, may hold several shapes.",
+        "Latents, (C, h, w) or (N, C, h, w); a .npz, or a list of torch.save's, may hold several shapes. Of a clip "
+        "(1, C, T, h, w).",
         (NPY, NPZ, SAFETENSORS, TORCH),
         headers=[LATENTS_FAMILY],
     ),
@@ -144,7 +154,13 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
     shared.engine.check_open(checkpoint)
     body = await read_body(request, shared.limits.body_bytes)
     with clock.stage("read"):
-        header = await asyncio.to_thread(latent_shape, body)
+        header = await asyncio.to_thread(latent_shape, body, CLIPS)
+    if is_clip(header, checkpoint):
+        return await decode_clip(request, query, checkpoint, body, header, deadline, clock, shared)
+    if query.fps is not None:
+        raise InvalidParameter("fps is for clips, (1, C, T, h, w)")
+    if query.lossless:
+        raise InvalidParameter("lossless is for clips, (1, C, T, h, w); image/png always is")
     shared.limits.check_items(header.batch)  # nothing of a claimed length is made before
 
     def prepare(checkpoint: Checkpoint) -> Work[Done]:
@@ -161,7 +177,11 @@ async def decode(request: Request, query: Annotated[DecodeQuery, Query()], share
 
         def read() -> Given:
             items = read_latents(body, max_bytes=shared.limits.body_bytes * 4).items
-            found = [text for text in (warning(items, family, latents), back.warning, flat) if text]
+            found = [
+                text
+                for text in (warning(items, family, latents), back.warning, flat, either_way(header, checkpoint))
+                if text
+            ]
             return Given(items, "; ".join(found) or None)
 
         return decoding(task, header, lambda: shared.codecs.run(len(body) + header.work, read), clock)

@@ -29,6 +29,10 @@ def _colour(text: str) -> str:
     return text
 
 
+FrameRule = Literal["trim", "pad", "error"]
+"""What is done with frames of a clip that are more than a network takes whole latents of."""
+
+
 class NoQuery(BaseModel):
     """No parameters at all; in a subclass, none but its own."""
 
@@ -91,6 +95,12 @@ class EncodeQuery(CommonQuery, PictureQuery):
         "no variance.",
     )
     dtype: Numbers = Field("float16", description="Of the latents.")
+    frames: FrameRule | None = Field(
+        None,
+        description="Takes an array of pictures, a zip of PNG, an APNG or an animated WebP for the frames of a clip, "
+        "where the model has clips. Of a number that is not 4k + 1, trim drops the last ones, pad repeats the last, "
+        "error refuses. Absent: pictures; of a video file error.",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
         None, description="Of posterior=sample: the same seed gives the same draw. Absent: another one each time."
     )
@@ -130,6 +140,10 @@ class DecodeQuery(CommonQuery, SizedQuery):
         None, max_length=8192, description="X-Image-Offset of /encode, for fit=crop: told again with the answer."
     )
     bits: Literal["8", "16"] = Field("8", description="A channel, in PNG.")
+    fps: Annotated[int, Field(ge=1, le=240)] | None = Field(
+        None, description="Frames per second of a clip that moves; 16 where nothing is said."
+    )
+    lossless: bool = Field(False, description="Of a clip as WebP, MP4 or WebM: exactly the frames; larger.")
     dtype: Literal["uint8", "float16", "float32"] = Field(
         "uint8",
         description="Of an .npy. In floats the pictures are the network's own output: black at -1, white at 1, "

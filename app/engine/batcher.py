@@ -7,19 +7,19 @@ hot one cannot starve another.
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from app.engine.jobs import RANKS, Job, Result, Task, check_shape
+from app.engine.jobs import RANKS, Clip, Job, Result, Task, check_shape
 from app.engine.rate import KNOWN, Rate
-from app.errors import DeadlineExceeded, Overloaded, TooLarge
+from app.errors import DeadlineExceeded, OutOfMemory, Overloaded, TooLarge
 from app.metrics import Metrics
 from app.terms import Op
 
 Queue = tuple[int, str]
-"""A model's jobs of one rank: the rank's place in RANKS, the sha256."""
+"""A network's jobs of one rank: the rank's place in RANKS, `Task.network`."""
 
 
 BATCH_PIXELS = {"cpu": 1 << 18, "cuda": 4 << 20}
@@ -115,6 +115,18 @@ class Batcher:
             self._pixels += job.pixels
             self._queues.setdefault(_queue_of(job.task), deque()).append(job)
         self._arrival.set()
+
+    def put_slice(self, ticket: Ticket, job: Job) -> Ticket:
+        """Queues the next slice of an admitted clip; what is left of its room.
+
+        Others have their turn before the slice after it, so that what is left delays nobody.
+        """
+        self.put(ticket, (job,))
+        left = Ticket(ticket.items, max(0, ticket.pixels - job.pixels))
+        self._items += left.items
+        self._pixels += left.pixels
+        self._unread[left] = 0.0
+        return left
 
     async def take(self, among: Callable[[Task], bool] = lambda _: True) -> list[Job]:
         """The next batch: the head of the model whose turn it is, and all with its key up to the pixel budget.
@@ -240,7 +252,7 @@ class Batcher:
 
 
 def _queue_of(task: Task) -> Queue:
-    return RANKS.index(task.rank), task.checkpoint.sha256
+    return RANKS.index(task.rank), task.network
 
 
 class Admission:
@@ -252,6 +264,41 @@ class Admission:
         self._task = task
         self._deadline = deadline
         self._origin = origin
+
+    async def slices(self, arrays: AsyncIterable[np.ndarray]) -> AsyncGenerator[Result]:
+        """Queues the slices of a clip one by one, each once the result of the one before it was taken.
+
+        Where not even the first one fits with what the clip would carry over time, all of it runs as one slice, in
+        bands: what these carry over rows may be less. A clip that ends early, for an error or because nobody wants
+        more of it, lets go of all that it had.
+        """
+        clip = Clip()
+        try:
+            async for array in arrays:
+                try:
+                    result = await self._slice(array, clip)
+                except OutOfMemory:
+                    if clip.begun:
+                        raise
+                    rest = [array async for array in arrays]
+                    if not rest:
+                        raise
+                    axis = 0 if self._task.op == "encode" else 1
+                    result = await self._slice(np.concatenate((array, *rest), axis), Clip(carry=None))
+                yield result
+        finally:
+            clip.end()
+
+    async def _slice(self, array: np.ndarray, clip: Clip) -> Result:
+        check_shape(self._task, array.shape)
+        assert self._ticket is not None, "an admission runs once"
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        job = Job(self._task, array, self._deadline, future, origin=self._origin, clip=clip)
+        self._ticket = self._batcher.put_slice(self._ticket, job)
+        try:
+            return await future
+        finally:
+            future.cancel()
 
     async def run(self, arrays: Sequence[np.ndarray]) -> list[Result]:
         """Queues one job an array and waits for all of them; the first error is raised, the others are dropped."""

@@ -8,9 +8,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 
+from app.engine.jobs import Clip
 from app.engine.memory import DeviceMemory
 from app.engine.planning import TORCH_DTYPES
 from app.errors import ModelBusy, OutOfMemory
@@ -48,6 +50,7 @@ class ModelCache:
         self.loads = 0  # begun so far
         self._promised = 0  # bytes of the weights being loaded
         self._pinned: set[str] = set()
+        self.clips: WeakSet[Clip] = WeakSet()  # whose carries lie on the device
 
     @property
     def nbytes(self) -> int:
@@ -55,9 +58,14 @@ class ModelCache:
         return sum(resident.nbytes for resident in self._residents.values())
 
     @property
+    def taken(self) -> int:
+        """Bytes of all resident weights, and of what clips carry from slice to slice."""
+        return self.nbytes + sum(clip.held for clip in self.clips)
+
+    @property
     def free(self) -> int:
         """Bytes of the device that nobody has, weights on their way counted as there."""
-        return self._memory.free(self.nbytes) - self._promised
+        return self._memory.free(self.taken) - self._promised
 
     @property
     def room(self) -> int:

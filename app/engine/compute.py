@@ -17,7 +17,9 @@ from app.engine.jobs import Numbers, Output, Task
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan
 from app.errors import InvalidImage, Unavailable
 from app.execution.banded import STRIPS, AnyExecution, Banded, execute, gather
+from app.execution.causal import Carry
 from app.execution.primitive import AttentionBlock, Whole
+from app.execution.slices import Sliced
 from app.vae.autoencoder import Autoencoder
 
 OUTPUTS: dict[Output, tuple[int, torch.dtype]] = {
@@ -150,16 +152,47 @@ def forward(module: Autoencoder, inputs: list[Tensor], tasks: list[Task], plan: 
     execution = execution_of(plan, check)
     if task.op == "encode":
         return _encode(module, batch, tasks, plan, execution, check)
-    return _decode(module, batch, task, plan, execution, check)
+    return _decode(module, batch, task, plan, execution, check, len(batch))
+
+
+@torch.inference_mode()
+def forward_slice(
+    module: Autoencoder, frames: Tensor, task: Task, plan: ExecutionPlan, carry: Carry | None, check: Check
+) -> Outcome:
+    """The next slice of one clip, as one item; `carry` is what the slice before it left, and is left anew.
+
+    Without one the frames are the whole clip.
+
+    Frames are uint8 (T, H, W, C), or floating in [-1, 1], to encode, floating (C, t, h, w) to decode.
+    """
+    if frames.device.type == "cuda":
+        check = Paced(check, frames.device)
+    whole, factor = plan.execution == "whole", task.checkpoint.temporal_factor
+    execution = Sliced(deque() if carry is None else carry, check) if whole else execution_of(plan, check)
+    before = 0 if carry else factor - 1  # frames that the first one lacks of a whole latent's
+    if task.op == "encode":
+        count = (len(frames) + before) // factor
+        found = _encode(module, frames, [task] * count, plan, execution, check, carry)
+    else:
+        latents = frames.transpose(0, 1)
+        found = _decode(module, latents, task, plan, execution, check, factor * len(latents) - before, carry)
+    array = np.stack(found.arrays, axis=1 if task.op == "encode" else 0)
+    return Outcome([array], [all(found.fits)], [all(found.finite)])
 
 
 def _encode(
-    module: Autoencoder, batch: Tensor, tasks: list[Task], plan: ExecutionPlan, execution: AnyExecution, check: Check
+    module: Autoencoder,
+    batch: Tensor,
+    tasks: list[Task],
+    plan: ExecutionPlan,
+    execution: AnyExecution,
+    check: Check,
+    carry: Carry | None = None,
 ) -> Outcome:
     pixels = _pixels(batch, tasks[0].checkpoint.family.pixel_range).to(TORCH_DTYPES[plan.dtype])
     # Bytes fit every precision.
     fits = pixels.isfinite().flatten(1).all(dim=1).tolist() if batch.is_floating_point() else [True] * len(tasks)
-    moments = gather(execution, module.encode, pixels, check=check).float()
+    moments = gather(execution, module.encode, pixels, check=check, carry=carry).float()
     arrays, finite = [], []
     for index, task in enumerate(tasks):
         found = _found(module, moments[index : index + 1], task)[0].to(NUMBERS[task.numbers]).contiguous()
@@ -195,22 +228,30 @@ def _found(module: Autoencoder, moments: Tensor, task: Task) -> Tensor:
 
 
 def _decode(
-    module: Autoencoder, batch: Tensor, task: Task, plan: ExecutionPlan, execution: AnyExecution, check: Check
+    module: Autoencoder,
+    batch: Tensor,
+    task: Task,
+    plan: ExecutionPlan,
+    execution: AnyExecution,
+    check: Check,
+    count: int,
+    carry: Carry | None = None,
 ) -> Outcome:
+    """`count` pictures of a batch of latents."""
     family = task.checkpoint.family
     z = batch.float()
     if task.latents == "scaled":
         z = family.latent_format.unscale(z, module.bn)
     z = z.to(TORCH_DTYPES[plan.dtype]).contiguous(memory_format=torch.channels_last)
     fits: list[bool] = z.isfinite().flatten(1).all(dim=1).tolist()
-    n, _, h, w = z.shape
+    _, _, h, w = z.shape
     side = family.spatial_factor
     low, high = family.pixel_range
     levels, on_host = OUTPUTS[task.output]
     channels = module.config.pixel_channels
-    host = torch.empty((n, h * side, w * side, channels), dtype=on_host, pin_memory=batch.device.type == "cuda")
-    finite = torch.ones(n, dtype=torch.bool, device=batch.device)
-    for row, band in execute(execution, module.decode, z, check=check):
+    host = torch.empty((count, h * side, w * side, channels), dtype=on_host, pin_memory=batch.device.type == "cuda")
+    finite = torch.ones(count, dtype=torch.bool, device=batch.device)
+    for row, band in execute(execution, module.decode, z, check=check, carry=carry):
         finite &= band.isfinite().flatten(1).all(dim=1)
         if levels:
             picture = band.float().sub_(low).mul_(levels / (high - low)).clamp_(0, levels).round_().to(host.dtype)

@@ -281,9 +281,9 @@ class Engine:
             check_shape(task, shape)
         pixels = sum(picture_pixels(task, shape) for shape in shapes)
         worker = self._worker_for(task.checkpoint)
-        sha256, op = task.checkpoint.sha256, task.op
-        known = task.rank == "work" and worker.rate.knows(sha256, op)
-        seconds = worker.rate.seconds(sha256, op, pixels) if known else 0.0
+        network, op = task.network, task.op
+        known = task.rank == "work" and worker.rate.knows(network, op)
+        seconds = worker.rate.seconds(network, op, pixels) if known else 0.0
         ticket = worker.batcher.admit(len(shapes), pixels, deadline, seconds)
         admission = Admission(worker.batcher, ticket, task, deadline, origin)
         self.open_requests += 1

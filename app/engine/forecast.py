@@ -6,6 +6,7 @@ the bytes that would be alive. What was measured on the device afterwards correc
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,9 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan
 from app.execution.banded import Banded, forecast_bytes
-from app.execution.primitive import Whole
+from app.execution.causal import WHOLE_CLIP, Carry, Slice
+from app.execution.primitive import Network, Whole
+from app.execution.slices import Sliced
 from app.store.checkpoint import Checkpoint, blank
 from app.terms import Op
+from app.vae.architectures import architecture_of
 from app.vae.autoencoder import Config
 
 MARGIN = 1.05
@@ -37,8 +41,12 @@ TELLING = 256 << 20
 CORRECTION_RANGE = (0.8, 2.0)
 
 
-CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default)
-"""What a mode sees of a convolution: with autograd the first, in inference mode the second."""
+CONVOLUTIONS = (
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.conv2d.default,
+    torch.ops.aten.conv3d.default,
+)
+"""What a mode sees of a convolution: with autograd the first, in inference mode the others."""
 
 
 class CountingMode(TorchDispatchMode):
@@ -86,6 +94,7 @@ class NetworkShape:
     height: int
     width: int
     itemsize: int = 1  # bytes of each number of the picture, whichever side it is on
+    frames: int | None = None  # on the network's side, of a clip that runs as one slice; None: a slice in its midst
 
 
 def network_shape(checkpoint: Checkpoint, op: Op, height: int, width: int, itemsize: int = 1) -> NetworkShape:
@@ -111,7 +120,8 @@ class Forecaster:
 
     def budget(self, shape: NetworkShape, plan: ExecutionPlan, available: int) -> int:
         """The bytes that an execution may count on, for its peak to be `available`."""
-        return int((available - OVERHEAD) / self._factor(shape, plan)) - _ends(shape, plan, self._device)
+        ends = _ends(shape, plan, *_items(shape, plan), self._device)
+        return int((available - OVERHEAD) / self._factor(shape, plan)) - ends
 
     def measured(self, shape: NetworkShape, plan: ExecutionPlan, peak: int) -> None:
         """Takes note of a real peak: later forecasts of the same network and mode follow it upwards at once.
@@ -133,32 +143,65 @@ class Forecaster:
 
 
 def count(shape: NetworkShape, plan: ExecutionPlan, device: torch.device) -> int:
-    """Peak bytes of a plan: Whole by running it on `meta`, the banded executions by their own arithmetic."""
+    """Peak bytes of a plan: Whole by running it on `meta`, the banded executions by their own arithmetic.
+
+    Of a network for clips it is that of a slice in their midst, of one latent, with all that is carried, or of the
+    whole clip as one slice, of which nothing is.
+    """
     dtype = TORCH_DTYPES[plan.dtype]
     module = blank(shape.config)
     network = module.encode if shape.op == "encode" else module.decode
-    size = (plan.batch, shape.channels, shape.height, shape.width)
+    items, pictures = _items(shape, plan)
+    ends = _ends(shape, plan, items, pictures, device)
+    size = (items, shape.channels, shape.height, shape.width)
+    clips = architecture_of(shape.config).temporal_factor > 1
     if plan.execution != "whole":
-        maps = forecast_bytes(Banded(plan.execution), network, size, dtype, device)
-        return maps + _ends(shape, plan, device)
-    module.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's annotation lacks memory_format
-    x = torch.empty(size, dtype=dtype, device="meta", memory_format=torch.channels_last)
+        place = WHOLE_CLIP if not clips or shape.frames else Slice(first=False, last=False)
+        return forecast_bytes(Banded(plan.execution), network, size, dtype, device, place) + ends
+    module.to(dtype)
+    if clips:
+        mode = CountingMode(module.state_dict().values())
+        return _count_slice(network, size, dtype, mode, shape.frames is None) + ends
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's annotation lacks memory_format
     mode = CountingMode(module.state_dict().values())
+    x = torch.empty(size, dtype=dtype, device="meta", memory_format=torch.channels_last)
     with mode, torch.inference_mode():
         network(Whole(), x)
-    return mode.peak + _ends(shape, plan, device)
+    return mode.peak + ends
 
 
-def _ends(shape: NetworkShape, plan: ExecutionPlan, device: torch.device) -> int:
+def _count_slice(
+    network: Network, size: tuple[int, ...], dtype: torch.dtype, mode: CountingMode, in_midst: bool
+) -> int:
+    """Peak bytes of the maps of a slice, and of what is carried from it and, `in_midst`, to it."""
+    carry: Carry = deque()
+    for frames in (1, size[0]) if in_midst else size[:1]:
+        x = torch.empty((frames, *size[1:]), dtype=dtype, device="meta", memory_format=torch.channels_last)
+        with mode, torch.inference_mode():
+            network(Sliced(carry), x)
+    return mode.peak
+
+
+def _items(shape: NetworkShape, plan: ExecutionPlan) -> tuple[int, int]:
+    """Maps that the network takes at once, and pictures that these are or become."""
+    factor, encodes = architecture_of(shape.config).temporal_factor, shape.op == "encode"
+    if factor == 1:
+        return plan.batch, plan.batch
+    if shape.frames is None:
+        return factor if encodes else 1, factor
+    return shape.frames, shape.frames if encodes else 1 + factor * (shape.frames - 1)
+
+
+def _ends(shape: NetworkShape, plan: ExecutionPlan, items: int, pictures: int, device: torch.device) -> int:
     """Bytes of the arrays at both ends of the network, which are there from the beginning to the end.
 
     To encode: the pictures as they came, one by one and as a batch, and the batch in the network's dtype. To decode:
     the same of the latents, in float32 too, and the pictures, which are the host's and count where that is the device.
     """
-    numbers = plan.batch * shape.height * shape.width * shape.channels
+    numbers = items * shape.height * shape.width * shape.channels
     itemsize = TORCH_DTYPES[plan.dtype].itemsize
     if shape.op == "encode":
         return numbers * (2 * shape.itemsize + itemsize)
-    pixels = plan.batch * shape.height * shape.width * shape.config.spatial_factor**2
-    pictures = pixels * shape.config.pixel_channels * shape.itemsize
-    return numbers * (3 * torch.float32.itemsize + itemsize) + (pictures if device.type == "cpu" else 0)
+    pixels = pictures * shape.height * shape.width * shape.config.spatial_factor**2
+    on_host = pixels * shape.config.pixel_channels * shape.itemsize
+    return numbers * (3 * torch.float32.itemsize + itemsize) + (on_host if device.type == "cpu" else 0)

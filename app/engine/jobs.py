@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, get_args
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar, get_args
 import numpy as np
 
 from app.errors import InvalidImage, InvalidLatent
-from app.terms import Convention, Op, Precision, Tiling
+from app.terms import Convention, Dtype, Op, Precision, Tiling
 
-if TYPE_CHECKING:  # at run time it would load torch, which the command line does only when it must
+if TYPE_CHECKING:  # at run time they would load torch, which the command line does only when it must
+    from app.execution.causal import Carry
     from app.store.checkpoint import Checkpoint
 
 Output = Literal["uint8", "uint16", "float16", "float32"]
@@ -43,12 +45,43 @@ class Task:
     numbers: Numbers = "float16"  # encode: of the result
     rank: Rank = "work"
 
+    @property
+    def network(self) -> str:
+        """The weights and what network they are: pictures and clips take turns, and each has a speed of its own."""
+        sha256 = self.checkpoint.sha256
+        return sha256 if self.checkpoint.temporal_factor == 1 else f"{sha256}/clips"
+
+
+@dataclass(eq=False)
+class Clip:
+    """What one clip has on a device from its first slice to its last. Belongs to the event loop.
+
+    Between two slices nobody else knows of the carry; a running slice has it for itself. A clip that runs as one slice
+    has none.
+    """
+
+    carry: "Carry | None" = field(default_factory=deque)
+    held: int = 0  # bytes of it, as memory is counted
+    dtype: Dtype | None = None  # of the first slice, and so of all
+    over: bool = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether its first slice is done: what it carries cannot be had again."""
+        return self.dtype is not None
+
+    def end(self) -> None:
+        """Lets go of everything."""
+        self.carry, self.held, self.over = deque(), 0, True
+
 
 @dataclass(frozen=True)
 class Result:
     """One finished item and what happened to it."""
 
-    array: np.ndarray  # encode: `Task.numbers`, (C, h, w), of moments (2C, h, w); decode: `Task.output`, (H, W, C)
+    # encode: `Task.numbers`, (C, h, w), of moments (2C, h, w); decode: `Task.output`, (H, W, C). Of a slice of a clip
+    # (C, t, h, w) and (T, H, W, C).
+    array: np.ndarray
     plan: str  # "fp16/whole"
     reason: str | None  # why the plan was not the first choice
     seconds: dict[str, float]  # queue, load, compute
@@ -74,12 +107,15 @@ class Job:
     """One item on its way: its array, its future and its clock."""
 
     task: Task
-    array: np.ndarray  # encode: uint8 (H, W, C), or float32 in [-1, 1]; decode: float16 or float32 (C, h, w)
+    # encode: uint8 (H, W, C), or float32 in [-1, 1]; decode: float16 or float32 (C, h, w). Of a slice of a clip the
+    # frames too: (T, H, W, C), (C, t, h, w).
+    array: np.ndarray
     deadline: float | None  # on time.monotonic()
     future: "asyncio.Future[Result]"
     queued: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=dict)
     origin: str = ""  # who asked, for the log
+    clip: Clip | None = None  # that this is the next slice of
     # The worker's own notes: why the item no longer runs as first planned; whether its network overflowed in fp16.
     reason: str | None = None
     overflowed: bool = False
@@ -91,9 +127,9 @@ class Job:
 
     @property
     def key(self) -> Hashable:
-        """Jobs of equal keys may share a forward; a deterministic job shares with nobody."""
+        """Jobs of equal keys may share a forward; a deterministic job, or a slice of a clip, shares with nobody."""
         task = self.task
-        alone = id(self) if task.deterministic else None
+        alone = id(self) if task.deterministic or self.clip else None
         wishes = (task.latents, task.precision, task.tiling, task.output)
         checkpoint = task.checkpoint
         # The same bytes may lie in the folder twice, declared as two families or with other norm groups.
@@ -111,33 +147,38 @@ class Job:
 
 
 def picture_pixels(task: Task, shape: tuple[int, ...]) -> int:
-    """Pixels of the picture side, from the shape of one item's array."""
+    """Pixels of the picture side, from the shape of one item's array; of a clip, of as many frames as it may have."""
     if task.op == "encode":
-        return shape[0] * shape[1]
+        frames = shape[0] if len(shape) == 4 else 1
+        return frames * shape[-3] * shape[-2]
+    frames = shape[1] * task.checkpoint.temporal_factor if len(shape) == 4 else 1
     side = task.checkpoint.family.side(task.latents)
-    return shape[-2] * shape[-1] * side * side
+    return frames * shape[-2] * shape[-1] * side * side
 
 
 def check_shape(task: Task, shape: tuple[int, ...]) -> None:
     """Whether one item's array fits the model.
 
     Raises InvalidImage for a picture (H, W, C) of other channels than the network's or no multiple of the family's,
-    InvalidLatent for a latent (C, h, w) of other channels than the convention has.
+    InvalidLatent for a latent (C, h, w) of other channels than the convention has. Of clips there are frames, too:
+    (T, H, W, C) and (C, T, h, w).
     """
     family = task.checkpoint.family
     if task.op == "encode":
         channels = task.checkpoint.config.pixel_channels
-        if shape[2] != channels:
+        if len(shape) != (3 if task.checkpoint.temporal_factor == 1 else 4) or shape[-1] != channels:
             raise InvalidImage(f"{task.checkpoint.name} takes pictures (H, W, {channels}), not {tuple(shape)}")
-        multiple = family.size_multiple
-        if shape[0] % multiple or shape[1] % multiple:
-            raise InvalidImage(f"{shape[1]}x{shape[0]} is not a multiple of {multiple} as {family.name} needs it")
+        multiple, (height, width) = family.size_multiple, shape[-3:-1]
+        if height % multiple or width % multiple:
+            raise InvalidImage(f"{width}x{height} is not a multiple of {multiple} as {family.name} needs it")
         return
     expected = family.channels(task.latents)
-    if shape[-3] != expected:
+    if len(shape) == 4 and task.checkpoint.temporal_factor == 1:
+        raise InvalidLatent(f"{task.checkpoint.name} takes latents of pictures here, (C, h, w), not a clip: {shape}")
+    if shape[0] != expected:
         raise InvalidLatent(
             f"{task.checkpoint.name} ({family.name}) takes {task.latents} latents of {expected} channels, "
-            f"(N, {expected}, h, w); this one has shape {tuple(shape)}{_hint(task, shape[-3])}"
+            f"(N, {expected}, h, w); this one has shape {tuple(shape)}{_hint(task, shape[0])}"
         )
 
 

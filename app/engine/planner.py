@@ -84,15 +84,16 @@ class Planner:
         available: int,
         failed: ExecutionPlan | None = None,
         itemsize: int = 1,
+        whole_clip: bool = False,
     ) -> tuple[ExecutionPlan, int]:
         """The first plan that fits after the one that `failed`, and its forecast peak in bytes.
 
-        `itemsize` is of the arrays. Blocking: a new shape takes some 50 ms to count. Raises OutOfMemory, with the
-        smallest plan's bytes, when nothing fits, InvalidParameter where the network has no bands and they were asked
-        for.
+        `itemsize` is of the arrays; a clip's are a slice of it unless they are the `whole_clip`. Blocking: a new shape
+        takes some 50 ms to count. Raises OutOfMemory, with the smallest plan's bytes, when nothing fits,
+        InvalidParameter where the network has no bands and they were asked for.
         """
         pixels = picture_pixels(task, shape)
-        network = shape_of(task, shape, itemsize)
+        network = shape_of(task, shape, itemsize, whole_clip)
         executions = task.checkpoint.architecture.executions
         plans = candidates(dtype, task.tiling, items, pixels, self.device, executions)
         plan = choose(
@@ -133,9 +134,11 @@ class Planner:
         return PlanAnswer(name, chosen, peaks[chosen] if chosen else None, free, available, peaks)
 
 
-def shape_of(task: Task, shape: tuple[int, ...], itemsize: int = 1) -> NetworkShape:
+def shape_of(task: Task, shape: tuple[int, ...], itemsize: int = 1, whole_clip: bool = False) -> NetworkShape:
     """The network-side shape of one item's array, whose numbers have so many bytes."""
     if task.op == "encode":
-        return network_shape(task.checkpoint, task.op, shape[0], shape[1], itemsize)
-    side, (_, dtype) = task.checkpoint.family.side(task.latents), OUTPUTS[task.output]
-    return network_shape(task.checkpoint, task.op, shape[-2] * side, shape[-1] * side, dtype.itemsize)
+        found = network_shape(task.checkpoint, task.op, shape[-3], shape[-2], itemsize)
+    else:
+        side, (_, dtype) = task.checkpoint.family.side(task.latents), OUTPUTS[task.output]
+        found = network_shape(task.checkpoint, task.op, shape[-2] * side, shape[-1] * side, dtype.itemsize)
+    return replace(found, frames=shape[0 if task.op == "encode" else 1]) if whole_clip else found

@@ -52,27 +52,27 @@ class Rate:
         self._lines: OrderedDict[tuple[str, Op], Line] = OrderedDict()
         self._all = Line()
 
-    def note(self, sha256: str, op: Op, pixels: int, seconds: float) -> None:
+    def note(self, network: str, op: Op, pixels: int, seconds: float) -> None:
         """Takes in one finished batch."""
-        line = self._lines.setdefault((sha256, op), Line())
-        self._lines.move_to_end((sha256, op))
+        line = self._lines.setdefault((network, op), Line())
+        self._lines.move_to_end((network, op))
         for each in (line, self._all):
             each.note(pixels / 1e6, seconds)
         if len(self._lines) > KNOWN:
             self._lines.popitem(last=False)
 
-    def knows(self, sha256: str, op: Op) -> bool:
+    def knows(self, network: str, op: Op) -> bool:
         """Whether the model itself has run."""
-        return (sha256, op) in self._lines
+        return (network, op) in self._lines
 
-    def seconds(self, sha256: str, op: Op, pixels: int, batches: int = 1) -> float:
+    def seconds(self, network: str, op: Op, pixels: int, batches: int = 1) -> float:
         """Expected seconds of so many pixels in so many batches; 0 before anything was measured."""
-        return self._lines.get((sha256, op), self._all).seconds(pixels / 1e6, batches)
+        return self._lines.get((network, op), self._all).seconds(pixels / 1e6, batches)
 
     def of(self, jobs: Iterable[Job], batch_pixels: int) -> float:
         """Expected seconds of these jobs, in batches of so many pixels."""
         pixels: dict[tuple[str, Op], int] = {}
         for job in jobs:
-            key = (job.task.checkpoint.sha256, job.task.op)
+            key = (job.task.network, job.task.op)
             pixels[key] = pixels.get(key, 0) + job.pixels
         return sum(self.seconds(*key, total, -(-total // batch_pixels)) for key, total in pixels.items())

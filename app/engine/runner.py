@@ -28,6 +28,7 @@ from app.engine.memory import DeviceMemory, Level
 from app.engine.planner import Planner, shape_of
 from app.engine.planning import ExecutionPlan
 from app.errors import DeadlineExceeded, NonFiniteOutput, OutOfMemory, ServiceError, Unavailable
+from app.execution.causal import carried_bytes
 from app.metrics import DeviceMetrics
 from app.store.checkpoint import Checkpoint
 from app.terms import Dtype
@@ -175,11 +176,14 @@ class Runner:
     async def _plan(self, group: list[Job], dtype: Dtype, failed: ExecutionPlan | None) -> ExecutionPlan:
         """The plan for a group; idle models make way for it. Raises OutOfMemory."""
         task, array = group[0].task, group[0].array
-        available = self._planner.available(task)
-        known = (task, array.shape, len(group), dtype, available, failed, array.itemsize)
+        clip = group[0].clip
+        held = 0 if clip is None else clip.held  # in the forecast, too
+        available = self._planner.available(task) + held
+        alone = clip is not None and clip.carry is None  # the whole clip, of which nothing is carried
+        known = (task, array.shape, len(group), dtype, available, failed, array.itemsize, alone)
         plan, peak = await on(self.thread, self._planner.choose, *known)
-        self._cache.make_room(peak)
-        self.reserved = peak
+        self._cache.make_room(peak - held)
+        self.reserved = peak - held
         if failed is not None and plan.execution != failed.execution:
             self._metrics.fallbacks(failed.execution, plan.execution, "oom").inc()
         if failed is None and plan.execution != "whole" and task.tiling != "always":
@@ -190,13 +194,18 @@ class Runner:
     async def _forward(
         self, module: Autoencoder, group: list[Job], inputs: dict[Job, Tensor], plan: ExecutionPlan
     ) -> compute.Outcome | Failure:
-        task = group[0].task
+        task, clip = group[0].task, group[0].clip
         started = time.monotonic()
         roomy = GAPS * self.reserved <= self._cache.free
         loads, resident = self._cache.loads, self._cache.nbytes
+        if clip is not None and clip.carry and not clip.begun:
+            clip.carry.clear()  # of a first slice that is tried again
         alone = not self._cache.loading
         outcome, peak, level = await on(self.thread, self._attempt, module, group, inputs, plan, roomy)
         seconds = time.monotonic() - started
+        if clip is not None and clip.carry is not None and not clip.over:
+            self._cache.clips.add(clip)
+            clip.held = carried_bytes(clip.carry)
         for job in group:
             job.seconds["compute"] = job.seconds.get("compute", 0.0) + seconds
         self._metrics.batches.inc()
@@ -207,8 +216,8 @@ class Runner:
             loads,
             resident,
         ):  # else the weights on their way are in the figures
-            self._memory.note(level, resident)
-            if peak is not None and not isinstance(outcome, Failure):
+            self._memory.note(level, self._cache.taken)
+            if peak is not None and clip is None and not isinstance(outcome, Failure):
                 array = group[0].array
                 self._planner.forecaster.measured(shape_of(task, array.shape, array.itemsize), plan, peak)
         return outcome
@@ -236,7 +245,10 @@ class Runner:
 
         try:
             check()
-            return compute.forward(module, [inputs[job] for job in group], [job.task for job in group], plan, check)
+            tasks, clip = [job.task for job in group], group[0].clip
+            if clip is not None:
+                return compute.forward_slice(module, inputs[group[0]], tasks[0], plan, clip.carry, check)
+            return compute.forward(module, [inputs[job] for job in group], tasks, plan, check)
         except Exception as error:  # noqa: BLE001  the batch boundary: only classified here, `_after` decides
             return self._classify(error)
         finally:
@@ -254,7 +266,8 @@ class Runner:
         self, failure: Failure, group: list[Job], plan: ExecutionPlan
     ) -> list[tuple[list[Job], ExecutionPlan | None]]:
         """What to run instead of a failed forward; jobs for which nothing is left end here."""
-        if failure.kind == "oom":
+        clip = group[0].clip
+        if failure.kind == "oom" and not (clip and clip.begun):
             log.warning("out of memory in %s, batch %d: %s", plan, plan.batch, failure.error)
             self._metrics.oom.inc()
             self._metrics.retries("oom").inc()
@@ -309,6 +322,8 @@ class Runner:
         return job.gone
 
     def _finish(self, job: Job, array: np.ndarray, plan: ExecutionPlan) -> None:
+        if job.clip is not None:
+            job.clip.dtype = plan.dtype
         if not job.gone:
             reason = job.reason or ("requested" if self._planner.unusual(job.task, plan) else None)
             self._metrics.pixels(job.task.op).inc(job.pixels)

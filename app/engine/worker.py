@@ -167,12 +167,15 @@ class Worker:
     def gauges(self) -> Iterator[Gauge]:
         """The device's state as Prometheus gauges: (name, help, labels, value)."""
         device = {"device": self.name}
+        copies: dict[tuple[str, Dtype], list[Resident]] = {}  # of one precision two: for pictures and for clips
         for resident in self.cache.residents():
-            labels = {"model": resident.checkpoint.name, "dtype": resident.dtype, **device}
+            copies.setdefault((resident.checkpoint.name, resident.dtype), []).append(resident)
+        for (model, dtype), found in copies.items():
+            labels = {"model": model, "dtype": dtype, **device}
             yield "model_resident", "1 for each model on a device.", labels, 1
-            yield "model_resident_bytes", "Bytes of its weights.", labels, resident.nbytes
-            yield "model_in_use", "Batches that hold it.", labels, resident.in_use
-        for kind, value in self.memory.kinds(self.cache.nbytes).items():
+            yield "model_resident_bytes", "Bytes of its weights.", labels, sum(each.nbytes for each in found)
+            yield "model_in_use", "Batches that hold it.", labels, sum(each.in_use for each in found)
+        for kind, value in self.memory.kinds(self.cache.taken).items():
             yield "device_memory_bytes", "Memory of a device, by kind.", {**device, "kind": kind}, value
         progress = time.time() - (time.monotonic() - self._runner.progress)
         yield "worker_last_progress_timestamp_seconds", "When the device thread last moved.", device, progress
@@ -231,7 +234,7 @@ class Worker:
                 continue
             jobs = taking.result()
             task = jobs[0].task
-            turn = _Turn(jobs, self.planner.order_of_batch(task))
+            turn = _Turn(jobs, _begun_in(jobs[0]) or self.planner.order_of_batch(task))
             if self._cold is not None or self.cache.holds(task.checkpoint, turn.dtypes[0]):
                 return turn
             self._load_for(turn)
@@ -367,10 +370,15 @@ class Worker:
         self.batcher.ended()
         if all(job.future.done() and not job.future.cancelled() and not job.future.exception() for job in jobs):
             pixels = sum(job.pixels for job in jobs)
-            self.rate.note(task.checkpoint.sha256, task.op, pixels, time.monotonic() - started)
+            self.rate.note(task.network, task.op, pixels, time.monotonic() - started)
 
     async def _load(self, checkpoint: Checkpoint, dtype: Dtype) -> Autoencoder:
         return await on(self._load_thread, self._load_module, checkpoint, TORCH_DTYPES[dtype], self.device)
+
+
+def _begun_in(job: Job) -> tuple[Dtype, ...] | None:
+    """The precision of the clip that a job goes on with: what it carries is of that."""
+    return (job.clip.dtype,) if job.clip is not None and job.clip.dtype is not None else None
 
 
 def _stopping() -> Unavailable:

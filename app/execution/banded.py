@@ -13,10 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from app.execution.bands import Rows, Statistics, statistics_of, walk
+from app.execution.bands import Statistics, statistics_of, walk
+from app.execution.causal import WHOLE_CLIP, Carry, Kept, Slice
 from app.execution.footprint import whole_elements
 from app.execution.primitive import Network, Whole
 from app.execution.program import Node, Program, record
+from app.execution.rows import Rows
 from app.execution.schedule import Plan, plans
 
 logger = logging.getLogger("app.vae")
@@ -84,41 +86,59 @@ def _leanest(found: list[Plan], program: Program) -> Plan:
 
 
 def forecast_bytes(
-    execution: Banded, network: Network, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    execution: Banded,
+    network: Network,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    place: Slice = WHOLE_CLIP,
 ) -> int:
     """Peak working memory of a run on an input of `shape`, by arithmetic: no tensor is made.
 
+    Of a slice of a clip, with all that is carried.
+
     Weights, the input, the joined output and the convolutions' own workspace are not counted.
     """
-    return execution.plan(record(network, shape), dtype, device).peak_elements * dtype.itemsize
+    return execution.plan(record(network, shape, place), dtype, device).peak_elements * dtype.itemsize
 
 
 @torch.inference_mode()
 def execute(
-    execution: AnyExecution, network: Network, x: Tensor, *, check: Callable[[], None] = lambda: None
+    execution: AnyExecution,
+    network: Network,
+    x: Tensor,
+    *,
+    check: Callable[[], None] = lambda: None,
+    carry: Carry | None = None,
 ) -> Generator[tuple[int, Tensor]]:
     """Runs `network` on x (B, C, H, W); yields (first row, band of the output), top to bottom.
 
-    `check` is called between bands and cancels the run by raising. A `Whole` run yields one band.
+    `check` is called between bands and cancels the run by raising. A `Whole` run yields one band. Of a network for
+    clips x are the frames of a slice (T, C, H, W), and `carry` is what the slice before it left, and is left anew; with
+    none they are the whole clip, of which nothing is kept.
     """
     if isinstance(execution, Whole):
         check()
         yield 0, network(execution, x)
         return
-    program = record(network, x.shape)
+    program = record(network, x.shape, Slice(first=not carry, last=carry is None))
     plan = execution.plan(program, x.dtype, x.device)
     gathers = {node.normed: statistics_of(node) for node in program.nodes if node.normed is not None}
     source = Rows()
     source.append(x)
     maps = {program.input: source}
     statistics: dict[Node, Statistics] = {}
+    in_time = {
+        node: Kept(node.before, carry.popleft() if carry else None, None if carry is None else Rows())
+        for node in program.in_time
+    }
     for i, each in enumerate(plan.passes, start=1):
         names = ", ".join("x".join(map(str, target.shape[1:])) for target in each.targets)
         logger.debug(
             "%s pass %d/%d: %s of %s in bands of %d rows",
             execution, i, len(plan.passes), "maps" if each.keep else "statistics", names, each.rows,
         )  # fmt: skip
-        for target, row, band in walk(each, maps, statistics, x):
+        for target, row, band in walk(each, maps, statistics, in_time, x):
             check()
             if target in gathers:
                 statistics.setdefault(target, gathers[target]()).add(band)
@@ -129,9 +149,18 @@ def execute(
             del band
         for node in each.frees:
             del maps[node]
+    if carry is not None:
+        carry.extend(kept.left for kept in in_time.values() if kept.left is not None)
 
 
-def gather(execution: AnyExecution, network: Network, x: Tensor, *, check: Callable[[], None] = lambda: None) -> Tensor:
+def gather(
+    execution: AnyExecution,
+    network: Network,
+    x: Tensor,
+    *,
+    check: Callable[[], None] = lambda: None,
+    carry: Carry | None = None,
+) -> Tensor:
     """`execute`, its bands joined: the network's output (B, C', H', W')."""
-    bands = [band for _, band in execute(execution, network, x, check=check)]
+    bands = [band for _, band in execute(execution, network, x, check=check, carry=carry)]
     return bands[0] if len(bands) == 1 else torch.cat(bands, dim=2)

@@ -5,19 +5,20 @@ A band is a contiguous channels_last tensor (B, C, rows, W). A convolution reads
 to the next band, so that there is no overlap between bands and no seam.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from app.execution.causal import Between, Kept, between, causal
 from app.execution.enlarging import enlarge, merged
 from app.execution.moments import Moments, normalise
 from app.execution.passes import Pass
 from app.execution.pointwise import GlobalPointwise, Pointwise, Totals
 from app.execution.primitive import attend, tokens
 from app.execution.program import Conv, Node
+from app.execution.rows import Rows
 
 Statistics = Moments | Totals
 """What is gathered of a whole map before a global layer reads it."""
@@ -31,43 +32,19 @@ def statistics_of(node: Node) -> Callable[[], Statistics]:
     return node.op.totals if isinstance(node.op, GlobalPointwise) else Moments
 
 
-class Rows:
-    """The rows of one map that are alive: written at the bottom, freed from the top."""
-
-    def __init__(self) -> None:
-        self.stop = 0  # rows written so far
-        self._bands: deque[tuple[int, Tensor]] = deque()
-
-    def append(self, band: Tensor) -> None:
-        """Writes a band below the others."""
-        self._bands.append((self.stop, band))
-        self.stop += band.shape[2]
-
-    def read(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """(row, view) of the bands that the rows start..stop lie in, clipped to these rows."""
-        for top, band in self._bands:
-            first, last = max(start, top), min(stop, top + band.shape[2])
-            if first < last:
-                yield first, band[:, :, first - top : last - top]
-
-    def free(self, row: int) -> None:
-        """Lets go of the bands that lie above `row` as a whole."""
-        while self._bands and self._bands[0][0] + self._bands[0][1].shape[2] <= row:
-            self._bands.popleft()
-
-    def trim(self, row: int) -> None:
-        """`free`, and what is left of the top band becomes a small tensor of its own."""
-        self.free(row)
-        if self._bands and self._bands[0][0] < row:
-            top, band = self._bands.popleft()
-            self._bands.appendleft((row, band[:, :, row - top :].clone()))
-
-
 class Walk:
     """The state of one pass: what its nodes have computed, and how far their readers have read."""
 
-    def __init__(self, each: Pass, maps: dict[Node, Rows], statistics: dict[Node, Statistics], like: Tensor) -> None:
+    def __init__(
+        self,
+        each: Pass,
+        maps: dict[Node, Rows],
+        statistics: dict[Node, Statistics],
+        in_time: Mapping[Node, Kept],
+        like: Tensor,
+    ) -> None:
         self._kept = maps
+        self._in_time = in_time
         self._like = like  # dtype and device of every map
         self._frees = frozenset(each.frees)
         self._rows = {node: Rows() for node in each.nodes if node not in each.targets}
@@ -127,7 +104,11 @@ class Walk:
             rows = [part for _, part in self._source(source).read(first, last)]
             parts.append(rows[0] if len(rows) == 1 else torch.cat(rows, dim=2))
             del rows
-        if isinstance(op, GlobalPointwise):
+        if isinstance(op, Between):
+            out, last_frames = between(parts[0], self._in_time[node].read(first, last), op.conv)
+            self._in_time[node].write(last_frames)
+            del last_frames
+        elif isinstance(op, GlobalPointwise):
             totals = self._statistics[node.sources[0]]
             assert isinstance(totals, Totals)
             out = op.applied(parts[0], totals)
@@ -162,7 +143,7 @@ class Walk:
         end = max(ready, op.reads(stop, height))
         sides = op.sides
         window = torch.empty(
-            (b, c, op.below(stop) - first, width + sum(sides)),
+            (op.before + b, c, op.below(stop) - first, width + sum(sides)),
             dtype=self._like.dtype,
             device=self._like.device,
             memory_format=torch.channels_last,
@@ -173,10 +154,13 @@ class Walk:
         del carry
         inner = window[..., sides[0] : sides[0] + width]
         for row, part in self._source(x).read(ready, end):
-            self._prepare[node](part, inner[:, :, row - first : row - first + part.shape[2]])
+            self._prepare[node](part, inner[op.before :, :, row - first : row - first + part.shape[2]])
             del part
+        fresh = inner[:, :, ready - first : end - first]
         if op.act is not None:
-            op.act(inner[:, :, ready - first : end - first], inplace=True)
+            op.act(fresh[op.before :], inplace=True)
+        if op.before and end > ready:
+            _fill(fresh, self._in_time[node], ready)
         _surround(window, above, end - first, height - first, sides, op.replicates)
         self._release(x, (node, "x"), end)
         following = op.stride * (stop // op.up) - top
@@ -185,6 +169,8 @@ class Walk:
         if op.up == 2:
             return enlarge(window, self._merged[node], op.conv.bias, start % 2, stop - start, any(sides))
         padding = (0, 0 if any(sides) else left)
+        if isinstance(op.conv, nn.Conv3d):
+            return causal(window, op.conv, padding, self._in_time[node].first)
         return _channels_last(
             F.conv2d(window, op.conv.weight, op.conv.bias, op.conv.stride, padding, groups=op.conv.groups)
         )
@@ -233,6 +219,16 @@ def _surround(window: Tensor, above: int, below: int, height: int, sides: tuple[
             place.copy_(edge)
 
 
+def _fill(frames: Tensor, kept: Kept, row: int) -> None:
+    """The frames before those of a window's rows, which begin at `row`; the last ones are kept."""
+    history = kept.read(row, row + frames.shape[2])
+    if history is None:
+        frames[: kept.before].zero_()
+    else:
+        frames[: kept.before] = history
+    kept.write(frames[len(frames) - kept.before :])
+
+
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -266,12 +262,16 @@ def _attention(each: Pass, x: Rows, prepare: Prepare, like: Tensor) -> Iterator[
 
 
 def walk(
-    each: Pass, maps: dict[Node, Rows], statistics: dict[Node, Statistics], like: Tensor
+    each: Pass,
+    maps: dict[Node, Rows],
+    statistics: dict[Node, Statistics],
+    in_time: Mapping[Node, Kept],
+    like: Tensor,
 ) -> Iterator[tuple[Node, int, Tensor]]:
     """Runs one pass: yields (target, first row, band) in order of rows.
 
     `maps` are the kept maps, whose bands are freed as `each.frees` says; `statistics` what the pass's global
-    layers need; `like` any tensor of the maps' dtype and device.
+    layers need; `in_time` what its layers in time keep; `like` any tensor of the maps' dtype and device.
     """
     (target, *_) = each.targets
     if target.attends:
@@ -280,7 +280,7 @@ def walk(
             yield target, start, band
             del band
         return
-    state = Walk(each, maps, statistics, like)
+    state = Walk(each, maps, statistics, in_time, like)
     for start in range(0, target.shape[2], each.rows):
         for target in each.targets:
             yield target, start, state.band(target, min(target.shape[2], start + each.rows))

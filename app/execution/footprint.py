@@ -3,6 +3,7 @@
 Everything is counted in numbers, not bytes, so that one forecast serves every precision.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ def peak_elements(
 ) -> int:
     """Numbers alive at once in `passes`, which start from `start` alone; `working_set_of` is `working_set`, cached."""
     kept = {start: 0 if start is program.input else start.elements}
-    small = SMALL + program.statistics
+    small = SMALL + program.statistics + program.carried
     peak = 0
     for each in passes:
         working = working_set_of(each)
@@ -226,10 +227,10 @@ class _Rehearsal:
 def _workspace(node: Node) -> int:
     """Numbers of the kernel's own copy of a convolution's weights: oneDNN and cuDNN reorder them for each call."""
     assert isinstance(node.op, Conv) and node.x is not None
-    kernel_h, kernel_w = (2, 2) if node.op.up == 2 else node.op.conv.kernel_size
-    return (2 if node.op.up == 2 else 1) * node.shape[1] * node.x.shape[1] * kernel_h * kernel_w // node.op.conv.groups
+    taps = 2 * 2 * 2 if node.op.up == 2 else math.prod(node.op.conv.kernel_size)
+    return node.shape[1] * node.x.shape[1] * taps // node.op.conv.groups
 
 
 def _window_row(op: Conv, x: Node) -> int:
     b, c, _, w = x.shape
-    return b * c * (w + sum(op.sides))
+    return (op.before + b) * c * (w + sum(op.sides))

@@ -42,6 +42,11 @@ class Pointwise(ABC):
     def __call__(self, *sources: Tensor) -> Tensor:
         """The result; the sources stay as they are."""
 
+    @property
+    def later(self) -> "Pointwise":
+        """What it is for the frames of a clip that come after its first slice."""
+        return self
+
     def scratch(self, source: int) -> int:
         """Numbers needed meanwhile beside the result, where the first source has so many."""
         return 0

@@ -71,6 +71,12 @@ class Execution(Protocol[Map]):
     def apply(self, function: Pointwise, *sources: Map) -> Map:
         """function(*sources)."""
 
+    def between(self, x: Map, conv: nn.Conv3d) -> Map:
+        """A clip's first frame as it is, its later ones through a convolution over time alone; see `causal.between`.
+
+        A picture is a first frame.
+        """
+
 
 Network = Callable[[Any, Any], Any]
 """A network's forward: (execution, input map) -> output map, as `AutoencoderKL.encoder` or `.decoder`."""
@@ -96,14 +102,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(chunks, dim=2)
 
 
-def padding_of(conv: nn.Conv2d, pad: Pad | None) -> Pad:
+def padding_of(conv: nn.Conv2d | nn.Conv3d, pad: Pad | None) -> Pad:
     """What is put around a map before the convolution.
 
     Raises ValueError for a kind that no execution has.
     """
     if isinstance(conv.padding, str) or conv.padding_mode not in PADDINGS:
         raise ValueError(f"a convolution is padded by numbers, with zeros or its edge: {conv}")
-    pad_h, pad_w = (int(side) for side in conv.padding)
+    pad_h, pad_w = (int(side) for side in conv.padding[-2:])
     return pad if pad is not None else (pad_w, pad_w, pad_h, pad_h)
 
 
@@ -146,6 +152,8 @@ class Whole:
             x = norm(x)
         if act is not None:
             x = act(x)
+        if conv.weight.dim() != 4:
+            raise ValueError(f"a kernel of two dimensions runs here: {conv}")
         around = padding_of(conv, pad)
         if up and not torch.is_grad_enabled() and _folds(conv, around):
             x = enlarged(x, conv.weight, conv.bias)
@@ -168,3 +176,7 @@ class Whole:
     def apply(self, function: Pointwise, *sources: Tensor) -> Tensor:
         """See `Execution.apply`."""
         return function(*sources)
+
+    def between(self, x: Tensor, conv: nn.Conv3d) -> Tensor:
+        """See `Execution.between`."""
+        return x

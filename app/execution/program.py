@@ -4,12 +4,14 @@ The networks are written against `Execution`; `record` gives them an execution t
 computing it. What is kept in memory, and in which order bands are computed, is then arithmetic on the nodes.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import nn
 
+from app.execution.causal import WHOLE_CLIP, Between, Slice, history_of
 from app.execution.norms import Norm, global_norm
 from app.execution.pointwise import GlobalPointwise, Pointwise, Shape
 from app.execution.primitive import Activation, AttentionBlock, Network, Pad, padding_of
@@ -19,7 +21,7 @@ from app.execution.primitive import Activation, AttentionBlock, Network, Pad, pa
 class Conv:
     """then(conv(up(act(norm(x)))) + add), with the padding spelled out."""
 
-    conv: nn.Conv2d
+    conv: nn.Conv2d | nn.Conv3d
     norm: Norm | None
     act: Activation | None
     up: int  # output rows per row of x before the stride: 2 where a 3x3 convolution sees x enlarged
@@ -29,12 +31,17 @@ class Conv:
     @property
     def kernel(self) -> int:
         """Rows of the kernel."""
-        return int(self.conv.kernel_size[0])
+        return int(self.conv.kernel_size[-2])
+
+    @property
+    def before(self) -> int:
+        """Frames before a slice that it reads."""
+        return history_of(self.conv) if isinstance(self.conv, nn.Conv3d) else 0
 
     @property
     def stride(self) -> int:
         """Rows of the padded input per row of the output."""
-        return int(self.conv.stride[0])
+        return int(self.conv.stride[-2])
 
     @property
     def replicates(self) -> bool:
@@ -88,6 +95,11 @@ class Node:
         return None if self.op is None or global_norm(self.op.norm) is None else self.x
 
     @property
+    def before(self) -> int:
+        """Frames before a slice that it reads."""
+        return self.op.before if isinstance(self.op, Conv | Between) else 0
+
+    @property
     def attends(self) -> bool:
         """Whether every row needs all rows of x."""
         return self.op is not None and not isinstance(self.op, Conv | Pointwise)
@@ -108,8 +120,8 @@ class Node:
         """Multiplications and additions of the whole map: convolutions and attention, of either kind."""
         b, c, h, w = self.shape
         if isinstance(self.op, Conv):
-            kernel_h, kernel_w = self.op.conv.kernel_size
-            return 2 * self.elements * kernel_h * kernel_w * self.op.conv.in_channels // self.op.conv.groups
+            taps = math.prod(self.op.conv.kernel_size)
+            return 2 * self.elements * taps * self.op.conv.in_channels // self.op.conv.groups
         if isinstance(self.op, Pointwise):
             return 0 if self.x is None else self.op.flops(self.x.elements)
         return 4 * b * c * (h * w) * (h * w + 2 * c) if self.attends else 0
@@ -121,6 +133,7 @@ class Program:
 
     nodes: tuple[Node, ...]
     readers: dict[Node, tuple[Node, ...]]
+    place: Slice = WHOLE_CLIP
 
     @property
     def input(self) -> Node:
@@ -148,6 +161,19 @@ class Program:
             if (source := node.normed) is not None
         }
         return sum(kept.values())
+
+    @property
+    def in_time(self) -> tuple[Node, ...]:
+        """The nodes that read frames before a slice, in the network's order."""
+        return tuple(node for node in self.nodes if node.before)
+
+    @cached_property
+    def carried(self) -> int:
+        """Numbers that layers in time keep from slice to slice; of a clip that is one slice, none."""
+        if self.place == WHOLE_CLIP:
+            return 0
+        maps = ((node.before, node.x.shape) for node in self.in_time if node.x is not None)
+        return sum(before * c * h * w for before, (_, c, h, w) in maps)
 
     def cuts(self) -> tuple[Node, ...]:
         """The nodes at which no other map is live: input, block outputs, resampling layers, output."""
@@ -181,12 +207,13 @@ def inside(targets: Iterable[Node], known: Iterable[Node]) -> tuple[Node, ...]:
 class _Recorder:
     """An `Execution` whose maps are nodes."""
 
+    place: Slice
     nodes: list[Node] = field(default_factory=list)
 
     def conv(
         self,
         x: Node,
-        conv: nn.Conv2d,
+        conv: nn.Conv2d | nn.Conv3d,
         *,
         norm: Norm | None = None,
         act: Activation | None = None,
@@ -195,19 +222,20 @@ class _Recorder:
         add: Node | None = None,
         then: Activation | None = None,
     ) -> Node:
-        if tuple(conv.dilation) != (1, 1):
+        if set(conv.dilation) != {1}:
             raise ValueError(f"bands need a convolution without dilation: {conv}")
         left, right, top, bottom = padding_of(conv, pad)
-        if conv.padding_mode == "replicate" and max(top, bottom) >= conv.kernel_size[0]:
+        (kernel_h, kernel_w), (stride_h, stride_w) = conv.kernel_size[-2:], conv.stride[-2:]
+        if conv.padding_mode == "replicate" and max(top, bottom) >= kernel_h:
             raise ValueError(f"bands need a kernel that reads more than repeated rows: {conv}")
         plain = (conv.kernel_size, conv.stride, conv.groups) == ((3, 3), (1, 1), 1)
         if up and not (plain and (left, right, top, bottom) == (1, 1, 1, 1)):
             raise ValueError(f"bands enlarge before a 3x3 convolution padded by 1 only: {conv}")
         scale = 2 if up else 1
         b, _, h, w = x.shape
-        height = (h * scale + top + bottom - conv.kernel_size[0]) // conv.stride[0] + 1
-        width = (w * scale + left + right - conv.kernel_size[1]) // conv.stride[1] + 1
-        if height < 1 or width < 1 or conv.kernel_size[0] < conv.stride[0]:
+        height = (h * scale + top + bottom - kernel_h) // stride_h + 1
+        width = (w * scale + left + right - kernel_w) // stride_w + 1
+        if height < 1 or width < 1 or kernel_h < stride_h:
             raise ValueError(f"a map of {h}x{w} is too small for {conv}, or its stride skips rows")
         op = Conv(conv, norm, act, scale, (left, right, top, bottom), then)
         return self._add(Node((b, conv.out_channels, height, width), op, x, add))
@@ -217,19 +245,24 @@ class _Recorder:
 
     def apply(self, function: Pointwise, *sources: Node) -> Node:
         x, *more = sources
+        function = function if self.place.first else function.later
         return self._add(Node(function.shape(*(source.shape for source in sources)), function, x, more=tuple(more)))
+
+    def between(self, x: Node, conv: nn.Conv3d) -> Node:
+        function = Between(conv, self.place.first)
+        return self._add(Node(function.shape(x.shape), function, x))
 
     def _add(self, node: Node) -> Node:
         self.nodes.append(node)
         return node
 
 
-def record(network: Network, shape: tuple[int, ...]) -> Program:
-    """The program that `network` runs on an input of `shape` (B, C, H, W).
+def record(network: Network, shape: tuple[int, ...], place: Slice = WHOLE_CLIP) -> Program:
+    """The program that `network` runs on an input of `shape` (B, C, H, W), of a network for clips (T, C, H, W).
 
     Raises ValueError where a layer cannot be run over bands, or a map has no rows or columns left.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(place)
     b, c, h, w = shape
     start = Node((b, c, h, w))
     output = network(recorder, start)
@@ -239,5 +272,6 @@ def record(network: Network, shape: tuple[int, ...]) -> Program:
         for source in node.sources:
             readers[source].append(node)
     # In the network's own order: a block's first convolution before its shortcut.
-    place = {node: i for i, node in enumerate((start, *recorder.nodes))}
-    return Program(tuple(sorted(nodes, key=place.__getitem__)), {node: tuple(found) for node, found in readers.items()})
+    order = {node: i for i, node in enumerate((start, *recorder.nodes))}
+    ordered = tuple(sorted(nodes, key=order.__getitem__))
+    return Program(ordered, {node: tuple(found) for node, found in readers.items()}, place)

@@ -4,14 +4,14 @@ Knows files and tensors; which device and precision is the caller's to say.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from app.errors import UnsupportedCheckpoint
+from app.errors import InvalidParameter, UnsupportedCheckpoint
 from app.store.declared import FamilySource
 from app.store.family import doubt_of
 from app.store.tree import Stamp, stamp
@@ -76,6 +76,22 @@ class Checkpoint:
     def architecture(self) -> Architecture:
         """The row of the network."""
         return architecture_of(self.config)
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames per latent frame of a clip but the first, which is one; 1 where it is taken for pictures."""
+        return self.architecture.temporal_factor
+
+    def for_clips(self) -> "Checkpoint":
+        """The same weights, taken for the network of clips that they are of.
+
+        Raises InvalidParameter for those of pictures alone.
+        """
+        clips = self.architecture.clips
+        if clips is None:
+            raise InvalidParameter(f"{self.name} ({self.family.name}) is for pictures; clips are taken by Wan's VAE")
+        config = clips.configure(self.config)
+        return replace(self, config=config, parameters=sum(value.numel() for value in blank(config).parameters()))
 
     def changed(self) -> bool:
         """Whether a file was written, replaced or removed since it was identified."""
@@ -166,7 +182,7 @@ def blank(config: Config) -> Autoencoder:
 
 def _copy(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of its own memory."""
-    layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim(), torch.contiguous_format)
     return torch.empty(tensor.shape, dtype=dtype, device=device, memory_format=layout).copy_(tensor)
 
 

@@ -5,7 +5,7 @@ such a network, its publisher's: the names that our network's attributes have.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,8 +17,22 @@ from app.vae.autoencoder_dc import AutoencoderDC, DCConfig
 from app.vae.autoencoder_hunyuan import AutoencoderHunyuan, HunyuanConfig
 from app.vae.autoencoder_kl import NORM_GROUPS, AutoencoderKL, KLConfig
 from app.vae.autoencoder_tiny import AutoencoderTiny, TinyConfig
-from app.vae.autoencoder_wan import AutoencoderWan, WanConfig, picture_tensors
-from app.vae.autoencoder_wan22 import AutoencoderWan22, QwenImage21Config, Wan22Config, patched_picture_tensors
+from app.vae.autoencoder_wan import (
+    TEMPORAL_FACTOR,
+    AutoencoderWan,
+    WanClipConfig,
+    WanConfig,
+    clip_tensors,
+    picture_tensors,
+)
+from app.vae.autoencoder_wan22 import (
+    AutoencoderWan22,
+    QwenImage21Config,
+    Wan22ClipConfig,
+    Wan22Config,
+    patched_clip_tensors,
+    patched_picture_tensors,
+)
 from app.vae.families import FAMILIES
 from app.vae.latent_format import Constant
 
@@ -41,6 +55,20 @@ class Diffusers:
     expects: Mapping[str, object] = field(default_factory=dict)
 
 
+Resident = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
+"""What of a network's tensors a canonical one of a file is, by name."""
+
+
+@dataclass(frozen=True)
+class Clips:
+    """What of a network whose pictures are clips of one frame differs where it takes clips; see `execution.causal`."""
+
+    config: type[Config]
+    configure: Callable[[Any], Config]  # given the configuration for pictures; raises UnsupportedCheckpoint
+    resident: Resident
+    temporal_factor: int  # frames per latent frame but the first, which is one
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What tells an architecture, and everything about it that its network does not say."""
@@ -57,8 +85,7 @@ class Architecture:
     # The convolution that makes the picture, by its canonical name; None where the decoder does not end in a plain one.
     output: Callable[[Any], str | None]
     shape: Callable[[str, Shape], Shape] = lambda name, shape: shape  # the canonical one, given that of any layout
-    # What of the network's tensors a canonical one of a file is, by name: itself, but where a file has more than runs.
-    resident: Callable[[str, Tensor], Iterable[tuple[str, Tensor]]] = lambda name, tensor: ((name, tensor),)
+    resident: Resident = lambda name, tensor: ((name, tensor),)  # itself, but where a file has more than runs
     # Canonical names of tensors that are never all zero in a file that is whole.
     never_zero: frozenset[str] = frozenset()
     # The end of a key in the publisher's layout, and of the canonical names of its equal parts, first rows first.
@@ -69,6 +96,8 @@ class Architecture:
     # What no shape tells, where it is not the usual: keys of a sidecar and their values.
     untold: Callable[[Any], dict[str, int]] = lambda config: {}
     executions: tuple[ExecutionName, ...] = EXECUTIONS
+    temporal_factor: int = 1  # 1: a network of pictures
+    clips: Clips | None = None
 
 
 def _kl_told(shapes: Shapes) -> bool:
@@ -177,6 +206,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             output=lambda config: "decoder.head.2",
             encoder=("encoder.", "conv1."),
             resident=picture_tensors,
+            clips=Clips(WanClipConfig, WanConfig.for_clips, clip_tensors, TEMPORAL_FACTOR),
             never_zero=QUANT,
         ),
         Architecture(
@@ -196,6 +226,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             output=lambda config: "decoder.head.2",
             encoder=("encoder.", "conv1."),
             resident=patched_picture_tensors,
+            clips=Clips(Wan22ClipConfig, Wan22Config.for_clips, patched_clip_tensors, TEMPORAL_FACTOR),
             never_zero=QUANT,
         ),
         Architecture(
@@ -230,7 +261,11 @@ def told(shapes: Shapes) -> Architecture:
 
 
 def architecture_of(config: Config) -> Architecture:
-    """The row that a configuration belongs to."""
+    """The row that a configuration belongs to; of a network for clips, the one of pictures with what differs."""
+    for row in ARCHITECTURES.values():
+        if row.clips is not None and type(config) is row.clips.config:
+            clips, factor = row.clips, row.clips.temporal_factor
+            return replace(row, config=clips.config, resident=clips.resident, temporal_factor=factor)
     return next(row for row in ARCHITECTURES.values() if type(config) is row.config)
 
 

@@ -14,7 +14,7 @@ from app.wire.origin import Origin, read_origin
 from app.wire.saved import read_saved, saved_headers
 from app.wire.scan import Body
 from app.wire.sniff import ARRAYS, sniff
-from app.wire.spec import ArraySpec, Values, values
+from app.wire.spec import LATENTS, ArraySpec, Purpose, Values, values
 from app.wire.tensors import safetensors_header
 
 
@@ -30,6 +30,8 @@ class LatentShape:
     convention: Convention | None = None
     origin: Origin | None = None
     """These three as a safetensors file says; None where it does not, and for other files."""
+    clip: bool = False
+    """Whether they are said to be a clip: then there is one part, (C, T, h, w)."""
     cached: bool = False
     """Whether sd-scripts wrote them to train with: in the convention that it has for the family."""
 
@@ -62,43 +64,44 @@ class Latents:
     origin: Origin | None = None
 
 
-def latent_shape(body: Body) -> LatentShape:
-    """The shape of the latents in a body, from its headers alone.
+def latent_shape(body: Body, purpose: Purpose = LATENTS) -> LatentShape:
+    """The shape of the latents in a body, from its headers alone. Of `CLIPS` it may be a clip.
 
     Raises as `read_latents` does, except TooLarge and for values that are not finite.
     """
     match sniff(body, ARRAYS):
         case "npy":
-            return _shape([npy_spec(body)])
+            return _shape([npy_spec(body, purpose)])
         case "npz":
             specs, cached = npz_headers(body)
             return replace(_shape(specs), cached=cached)
         case "pt":
             return _shape(saved_headers(body))
         case _:
-            spec, metadata = safetensors_header(body)
+            spec, metadata = safetensors_header(body, purpose)
             convention = _convention(metadata.get("convention"))
             origin = read_origin(metadata)
             return replace(_shape([spec]), family=metadata.get("family"), convention=convention, origin=origin)
 
 
-def read_latents(body: Body, *, max_bytes: int) -> Latents:
+def read_latents(body: Body, *, max_bytes: int, purpose: Purpose = LATENTS) -> Latents:
     """The latents of a body in one of the formats `ARRAYS`: (C, h, w) or (N, C, h, w), float16, float32, or bfloat16.
 
     The arrays of a .npz follow each other in name order, and may differ in shape, as the tensors of a list of
     torch.save's. Raises UnsupportedMedia for other formats, MalformedBody where header and data disagree, TooLarge
     where a .npz would inflate to more than `max_bytes`, or tensors that share their data would take more, and
-    InvalidLatent for other dtypes and shapes, for values that are not finite, and for unreadable metadata.
+    InvalidLatent for other dtypes and shapes, for values that are not finite, and for unreadable metadata. Of `CLIPS` a
+    clip comes as its channels, (T, h, w) each.
     """
     match sniff(body, ARRAYS):
         case "npy":
-            return Latents(finite_items([values(npy_spec(body), body)]))
+            return Latents(finite_items([values(npy_spec(body, purpose), body)]))
         case "npz":
             return Latents(finite_items(read_npz(body, max_bytes)))
         case "pt":
             return Latents(finite_items(read_saved(body, max_bytes)))
         case _:
-            spec, metadata = safetensors_header(body)
+            spec, metadata = safetensors_header(body, purpose)
             return Latents(
                 finite_items([values(spec, body)]),
                 metadata.get("family"),
@@ -109,7 +112,7 @@ def read_latents(body: Body, *, max_bytes: int) -> Latents:
 
 def _shape(parts: list[ArraySpec]) -> LatentShape:
     dtype = "float32" if any(part.dtype == "float32" for part in parts) else "float16"
-    return LatentShape(tuple(part.shape for part in parts), dtype)
+    return LatentShape(tuple(part.shape for part in parts), dtype, clip=parts[0].clip)
 
 
 def finite_items(arrays: list[Values]) -> list[Values]:

@@ -6,7 +6,7 @@ sizes against a limit that is global to the process, and the limit here is an ar
 
 import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -68,8 +68,37 @@ def read_image(
     """
     if header.width * header.height > max_pixels:
         raise TooLarge(f"the picture has {header.width}x{header.height} pixels, more than the limit of {max_pixels}")
+    return _as_asked(_decode(body, header), header, background)
+
+
+def read_frames(
+    body: Body, header: PictureHeader, *, background: Colour | None, max_pixels: int
+) -> Iterator[npt.NDArray[np.uint8]]:
+    """All frames of an APNG or an animated WebP file, each as `read_image` has one: composed, one after the other.
+
+    Of any other picture file the one that there is. Raises as `read_image`.
+    """
+    if header.frames == 1 or header.format not in ("PNG", "WebP"):
+        yield read_image(body, header, background=background, max_pixels=max_pixels)
+        return
+    if header.width * header.height > max_pixels:
+        raise TooLarge(f"the picture has {header.width}x{header.height} pixels, more than the limit of {max_pixels}")
+    try:
+        moving = _PLUGINS[header.format](io.BytesIO(body))
+        if moving.size != (header.width, header.height):
+            raise MalformedBody(f"the {header.format} file states two different sizes")
+        first = int(bool(moving.info.get("default_image")))  # which stands for the film where none is shown
+        for index in range(first, first + header.frames):
+            moving.seek(index)
+            yield _as_asked(moving.copy(), header, background)
+    except Image.DecompressionBombError as error:  # Pillow's own limit
+        raise TooLarge(f"a {header.format} file of {header.width}x{header.height} pixels is not decoded") from error
+    except _DECODE_ERRORS as error:
+        raise _corrupt(header, error) from error
+
+
+def _as_asked(image: Image.Image, header: PictureHeader, background: Colour | None) -> npt.NDArray[np.uint8]:
     gamma = gamma_of(header.colour)
-    image = _decode(body, header)
     profile = profile_of(header.colour, image.info.get("icc_profile"))
     try:
         image, alpha, gamma = _split(image, gamma)
@@ -110,6 +139,16 @@ def write_image(pixels: Pixels, media_type: str, *, quality: int | None = None) 
         image = _over(image, WHITE)
     file = io.BytesIO()
     image.save(file, name, quality=quality or DEFAULT_QUALITY, **_SETTINGS[name])
+    return file.getvalue()
+
+
+def write_webp(pixels: npt.NDArray[np.uint8], lossless: bool) -> bytes:
+    """A WebP file of pixels (H, W, 3 or 4), exactly them if it is `lossless`."""
+    height, width, _ = pixels.shape
+    check_sides(width, height, "image/webp")
+    file = io.BytesIO()
+    settings = {"lossless": True, "exact": True} if lossless else {"quality": DEFAULT_QUALITY}
+    Image.fromarray(pixels).save(file, "WEBP", **settings, **_SETTINGS["WEBP"])
     return file.getvalue()
 
 

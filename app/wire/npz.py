@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from app.errors import InvalidLatent, MalformedBody, TooLarge
+from app.errors import InvalidImage, InvalidInput, InvalidLatent, MalformedBody, TooLarge
 from app.wire.npy import MAX_HEADER, npy_header, write_npy
 from app.wire.scan import Body, count
 from app.wire.spec import ArraySpec, Values, check_size, values
@@ -79,6 +79,23 @@ def write_zip(files: list[tuple[str, bytes]]) -> bytes:
     return buffer.getvalue()
 
 
+def pictures_of(body: Body) -> list[zipfile.ZipInfo]:
+    """The PNG files of a zip archive in name order, numbers by value; `file_of` reads one.
+
+    Raises InvalidImage where it holds others or none, else as `npz_headers`.
+    """
+    with _archive(body) as archive:
+        return _members(archive, ".png", InvalidImage)
+
+
+def file_of(body: Body, member: zipfile.ZipInfo, max_bytes: int) -> bytes:
+    """The content of one, which takes at most `max_bytes`: raises TooLarge for more."""
+    if member.file_size > max_bytes:
+        raise TooLarge(f"{member.filename[:40]!r} has {member.file_size} bytes, more than the limit of {max_bytes}")
+    with _archive(body) as archive:
+        return _inflate(archive, member)
+
+
 @contextmanager
 def _archive(body: Body) -> Iterator[zipfile.ZipFile]:
     # ZipFile parses the whole directory at once, so its length is bounded first.
@@ -91,13 +108,15 @@ def _archive(body: Body) -> Iterator[zipfile.ZipFile]:
         raise MalformedBody(f"the archive is truncated or corrupt: {str(error)[:80]}") from error
 
 
-def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+def _members(
+    archive: zipfile.ZipFile, ending: str = ".npy", wrong: type[InvalidInput] = InvalidLatent
+) -> list[zipfile.ZipInfo]:
     members = _readable(archive)
     if not members:
-        raise InvalidLatent("the .npz archive is empty")
+        raise wrong("the archive is empty")
     for member in members:
-        if not member.filename.endswith(".npy"):
-            raise InvalidLatent(f"expected only .npy files in the archive, got {member.filename[:40]!r}")
+        if not member.filename.endswith(ending):
+            raise wrong(f"expected only {ending} files in the archive, got {member.filename[:40]!r}")
     return members
 
 

@@ -6,7 +6,6 @@ rows have one filter, a subtraction in numpy, and ISA-L deflates them with vecto
 
 import struct
 import zlib
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,7 @@ Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 """(H, W, 3) in sRGB, or with straight alpha (H, W, 4)."""
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
+END = b"\0\0\0\0IEND\xaeB`\x82"
 _COLOUR_TYPES = {3: 2, 4: 6}  # by channels: RGB, RGB with alpha
 _UP = 2
 _MAX_CHUNK = 2**31 - 1
@@ -29,17 +29,34 @@ def write_png(pixels: Pixels) -> bytes:
 
     Raises ValueError for any other shape or dtype: that is the caller's bug, not the client's.
     """
+    data = deflated(pixels)
+    parts = [head(pixels)]
+    for start in range(0, len(data), _MAX_CHUNK):
+        parts.append(chunk(b"IDAT", data[start : start + _MAX_CHUNK]))
+    return b"".join((*parts, END))
+
+
+def head(pixels: Pixels) -> bytes:
+    """What a PNG file of such pixels begins with. Raises as `write_png`."""
     fits = pixels.ndim == 3 and pixels.shape[2] in _COLOUR_TYPES and pixels.size > 0
     if not fits or pixels.dtype.str[1:] not in ("u1", "u2"):
         raise ValueError(f"expected uint8 or uint16 (H, W, 3) or (H, W, 4), got {pixels.dtype} {pixels.shape}")
     height, width, channels = pixels.shape
     header = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, _COLOUR_TYPES[channels], 0, 0, 0)
-    data = memoryview(isal_zlib.compress(_filter_up(pixels), level=1))
-    parts = [_SIGNATURE, *_chunk(b"IHDR", header)]
-    for start in range(0, len(data), _MAX_CHUNK):
-        parts += _chunk(b"IDAT", data[start : start + _MAX_CHUNK])
-    parts += _chunk(b"IEND", b"")
-    return b"".join(parts)
+    return _SIGNATURE + chunk(b"IHDR", header)
+
+
+def deflated(pixels: Pixels) -> memoryview:
+    """The rows of pixels, filtered and deflated: what IDAT chunks hold."""
+    return memoryview(isal_zlib.compress(_filter_up(pixels), level=1))
+
+
+def chunk(name: bytes, *data: bytes | memoryview) -> bytes:
+    """A chunk of these data."""
+    crc = isal_zlib.crc32(name)
+    for part in data:
+        crc = isal_zlib.crc32(part, crc)
+    return b"".join((struct.pack(">I", sum(map(len, data))), name, *data, struct.pack(">I", crc)))
 
 
 def check_chunks(chunks: list[memoryview]) -> None:
@@ -67,9 +84,3 @@ def _filter_up(pixels: Pixels) -> npt.NDArray[np.uint8]:
     filtered[0, 1:] = rows[0]
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
     return filtered
-
-
-def _chunk(name: bytes, data: bytes | memoryview) -> Iterator[bytes | memoryview]:
-    yield struct.pack(">I", len(data)) + name
-    yield data
-    yield struct.pack(">I", isal_zlib.crc32(data, isal_zlib.crc32(name)))

@@ -23,6 +23,7 @@ _FIRST_BYTES = {
     "AVIF": rb".{4}ftypavi[fs]",
     "HEIC or HEIF": rb".{4}ftyp(he[iv][cmsx]|mif[12]|msf1)",
     "a file of MP4's kind": rb".{4}ftyp",
+    "Matroska or WebM": rb"\x1a\x45\xdf\xa3",
     "JPEG XL": rb"\xff\x0a|\0{3}\x0cJXL ",
     "BMP": rb"BM.{4}\0{4}",
     "JPEG 2000": rb"\0{3}\x0cjP  |\xff\x4f\xff\x51",
@@ -35,9 +36,14 @@ _FIRST_BYTES = {
 _FORMATS = {name: re.compile(first_bytes, re.DOTALL) for name, first_bytes in _FIRST_BYTES.items()}
 
 
+def sniffed(body: Body) -> str | None:
+    """The format's name, where it is known."""
+    return next((name for name, first_bytes in _FORMATS.items() if first_bytes.match(body)), None)
+
+
 def sniff(body: Body, expected: tuple[str, ...]) -> str:
     """The format's name, one of `expected`; UnsupportedMedia names the expected ones and what came."""
-    found = next((name for name, first_bytes in _FORMATS.items() if first_bytes.match(body)), None)
+    found = sniffed(body)
     if found in expected:
         return found
     got = found or (f"bytes that begin with {bytes(body[:12])!r}" if len(body) else "an empty body")

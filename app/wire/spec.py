@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +35,12 @@ class Purpose:
     error: type[InvalidInput]
     frames: bool = False
     """Whether (N, C, T, h, w) is read too, of one frame: as pipelines of clips have pictures."""
+    clips: bool = False
+    """Whether of that (1, C, T, h, w) may have more frames: it is read as (C, T, h, w)."""
 
 
 LATENTS = Purpose(_FLOATS, "(C, h, w) or (N, C, h, w)", InvalidLatent, frames=True)
+CLIPS = replace(LATENTS, shapes=f"{LATENTS.shapes}, or of a clip (1, C, T, h, w)", clips=True)
 PIXELS = Purpose(
     _FLOATS | {"|u1": "uint8"},
     "(H, W, 3) or (N, H, W, 3) in uint8, (3, H, W) or (N, 3, H, W) in floats, or with alpha 4 for 3",
@@ -57,6 +60,8 @@ class ArraySpec:
     fortran: bool = False
     strides: tuple[int, int, int, int] | None = None
     """Steps in elements, of a view into more data; None where the data is dense."""
+    clip: bool = False
+    """Whether the shape is (C, T, h, w), and was said to be."""
 
     @property
     def dtype(self) -> str:
@@ -85,13 +90,17 @@ def array_spec(
     if code not in purpose.dtypes:
         expected = " or ".join(dict.fromkeys(purpose.dtypes.values()))
         raise purpose.error(f"expected {expected}, got {_OTHERS.get(code.lstrip('<>|='), code)[:40]}")
+    clip = False
     if purpose.frames and len(shape) == 5 and max(shape) < _LONGEST:
-        if shape[2] != 1:
-            raise purpose.error(
-                f"expected one frame, (N, C, 1, h, w), got {shape[2]} in a shape of {shape}: video is not supported yet"
-            )
-        shape = (*shape[:2], *shape[3:])
-        strides = strides and (*strides[:2], *strides[3:])
+        clip = purpose.clips and shape[2] > 1
+        if clip and shape[0] != 1:
+            raise purpose.error(f"expected one clip, (1, C, T, h, w), got {shape[0]} in a shape of {shape}")
+        if not clip and shape[2] != 1:
+            where = "" if purpose.clips else ": clips are taken by POST /decode, as .npy or safetensors"
+            raise purpose.error(f"expected one frame, (N, C, 1, h, w), got {shape[2]} in a shape of {shape}{where}")
+        one = 0 if clip else 2
+        shape = (*shape[:one], *shape[one + 1 :])
+        strides = strides and (*strides[:one], *strides[one + 1 :])
     if len(shape) not in (3, 4) or max(shape) >= _LONGEST:
         raise purpose.error(f"expected a shape of {purpose.shapes}, got {str(shape)[:60]}")
     if min(shape) < 1:
@@ -101,7 +110,7 @@ def array_spec(
     if strides is not None:
         n, c, y, x = (0, *strides) if len(strides) == 3 else strides
         steps = n, c, y, x
-    return ArraySpec((batch, channels, height, width), code, start, fortran, steps)
+    return ArraySpec((batch, channels, height, width), code, start, fortran, steps, clip)
 
 
 def check_size(spec: ArraySpec, size: int) -> None:

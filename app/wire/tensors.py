@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from app.errors import MalformedBody
+from app.errors import InvalidLatent, MalformedBody
 from app.weights.header import PREFIX, Entry, Header, format_header, header_length, parse_header
 from app.wire.scan import Body
 from app.wire.spec import LATENTS, ArraySpec, Purpose, Values, array_spec, check_size
@@ -45,14 +45,17 @@ def safetensors_header(body: Body, purpose: Purpose = LATENTS) -> tuple[ArraySpe
 
 
 def write_safetensors(array: Values, metadata: dict[str, str]) -> bytes:
-    """A safetensors file of one tensor `latents`, float16 or float32 (N, C, h, w), and what is known of it."""
+    """A safetensors file of one tensor `latents`, float16 or float32, and what is known of it.
+
+    (N, C, h, w), or of clips (N, C, T, h, w).
+    """
     data = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     entry = Entry(_DTYPES[array.dtype.name], data.shape, 0, data.nbytes)
     return b"".join((format_header(Header({_NAMES[0]: entry}, metadata)), data.data))
 
 
 def _meant(names: list[str], purpose: Purpose) -> str:
-    named = _NAMES if purpose is LATENTS else ()
+    named = _NAMES if purpose.error is InvalidLatent else ()
     for name in names if len(names) == 1 else named:
         if name in names:
             return name

@@ -86,7 +86,7 @@ def wan22_config(family: str = "wan22", width: int = 4) -> Wan22Config:
 
 
 def qwen21_config(family: str = "qwenimage21", width: int = 4) -> QwenImage21Config:
-    return QwenImage21Config(width, width, FAMILIES[family].latent_channels, 4)
+    return QwenImage21Config(width, width, FAMILIES[family].latent_channels, 4, flat=True)
 
 
 CONFIGS: dict[str, Callable[..., Config]] = {

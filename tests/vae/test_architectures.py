@@ -99,7 +99,9 @@ RANDOM: dict[str, Callable[[random.Random], Config]] = {
     "dc": random_dc,
     "hunyuan": random_hunyuan,
     "wan22": lambda draw: Wan22Config(draw.choice([4, 8]), draw.choice([4, 8]), 48, draw.choice([3, 4])),
-    "qwenimage21": lambda draw: QwenImage21Config(draw.choice([4, 8]), draw.choice([4, 8]), 64, draw.choice([3, 4])),
+    "qwenimage21": lambda draw: QwenImage21Config(
+        draw.choice([4, 8]), draw.choice([4, 8]), 64, draw.choice([3, 4]), True
+    ),
     "tiny": lambda draw: tiny_config(draw.choice(["taesd", "taesd3", "taef2", "taesana"]), draw.choice([4, 8])),
 }
 

@@ -1,6 +1,7 @@
 """Parity with diffusers on random weights, for pictures: a clip of one frame there."""
 
 import math
+from collections import deque
 from typing import Any
 
 import diffusers
@@ -9,9 +10,12 @@ import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 
 from app.errors import UnsupportedCheckpoint
-from app.execution.banded import RECOMPUTE, STRIPS, gather
+from app.execution.banded import RECOMPUTE, STRIPS, Banded, gather
+from app.execution.causal import Carry
 from app.execution.primitive import Whole
-from app.vae.autoencoder_wan import AutoencoderWan, WanConfig, picture_tensors
+from app.execution.slices import Sliced
+from app.vae.architectures import architecture_of
+from app.vae.autoencoder_wan import AutoencoderWan, WanConfig, clip_tensors, picture_tensors
 from app.vae.layout_wan import diffusers_config, diffusers_keys, wan_keys
 from tests.vae.test_autoencoder_kl import assert_same
 
@@ -173,3 +177,54 @@ def test_what_has_no_sides_is_refused(key, shape):
 )
 def test_no_shape_breaks_what_is_taken_of_a_file(name, shape):
     assert all(part.numel() in (0, 1) for _, part in picture_tensors(name, torch.zeros(shape)))
+
+
+def clips(model: Any) -> AutoencoderWan:
+    """Our network for clips with another's weights."""
+    vae = AutoencoderWan(config_of(model).for_clips()).eval().requires_grad_(False)
+    state = state_of(model)
+    parts = dict(part for name, tensor in state.items() for part in clip_tensors(name, tensor))
+    vae.load_state_dict(parts, strict=True)
+    return vae
+
+
+def sliced(network: Any, frames: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """A network of clips over slices of frames (T, C, h, w)."""
+    carry: Carry = deque()
+    return torch.cat([network(Sliced(carry), part) for part in frames.split(sizes)])
+
+
+@pytest.mark.parametrize(("make", "options"), [*RGB, RGBA[0]])
+@pytest.mark.parametrize("latents", [1, 2, 3, 5])
+@torch.inference_mode()
+def test_a_clip_is_that_of_diffusers_in_slices_and_whole(make, options, latents):
+    model = reference(make, **options)
+    vae = clips(model)
+    z = torch.randn(latents, 16, 4, 5)
+    pixels = torch.randn(1 + 4 * (latents - 1), vae.config.pixel_channels, 32, 40)
+    decoded = model.decode(z.transpose(0, 1)[None]).sample[0].transpose(0, 1)
+    moments = model.encode(pixels.transpose(0, 1)[None]).latent_dist.parameters[0].transpose(0, 1)
+    assert len(decoded) == len(pixels)
+    assert_same(sliced(vae.decode, z, [1] * latents), decoded)
+    assert_same(sliced(vae.decode, z, [latents]), decoded)
+    assert_same(sliced(vae.encode, pixels, [1, *[4] * (latents - 1)]), moments)
+    assert_same(sliced(vae.encode, pixels, [len(pixels)]), moments)
+    assert_same(gather(Banded("strips", 1), vae.decode, z), decoded)
+    assert_same(gather(Banded("strips", 1), vae.encode, pixels), moments)
+
+
+@torch.inference_mode()
+def test_the_first_frame_of_a_clip_is_a_picture():
+    model = reference()
+    z = torch.randn(2, 16, 4, 5)
+    assert_same(sliced(clips(model).decode, z, [1, 1])[:1], ours(model).decode(Whole(), z[:1]))
+
+
+def test_clips_run_all_that_a_file_has():
+    model = reference()
+    vae = clips(model)
+    assert sum(value.numel() for value in vae.parameters()) == sum(value.numel() for value in model.parameters())
+    factors = [architecture_of(each.config).temporal_factor for each in (ours(model), vae)]
+    assert factors == [1, 4]
+    with pytest.raises(UnsupportedCheckpoint, match="pictures alone"):
+        WanConfig(8, 8, 16, flat=True).for_clips()

@@ -1,5 +1,6 @@
-"""Parity with diffusers on random weights, for pictures: a clip of one frame there."""
+"""Parity with diffusers on random weights: of pictures, which are clips of one frame there, and of clips."""
 
+from collections import deque
 from typing import Any
 
 import diffusers
@@ -10,12 +11,14 @@ from diffusers import AutoencoderKLQwenImage21, AutoencoderKLWan
 from app.engine.forecast import CountingMode
 from app.errors import UnsupportedCheckpoint
 from app.execution.banded import RECOMPUTE, STRIPS, Banded, execute, forecast_bytes, gather
+from app.execution.causal import Carry
 from app.execution.primitive import Whole
 from app.vae.architectures import ARCHITECTURES, Architecture, told
 from app.vae.autoencoder import Autoencoder, Shapes
 from app.vae.autoencoder_wan22 import AverageDown, DuplicateUp, patched_picture_tensors
 from app.vae.layout_wan22 import diffusers_config
 from tests.vae.test_autoencoder_kl import assert_same
+from tests.vae.test_autoencoder_wan import sliced
 
 WAN = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
 MAKERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -72,6 +75,43 @@ def test_a_picture_is_a_clip_of_one_frame(name):
         assert_same(vae.posterior(moments).mode(), expected.mode()[:, :, 0])
         latents = torch.randn(batch, z, rows, columns)
         assert_same(vae.decode(Whole(), latents), model.decode(latents[:, :, None]).sample[:, :, 0])
+
+
+@pytest.mark.parametrize("name", ["wan22", "wan22 RGBA"])
+@pytest.mark.parametrize("latents", [1, 2, 3, 5])
+@torch.inference_mode()
+def test_a_clip_is_that_of_diffusers_in_slices_in_bands_and_whole(name, latents):
+    model = reference(name)
+    row, state = published(model)
+    vae = for_clips(row, state)
+    z = torch.randn(latents, 48, 2, 3)
+    pixels = torch.randn(1 + 4 * (latents - 1), vae.config.pixel_channels, 32, 48)
+    decoded = model.decode(z.transpose(0, 1)[None]).sample[0].transpose(0, 1)
+    moments = model.encode(pixels.transpose(0, 1)[None]).latent_dist.parameters[0].transpose(0, 1)
+    assert len(decoded) == len(pixels)
+    assert_same(sliced(vae.decode, z, [1] * latents), decoded)
+    assert_same(sliced(vae.encode, pixels, [1, *[4] * (latents - 1)]), moments)
+    assert_same(gather(Banded("strips", 1), vae.decode, z), decoded)
+    assert_same(gather(Banded("strips", 1), vae.encode, pixels), moments)
+    carry: Carry = deque()
+    found = [gather(Banded("strips", 1), vae.decode, part, carry=carry) for part in z.split(1)]
+    assert_same(torch.cat(found), decoded)
+
+
+def for_clips(row: Architecture, state: dict[str, torch.Tensor]) -> Autoencoder:
+    """Our network for clips with these weights."""
+    assert row.clips is not None
+    vae = row.module(row.clips.configure(row.configure(shapes_of(state), None))).eval()
+    vae.load_state_dict(dict(part for item in state.items() for part in row.clips.resident(*item)), strict=True)
+    return vae
+
+
+def test_pictures_alone_have_no_clips():
+    row, state = published(reference("wan22"))
+    flat = {name: tensor[:, :, -1] if tensor.dim() == 5 else tensor for name, tensor in state.items()}
+    assert row.clips is not None
+    with pytest.raises(UnsupportedCheckpoint, match="pictures alone"):
+        row.clips.configure(row.configure(shapes_of(flat), None))
 
 
 @pytest.mark.parametrize("execution", [STRIPS, RECOMPUTE], ids=str)
