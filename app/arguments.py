@@ -45,7 +45,7 @@ def _serve(commands: Commands) -> None:
 def _encode(commands: Commands) -> None:
     encode = commands.add_parser("encode", help="pictures to latents: files, or whole folders")
     encode.add_argument(
-        "inputs", nargs="+", metavar="IMAGE", help="PNG, JPEG, WebP or AVIF, a folder of them, or - for stdin"
+        "inputs", nargs="+", metavar="IMAGE", help="PNG, JPEG, WebP, AVIF, MP4, WebM or MKV, a folder of them, or -"
     )
     _work(encode, "a folder; of one picture also a .npy or .safetensors file, or - for stdout")
     posterior = encode.add_mutually_exclusive_group()
@@ -69,6 +69,11 @@ def _encode(commands: Commands) -> None:
         choices=("npy", "safetensors", "kohya"),
         help="of the files; kohya: as sd-scripts reads them",
     )
+    encode.add_argument(
+        "--frames",
+        choices=("trim", "pad", "error"),
+        help="takes a .webp, .png or .npy for a clip; of a number that is not 4k + 1: drop, repeat the last, refuse",
+    )
 
 
 def _decode(commands: Commands) -> None:
@@ -79,9 +84,16 @@ def _decode(commands: Commands) -> None:
         metavar="LATENT",
         help=".npy .npz .safetensors .latent .pt, a folder of them, or - for stdin",
     )
-    _work(decode, "a folder; of one latent also a .png, .jpg, .webp or .avif file, of several a .zip, or - for stdout")
+    _work(
+        decode,
+        "a folder; of one latent also a .png, .jpg, .webp, .avif, of several a .zip, of a clip .mp4, .webm, .mkv; or -",
+    )
     decode.add_argument(
         "--size", metavar="WxH", help="cut pictures to this; default: to what `encode` noted beside them"
+    )
+    decode.add_argument("--fps", type=int, help="of a clip that moves; default 16")
+    decode.add_argument(
+        "--lossless", action="store_const", const=True, help="exactly the frames, of a clip as .mp4, .webm or .webp"
     )
 
 

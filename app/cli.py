@@ -19,7 +19,10 @@ from app.errors import InvalidInput, ServiceError, UnsupportedCheckpoint
 from app.settings import InvalidSetting, Settings, check_folders
 from app.stdout import flushed_stdout, open_stdout
 
-QUERY = ("model", "latents", "precision", "tiling", "seed", "posterior", "fit", "size")
+QUERY = (
+    *("model", "latents", "precision", "tiling", "seed", "posterior", "fit", "size"),
+    *("frames", "fps", "lossless"),  # of clips
+)
 
 
 class Usage(ValueError):

@@ -127,7 +127,7 @@ async def decode_clip(
         task = Task("decode", clips, latents, query.precision, query.tiling, query.deterministic, query.output)
         shared.limits.check_clip(picture_size((channels, height, width), task), frames_of(length, clips))
         back = _way_back(query, header, task)
-        check_film(media, query, back.result.sizes[0])
+        check_film(media, query.lossless, back.result.sizes[0])
         flat = without_alpha(media, clips)
 
         def read() -> tuple[np.ndarray, str | None]:
@@ -139,7 +139,7 @@ async def decode_clip(
         async def do(admission: Admission) -> _Begun:
             with clock.stage("read"):
                 clip, said = await shared.codecs.run(len(body) + header.work, read)
-            rest = admission.slices(_one_by_one(clip))
+            rest = admission.slices(one_by_one(clip))
             first = await anext(rest)
             clock.add([first])
             return _Begun(task, first, rest, said)
@@ -180,7 +180,7 @@ async def _pieces(begun: _Begun, film: Film, back: WayBack, shared: Context) -> 
         yield end
 
 
-async def _one_by_one(clip: np.ndarray) -> AsyncIterator[np.ndarray]:
+async def one_by_one(clip: np.ndarray) -> AsyncIterator[np.ndarray]:
     """Latents (C, T, h, w) as T slices (C, 1, h, w)."""
     for index in range(clip.shape[1]):
         yield np.ascontiguousarray(clip[:, index : index + 1])
@@ -201,10 +201,10 @@ def film_type(accept: str, query: DecodeQuery) -> str:
     return media
 
 
-def check_film(media: str, query: DecodeQuery, size: Size) -> None:
+def check_film(media: str, lossless: bool, size: Size) -> None:
     """Raises NotAcceptable where frames of a (width, height) cannot be such a file, or nothing here writes it."""
     if media in VIDEOS:
-        _video(media).check_video(media, query.lossless, size)
+        _video(media).check_video(media, lossless, size)
     else:
         check_sides(*size, media)
 

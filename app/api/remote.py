@@ -6,8 +6,7 @@ missing, and every error is `{"error": "..."}`. The work is the same as of /deco
 
 import asyncio
 import json
-from base64 import b64decode, b64encode
-from collections.abc import Callable
+from base64 import b64decode
 from typing import Annotated, TypeVar
 
 import numpy as np
@@ -19,6 +18,7 @@ from app.api.context import KEYED, Context, Shared
 from app.api.door.body import deadline_of, read_body
 from app.api.errors import REMOTE
 from app.api.latents import warning
+from app.api.remote_answer import BASE64, remote_clip, tensor_answer, tensor_type
 from app.api.remote_query import RemoteDecodeQuery, RemoteEncodeQuery, RemoteQuery
 from app.api.work import Clock, Done, Given, behind, decoding, encoding, finished, picture_size, resolved, writing
 from app.engine.jobs import Output, Task, Work
@@ -32,7 +32,6 @@ from app.wire.scan import Body, count
 from app.wire.spec import PIXELS
 from app.wire.tensor_bytes import Layout, bytes_spec, latent_layout, read_layout
 
-BINARY, BASE64 = "tensor/binary", "tensor/base64"
 FIT: Fit = "crop"
 """Of pictures: clients reckon with H // 8 by W // 8."""
 MOST_PARTS = 1 << 12
@@ -55,6 +54,8 @@ async def remote_decode(
     checkpoint = await resolved(request, model, shared)
     shared.engine.check_open(checkpoint)
     body, query = await _read(request, query, shared, clock)
+    if query.output_type == "mp4" or (len(query.shape) == 5 and query.shape[2] > 1):
+        return await remote_clip(request, model, query, checkpoint, body, deadline, clock, shared)
     output, media = _output(request, query)
 
     def laid_out(checkpoint: Checkpoint) -> tuple[Task, Layout]:
@@ -106,7 +107,7 @@ async def remote_decode(
         pictures = batch.transpose(0, 3, 1, 2)
         return pictures[:, :, None] if query.output_type == "pt" and len(query.shape) == 5 else pictures
 
-    return await _answer(tensor, media, shared, done, clock, origin)
+    return await tensor_answer(tensor, media, shared, done, clock, origin)
 
 
 @router.post("/{model:path}/encode")
@@ -138,12 +139,12 @@ async def remote_encode(
 
     done = await finished(request, checkpoint, model, prepare, deadline, shared)
     origin = origin_of(sizes, done.task.checkpoint.family.size_multiple, FIT)
-    media = BASE64 if BASE64 in accepted(request) else BINARY
+    media = tensor_type(accepted(request))
 
     def tensor() -> np.ndarray:
         return query.scaled(np.stack([result.array for result in done.results]))
 
-    return await _answer(tensor, media, shared, done, clock, origin)
+    return await tensor_answer(tensor, media, shared, done, clock, origin)
 
 
 def _header(body: Body, query: RemoteEncodeQuery) -> PixelsHeader:
@@ -153,9 +154,7 @@ def _header(body: Body, query: RemoteEncodeQuery) -> PixelsHeader:
 def _output(request: Request, query: RemoteDecodeQuery) -> tuple[Output, str]:
     """What the network's output becomes, and the type of the answer."""
     accept = accepted(request)
-    if query.output_type == "mp4":
-        raise InvalidParameter("output_type=mp4: video is not decoded here yet; ask for pil or pt")
-    tensor = BASE64 if BASE64 in accept else BINARY
+    tensor = tensor_type(accept)
     if query.output_type == "pt":
         return "uint8" if query.partial_postprocess else "float16", tensor
     if tensor in accept:
@@ -188,24 +187,3 @@ def _unwrapped(body: Body, query: Q) -> tuple[bytes, Q]:
     except ValidationError as error:
         told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise InvalidParameter(told[:500]) from None
-
-
-async def _answer(
-    tensor: Callable[[], np.ndarray], media: str, shared: Context, done: Done, clock: Clock, origin: Origin
-) -> Response:
-    """A tensor as its bytes, or as JSON with these in base64; its shape and dtype are headers."""
-
-    def write() -> tuple[bytes, dict[str, str]]:
-        array = np.ascontiguousarray(tensor())
-        data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-        shape, dtype = list(array.shape), array.dtype.name
-        if media == BASE64:
-            said = {"inputs": b64encode(data).decode(), "parameters": {"shape": shape, "dtype": dtype}}
-            data = json.dumps(said).encode()
-        return data, {"shape": json.dumps(shape), "dtype": dtype}
-
-    with clock.stage("write"):
-        content, headers = await shared.codecs.run(writing([result.array for result in done.results]), write)
-    response = answer(content, JSON if media == BASE64 else media, done, clock, origin)
-    response.headers.update(headers)
-    return response

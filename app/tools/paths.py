@@ -27,7 +27,7 @@ class Kind:
 
 
 ENCODE = Kind(
-    frozenset({".avif", ".png", ".jpg", ".jpeg", ".webp"}),
+    frozenset({".avif", ".png", ".jpg", ".jpeg", ".webp", ".mp4", ".webm", ".mkv"}),
     frozenset({".bmp", ".gif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".ppm", ".psd", ".tga", ".tif", ".tiff"}),
     {".npy": "application/x-npy", ".safetensors": "application/x-safetensors"},
 )
@@ -41,6 +41,10 @@ DECODE = Kind(
         ".webp": "image/webp",
         ".avif": "image/avif",
         ".zip": "application/zip",
+        ".apng": "image/apng",
+        ".mp4": "video/mp4",
+        ".webm": "video/webm",
+        ".mkv": "video/x-matroska",
     },
 )
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import httpx
+import numpy as np
 
 from app.errors import InvalidInput, InvalidLatent, ServiceError
 from app.tools import kohya
@@ -28,10 +29,13 @@ from app.wire.headers import PictureHeader, read_header
 from app.wire.npy import write_npy
 from app.wire.npz import read_zip
 from app.wire.png import write_png
+from app.wire.spec import CLIPS
 
 T = TypeVar("T")
 
 ZIP = "application/zip"
+FILMS = ("image/apng", "image/webp", "video/mp4", "video/webm", "video/x-matroska")
+"""May hold a clip, which looks like several pictures to those who do not know the model: the service does."""
 
 LEAST = 4
 """Pictures in flight, however large: one is computed while others are read and written."""
@@ -174,7 +178,7 @@ class Run:
         if self._errand.op == "encode":
             return 1, 0
         try:
-            shape = latent_shape(body)
+            shape = latent_shape(body, CLIPS)
         except ServiceError:
             return 1, 0
         return shape.batch, sum(n * height * width for n, _, height, width in shape.parts) * self._side**2
@@ -184,7 +188,7 @@ class Run:
         if item.target is None or self._folder is not None:
             return ZIP if pictures > 1 else self._kind.media[self._kind.usual]
         media = self._kind.media[item.target.suffix.lower()]
-        if pictures > 1 and media != ZIP:
+        if pictures > 1 and media not in (ZIP, *FILMS):
             raise InvalidInput(f"it holds {pictures} pictures, which {item.target.name} cannot: -o a folder or a .zip")
         return media
 
@@ -263,8 +267,10 @@ class Run:
             yield target, contents[0]
 
     def _finite(self, content: bytes) -> Any:
-        """The latent (C, h, w) of an answer. Raises InvalidLatent for one that is none, NaN among it."""
-        found = read_latents(content, max_bytes=len(content)).items
+        """The latent (C, h, w) of an answer, or a clip's (C, T, h, w). Raises InvalidLatent for none, NaN among it."""
+        found = read_latents(content, max_bytes=len(content), purpose=CLIPS).items
+        if latent_shape(content, CLIPS).clip:
+            return np.stack(found)
         if len(found) != 1:
             raise InvalidLatent(f"expected one latent for a picture, got {len(found)}")
         return found[0]

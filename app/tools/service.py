@@ -58,13 +58,24 @@ async def connect(url: str | None, key: str | None, settings: Settings) -> Async
             yield client
         return
     app = create_app(settings.model_copy(update=UNGUARDED))
-    inside = httpx.ASGITransport(app=app)
+    inside = _Inside(app=app)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=inside, base_url="http://latentd", timeout=None) as client,
     ):
         await app.state.context.engine.first_scan()  # however large the folder
         yield client
+
+
+class _Inside(httpx.ASGITransport):
+    """Takes an answer that is cut off for what it is, as a connection would."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Raises httpx.RemoteProtocolError for an answer without its end."""
+        try:
+            return await super().handle_async_request(request)
+        except AssertionError as error:
+            raise httpx.RemoteProtocolError("the answer was cut off: see the log") from error
 
 
 UNGUARDED = {"api_keys": None, "api_keys_file": None, "admin_key_file": None}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from app.wire.arrays import LatentShape, finite_items
 from app.wire.scan import Body
-from app.wire.spec import LATENTS, ArraySpec, Purpose, Values, array_spec, check_size, values
+from app.wire.spec import CLIPS, LATENTS, ArraySpec, Purpose, Values, array_spec, check_size, values
 
 CODES = {"float16": "<f2", "float32": "<f4", "bfloat16": "bf16", "uint8": "|u1"}
 
@@ -30,7 +30,7 @@ class Layout:
     def shape(self) -> LatentShape:
         """As they are read."""
         if self.grid is None:
-            return LatentShape((self.spec.shape,), self.spec.dtype)
+            return LatentShape((self.spec.shape,), self.spec.dtype, clip=self.spec.clip)
         (one, many, patches, channels), (rows, columns) = self.spec.shape, self.grid
         count = one * many * patches // (rows * columns)
         if self.patched:
@@ -55,10 +55,11 @@ def latent_layout(
     factor: int,
     patched: bool = False,
 ) -> Layout:
-    """The layout of latents (N, C, h, w), (C, h, w), or (N, C, 1, h, w); or packed: (N, patches, 4 C), (patches, 4 C).
+    """The layout of latents (N, C, h, w), (C, h, w), (N, C, 1, h, w), or of a clip (1, C, T, h, w).
 
-    `size` is the picture's (height, width) in pixels: without it nothing is packed. `channels` and `factor` are those
-    of the model's raw latents. Raises InvalidLatent for other shapes, else as `bytes_spec`.
+    Or packed: (N, patches, 4 C), (patches, 4 C). `size` is the picture's (height, width) in pixels: without it nothing
+    is packed. `channels` and `factor` are those of the model's raw latents. Raises InvalidLatent for other shapes, else
+    as `bytes_spec`.
     """
     wide = PATCH**2 * channels
     if len(shape) in (2, 3) and shape[-1] == wide:
@@ -70,7 +71,7 @@ def latent_layout(
                 "height and width are not given" if size is None else f"{size[1]}x{size[0]} pixels have another number"
             )
             raise LATENTS.error(f"these look packed, {shape[-2]} patches of {wide}, but {said}")
-    return Layout(bytes_spec(shape, dtype, nbytes, LATENTS))
+    return Layout(bytes_spec(shape, dtype, nbytes, CLIPS))
 
 
 def read_layout(layout: Layout, body: Body) -> list[Values]:

@@ -18,6 +18,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
+from app.wire.reels import reel_of
 from tests.service import SIDE, array_of, latent, listening, npy, picture, pixels, serving
 
 LEVELS = {
@@ -262,6 +263,19 @@ def test_latents_of_one_frame_come_back_as_pictures_of_one_frame(url, wan):
     assert np.abs(np.asarray(picture) - levels(expected[:1, :, 0])[0]).max() <= 1.0
 
 
+def test_a_clip_is_a_tensor_of_frames_or_a_film(url, wan):
+    z = torch.randn(1, 16, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    asked = {"endpoint": f"{url}/wan/decode", "tensor": z, "do_scaling": False}
+    with torch.inference_mode():
+        expected = wan.decode(z).sample
+    found = remote_decode(**asked, output_type="pt", return_type="pt", partial_postprocess=False)
+    assert found.shape == (1, 3, 9, 16, 16)
+    torch.testing.assert_close(found.float(), expected, atol=2e-3, rtol=0)
+    film = remote_decode(**asked, output_type="mp4", return_type="mp4")
+    reel = reel_of(film, max_pixels=1 << 16)
+    assert (reel.count, reel.size) == (9, (16, 16))
+
+
 def test_there_is_no_limit_of_2048(url):
     found = remote_decode(f"{url}/taesd/decode", noise("taesd", h=2, w=264), output_type="pil", do_scaling=False)
     assert found.size == (2112, 16)
@@ -270,9 +284,9 @@ def test_there_is_no_limit_of_2048(url):
 def test_the_client_shows_what_was_refused(url):
     with pytest.raises(RuntimeError, match="'error': \"no model"):
         remote_decode(f"{url}/nobody/decode", noise("sd1"), do_scaling=False)
-    with pytest.raises(RuntimeError, match="video"):
+    with pytest.raises(RuntimeError, match="expected a clip"):
         remote_decode(f"{url}/sd1/decode", noise("sd1"), do_scaling=False, output_type="mp4", return_type="mp4")
-    with pytest.raises(RuntimeError, match=r"video"):
+    with pytest.raises(RuntimeError, match="is for pictures"):
         remote_decode(f"{url}/sd1/decode", noise("sd1")[:, :, None].repeat(1, 1, 2, 1, 1), do_scaling=False)
     with pytest.raises(RuntimeError, match="takes raw latents of 4 channels"):
         remote_decode(f"{url}/sd1/decode", noise("flux"), do_scaling=False)
@@ -400,12 +414,13 @@ async def test_parameters_in_json_are_looked_at_as_those_of_the_query(service):
         (latent(), {"scaling_factor": 1e-300}, 422, "infinite"),
         (latent(), {"shift_factor": 1e300}, 422, "infinite"),
         (latent(), {"output_type": "np"}, 422, "output_type"),
-        (latent(), {"output_type": "mp4"}, 422, "video"),
+        (latent(), {"output_type": "mp4"}, 422, "expected a clip"),
         (latent() * np.float16(np.inf), {}, 422, "NaN or infinite"),
         (np.zeros((0, 4, 4, 4), np.float16), {}, 422, "no dimension of 0"),
         (latent(2, 4, 4, 4), {"output_type": "pil"}, 422, "output_type=pt"),
         (latent(1, 5, 4, 4), {}, 422, "4 channels"),
-        (latent(1, 4, 2, 4, 4), {}, 422, "video"),
+        (latent(1, 4, 2, 4, 4), {}, 422, "is for pictures"),
+        (latent(2, 4, 2, 4, 4), {}, 422, "expected one clip"),
     ],
 )
 async def test_what_does_not_fit_is_refused_with_an_error_in_json(service, array, more, status, words):
