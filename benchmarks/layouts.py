@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -195,12 +195,13 @@ def tensors(path: Path) -> State:
 
 
 @torch.inference_mode()
-def rows(name: str, client: httpx.Client, models: Path) -> Iterator[list[str]]:
+def rows(name: str, dtypes: Iterable[str], client: httpx.Client, models: Path) -> Iterator[list[str]]:
     """One row for each layout and dtype of a case."""
     case = CASES[name]
     torch.manual_seed(0)
     theirs = case.make().eval().requires_grad_(False)
-    for dtype_name, dtype in DTYPES.items():
+    for dtype_name in dtypes:
+        dtype = DTYPES[dtype_name]
         expected: dict[str, Tensor] = {}
         for layout, keep in case.layouts.items():
             with tempfile.TemporaryDirectory(dir=models.parent) as temporary:
@@ -225,6 +226,7 @@ def rows(name: str, client: httpx.Client, models: Path) -> Iterator[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         models = Path(temporary, "models")
@@ -232,7 +234,7 @@ def main() -> None:
         with service(models, Path(temporary, "log"), "cpu") as (client, process):
             wait_until_ready(client, process)
             print(table(HEADER, ()))
-            for row in (row for name in arguments.cases for row in rows(name, client, models)):
+            for row in (row for name in arguments.cases for row in rows(name, arguments.dtypes, client, models)):
                 print("| " + " | ".join(row) + " |", flush=True)
 
 

@@ -1,7 +1,6 @@
 """A file is accepted only when the strict load is sure to succeed, and its refusal says what is wrong."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from app.errors import UnsupportedCheckpoint
 from app.store import identity as describe
 from app.store.known import Known
 from app.store.store import open_checkpoint
-from tests.store.weights import as_diffusers, kl_config, state_of, under, write, write_folder
+from tests.store.weights import as_diffusers, kl_config, sparse, state_of, under, write, write_folder
 
 UNET = "model.diffusion_model."
 ATTENTION = UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
@@ -200,19 +199,6 @@ def test_what_lies_beside_the_weights_is_no_obstacle(tmp_path):
     beside = {"epoch": 3, "0": [1, 2], "vae_note": "text", "3.weight": None}
     torch.save({**state_of("sd1"), **beside}, path)
     assert open_checkpoint(path, "sd1").family.name == "sd1"
-
-
-def sparse(path, shapes, metadata=None):
-    """A safetensors file of these shapes, all of it a hole."""
-    end, header = 0, {"__metadata__": metadata or {}}
-    for key, shape in shapes.items():
-        header[key] = {"dtype": "F8_E4M3", "shape": shape, "data_offsets": [end, end + math.prod(shape)]}
-        end += math.prod(shape)
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    return path
 
 
 def test_levels_times_blocks_make_no_network_larger_than_the_file(tmp_path, monkeypatch):

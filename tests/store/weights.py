@@ -1,7 +1,8 @@
 """Small random autoencoders of every family, and the file forms that users keep theirs in."""
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,20 @@ def write(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | No
         torch.save({"epoch": 3, "state_dict": dict(state)}, path)
     else:
         torch.save(dict(state), path, _use_new_zipfile_serialization=path.suffix != ".bin")  # .bin: the older form
+    return path
+
+
+def sparse(path: Path, shapes: Mapping[str, Sequence[int]], metadata: dict[str, str] | None = None) -> Path:
+    """A safetensors file of these shapes, all of it a hole."""
+    end = 0
+    header: dict[str, Any] = {"__metadata__": metadata or {}}
+    for key, shape in shapes.items():
+        header[key] = {"dtype": "F8_E4M3", "shape": shape, "data_offsets": [end, end + math.prod(shape)]}
+        end += math.prod(shape)
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
     return path
 
 

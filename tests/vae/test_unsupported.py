@@ -18,7 +18,7 @@ from app.errors import UnsupportedCheckpoint
 from app.store.store import open_checkpoint
 from app.vae.architectures import ARCHITECTURES, diffusers_classes
 from app.vae.unsupported import NO_VAE, UNSUPPORTED, no_vae, unsupported
-from tests.store.weights import write
+from tests.store.weights import sparse, write
 
 SOUND = "an autoencoder of sound"
 CLASSES = {
@@ -85,13 +85,16 @@ FOUND = classes()
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_every_class_of_diffusers_is_run_or_named(name):
+def test_every_class_of_diffusers_is_run_or_named(tmp_path, name):
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations among themselves
         state = FOUND[name](**NEEDED.get(name, {})).state_dict()
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     if name in CLASSES:
         assert unsupported(shapes) == CLASSES[name]
+        with pytest.raises(UnsupportedCheckpoint) as refused:
+            open_checkpoint(sparse(tmp_path / "x.safetensors", shapes))
+        assert f"this is {CLASSES[name]}" in str(refused.value)
     else:
         row, _ = diffusers_classes()[name]
         assert unsupported(shapes) is None
