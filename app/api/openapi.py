@@ -38,6 +38,7 @@ ENCODED = ANSWER_HEADERS | {
 }
 
 DECODED = ANSWER_HEADERS | {
+    "X-Frames": "Of a clip: how many frames it has.",
     "X-Preview": "Of a preview: linear or tiny:NAME, and ;db=, its PSNR against full decodes, once it is known.",
     "X-Image-Size": "WxH of the picture that is sent; of several of different sizes, each, separated by commas.",
     "X-Image-Fit": "crop, where the picture is the part of the original that was encoded; else absent.",

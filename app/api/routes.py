@@ -64,7 +64,7 @@ router = APIRouter(tags=["latents"], dependencies=GUARD, responses=PROBLEM)
     openapi_extra=request_body(
         "A picture, a form of several, or an array of them: uint8 (H, W, 3) or (N, H, W, 3), or floats in [-1, 1], "
         "(3, H, W) or (N, 3, H, W). Models of RGBA pictures take a fourth channel, straight alpha.",
-        (PNG, JPEG, WEBP, AVIF, NPY, SAFETENSORS),
+        (PNG, JPEG, WEBP, AVIF, NPY, SAFETENSORS, ZIP, *VIDEOS),
         form=True,
     ),
 )

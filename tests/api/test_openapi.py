@@ -26,7 +26,8 @@ def test_it_describes_what_goes_in_and_comes_out(document):
     encode, decode = document["paths"]["/encode"]["post"], document["paths"]["/decode"]["post"]
     assert set(encode["requestBody"]["content"]) == {
         *("image/png", "image/jpeg", "image/webp", "image/avif", "application/octet-stream", "multipart/form-data"),
-        *("application/x-npy", "application/x-safetensors"),
+        *("application/x-npy", "application/x-safetensors", "application/zip"),
+        *("video/mp4", "video/webm", "video/x-matroska"),
     }
     assert set(decode["requestBody"]["content"]) == {
         "application/x-npy",
@@ -43,16 +44,17 @@ def test_it_describes_what_goes_in_and_comes_out(document):
     }
     assert set(decode["responses"]["200"]["content"]) == {
         *("image/png", "image/jpeg", "image/webp", "image/avif", "application/zip", "application/x-npy"),
+        *("image/apng", "multipart/mixed", "video/mp4", "video/webm", "video/x-matroska"),
         "application/octet-stream",
     }
     assert {parameter["name"] for parameter in encode["parameters"]} == {
         *("model", "latents", "posterior", "seed", "fit", "background", "precision", "tiling", "deterministic"),
-        "dtype",
+        *("dtype", "frames"),
         *("X-Request-Timeout-Ms", "X-Request-Id"),
     }
     assert {parameter["name"] for parameter in decode["parameters"]} == {
         *("model", "latents", "precision", "tiling", "deterministic", "size", "fit", "offset", "quality", "bits"),
-        "dtype",
+        *("dtype", "fps", "lossless"),
         "preview",
         *("X-Request-Timeout-Ms", "X-Request-Id", "X-Latents-Family"),
     }
