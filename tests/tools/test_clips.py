@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from app.cli import main
-from app.wire.reels import reel_of
+from app.wire.video import VideoReel
 from tests.store.weights import state_of
 
 
@@ -29,7 +29,7 @@ def run(folder, *arguments):
 def test_a_clip_becomes_a_film_and_comes_back(folder):
     film = folder / "clip.mp4"
     assert run(folder, "decode", folder / "clip.npy", "-o", film, "--fps", 8, "--lossless") == 0
-    reel = reel_of(film.read_bytes(), max_pixels=1 << 16)
+    reel = VideoReel(film.read_bytes(), "a file of MP4's kind", 1 << 16)
     assert (reel.count, reel.size, reel.fps) == (5, (48, 32), 8)
     assert run(folder, "encode", film, "-o", folder / "back.npy") == 0
     assert np.load(folder / "back.npy").shape == (1, 16, 2, 4, 6)
