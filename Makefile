@@ -17,13 +17,14 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test check audit browser bench bench-gpu comfyui image-test manifests ray wheel train
+.PHONY: help demo serve test check fuzz audit browser bench bench-gpu comfyui image-test manifests ray wheel train
 
 help:
 	@echo 'make demo       start the server, send a picture through it and back, stop it'
 	@echo 'make serve      the service on http://127.0.0.1:8000'
 	@echo 'make test       every test that needs no GPU (ARGS="-n 0" in one process)'
 	@echo 'make check      lint, formatting, types, import contracts'
+	@echo 'make fuzz       the long forms of the fuzzing, 10 minutes each (ARGS="api --seconds 60")'
 	@echo 'make audit      known vulnerabilities of the packages in .venv; asks pypi.org'
 	@echo 'make browser    the page in chromium: every action, an accessibility audit, pictures in browser-output/'
 	@echo 'make bench      CPU: encode and decode beside diffusers (ARGS=--quick for the small sizes)'
@@ -47,6 +48,10 @@ help:
 
 .venv/check: .venv/test
 	$(INSTALL) -e '.[check]'
+	@touch $@
+
+.venv/fuzz: .venv/test
+	$(INSTALL) -e '.[fuzz]'
 	@touch $@
 
 .venv/audit: .venv/runtime
@@ -84,6 +89,9 @@ check: .venv/check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	PYTHONWARNINGS=error $(BIN)/lint-imports
+
+fuzz: .venv/fuzz
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 # Strict: a package that the database cannot be asked about is a failure. It knows torch 2.13.0, not torch 2.13.0+cpu.
 audit: .venv/audit

@@ -9,7 +9,9 @@ from urllib.parse import quote
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from app import errors
 from app.api.schemas import Problem
@@ -156,8 +158,19 @@ async def _invalid_query(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-    headers = dict(error.headers) if error.headers else None
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(sorted(_methods(request)))
     return _problem(request, Kind(error.status_code, code), str(error.detail), headers)
+
+
+def _methods(request: Request) -> set[str]:
+    """What this path answers, of all routes that it fits; the router speaks of the first alone."""
+    app: FastAPI = request.app
+    every = (each.original_route for each in iter_route_contexts(app.routes))
+    fits = (route for route in every if route.matches(request.scope)[0] is not Match.NONE)
+    found = {method for route in fits for method in getattr(route, "methods", None) or ()}
+    return found | {"HEAD"} if "GET" in found else found
 
 
 async def _bug(request: Request, error: Exception) -> Response:

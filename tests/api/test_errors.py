@@ -66,6 +66,21 @@ async def test_routes_that_are_not_there_are_problems_too(service, method, path,
         assert answer.headers["Allow"]
 
 
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/models", "GET, HEAD"),
+        ("/encode", "POST"),
+        ("/models/kl", "DELETE, GET, HEAD, PUT"),  # of three routes
+        ("/preview/stream", "GET, HEAD, POST"),
+    ],
+)
+async def test_what_a_path_answers_is_told_of_all_its_routes(service, path, methods):
+    answer = await service.request("PATCH", path)
+    refused(answer, 405, "method_not_allowed")
+    assert answer.headers["Allow"] == methods
+
+
 @pytest.mark.parametrize("path", ["/models/" + "%0a" * 5000, "/models?" + "é" * 3000 + "=1", "/" + "x" * 9000])
 async def test_an_error_quotes_no_more_than_can_be_read(service, path):
     answer = await service.get(path)

@@ -1,6 +1,6 @@
-"""The long forms, one after the other or one by name: python -m tests.fuzz [readers|bodies|api|sockets] [--seconds N].
+"""The long forms, one after the other or one by name: python -m tests.fuzz [readers|api] [--seconds N].
 
-`readers` is guided by coverage and needs the extra `fuzz`; the others talk to a service of their own, on tiny models.
+`readers` is guided by coverage and needs the extra `fuzz`; `api` talks to a service of its own, on tiny models.
 Prints a line of figures for each. Status 1: something was found, and lies in `--findings`.
 """
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.fuzz import api
 from tests.fuzz.targets import TARGETS
 
 
@@ -17,7 +18,7 @@ def main() -> None:
     """As the command line says."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("what", nargs="*", choices=[*FORMS, []], help="all of them, if nothing is said")
-    parser.add_argument("--seconds", type=int, default=600, help="of each reader, and of each other form")
+    parser.add_argument("--seconds", type=int, default=600, help="of each reader, and of the API")
     parser.add_argument("--only", nargs="+", choices=TARGETS, default=list(TARGETS), help="these readers")
     parser.add_argument("--findings", type=Path, default=Path("fuzz-findings"))
     options = parser.parse_args()
@@ -48,7 +49,11 @@ def _guided(name: str, seconds: int, folder: Path) -> bool:
     return not status
 
 
-FORMS = {"readers": readers}
+def _api(options: argparse.Namespace) -> bool:
+    return api.attack(options.seconds, options.findings / "api")
+
+
+FORMS = {"readers": readers, "api": _api}
 
 if __name__ == "__main__":
     main()
