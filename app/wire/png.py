@@ -29,8 +29,8 @@ def write_png(pixels: Pixels) -> bytes:
 
     Raises ValueError for any other shape or dtype: that is the caller's bug, not the client's.
     """
-    data = deflated(pixels)
     parts = [head(pixels)]
+    data = deflated(pixels)
     for start in range(0, len(data), _MAX_CHUNK):
         parts.append(chunk(b"IDAT", data[start : start + _MAX_CHUNK]))
     return b"".join((*parts, END))

@@ -61,7 +61,7 @@ def test_npy(dtype, shape, order):
     assert not np.shares_memory(latents.items[0], np.frombuffer(body, np.uint8))
     batch = array.reshape(-1, *shape[-3:])
     np.testing.assert_array_equal(latents.items, batch)
-    assert astuple(latent_shape(body)) == ((batch.shape,), latents.items[0].dtype.name, None, None, None, False)
+    assert astuple(latent_shape(body)) == ((batch.shape,), latents.items[0].dtype.name, None, None, None, False, False)
     assert (latents.family, latents.convention, latents.origin) == (None, None, None)
 
 
@@ -103,9 +103,7 @@ def test_a_clip_of_one_frame_is_a_picture(order):
     body = saved(np.asarray(clip, order=order))
     assert latent_shape(body).parts == ((2, 4, 3, 5),)
     assert np.array_equal(np.stack(read_latents(body, max_bytes=1 << 20).items), clip[:, :, 0])
-    refuse(
-        saved(noise(1, 4, 2, 3, 5)), InvalidLatent, r"\(N, C, 1, h, w\), got 2 in .* \(1, 4, 2, 3, 5\): video is not"
-    )
+    refuse(saved(noise(1, 4, 2, 3, 5)), InvalidLatent, r"\(N, C, 1, h, w\), got 2 in .* \(1, 4, 2, 3, 5\): clips are")
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (4, 2), (1, 1, 1, 4, 2, 2)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from latentd_client import Client, InvalidLatent, RemoteVAE, UnexpectedAnswer, UnknownModel, UnsupportedCheckpoint
+from latentd_client import Client, RemoteVAE, UnexpectedAnswer, UnknownModel, UnsupportedCheckpoint
 from latentd_client.remote_vae import config_of
 from latentd_client.results import Model
 from tests.service import npy
@@ -84,7 +84,7 @@ def test_pictures_are_clips_of_one_frame_where_they_are_there(local, remote, fam
 def test_clips_of_more_frames_are_refused(remote):
     with pytest.raises(ValueError, match="expected one frame, got 5"):
         remote("wan").encode(noise(1, 3, 5, 32, 32))
-    with pytest.raises(InvalidLatent, match="video is not supported yet"):
+    with pytest.raises(ValueError, match="expected one frame, got 2"):
         remote("wan").decode(noise(1, 16, 2, 4, 4))
 
 

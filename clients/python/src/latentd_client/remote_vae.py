@@ -78,8 +78,7 @@ class RemoteVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has
 
         Pictures of one frame, (N, C, 1, H, W), to latents of one. Raises ValueError for more frames.
         """
-        if x.ndim == 5 and x.shape[2] != 1:
-            raise ValueError(f"video is not supported yet: expected one frame, got {x.shape[2]} in {tuple(x.shape)}")
+        _one_frame(x)
         answer = self._client.encode(
             _array(x[:, :, 0] if x.ndim == 5 else x),
             model=self.config.model,
@@ -105,8 +104,10 @@ class RemoteVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has
     ) -> DecoderOutput | tuple[Tensor]:
         """Raw latents (N, C, h, w) to pictures (N, 3, H, W) in about [-1, 1]; `generator` stays as it is.
 
-        Latents of one frame, (N, C, 1, h, w), to pictures of one; of a model with alpha with a fourth channel.
+        Latents of one frame, (N, C, 1, h, w), to pictures of one; of a model with alpha with a fourth channel. Raises
+        ValueError for more frames.
         """
+        _one_frame(z)
         answer = self._client.decode(
             _array(z), model=self.config.model, convention="raw", dtype=_travels(z), **self._options
         )
@@ -172,6 +173,11 @@ def _batch_norm(row: Model) -> nn.BatchNorm2d:
     norm.running_mean = torch.tensor(row.statistics.mean)
     norm.running_var = torch.tensor(row.statistics.variance)
     return norm.requires_grad_(False).eval()
+
+
+def _one_frame(x: Tensor) -> None:
+    if x.ndim == 5 and x.shape[2] != 1:
+        raise ValueError(f"clips are not taken here: expected one frame, got {x.shape[2]} in {tuple(x.shape)}")
 
 
 def _tell(answer: Encoded | Decoded) -> None:
