@@ -17,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test check fuzz audit browser bench bench-gpu comfyui image-test manifests ray wheel train
+.PHONY: help demo serve test check fuzz soak audit browser bench bench-gpu comfyui image-test manifests ray wheel train
 
 help:
 	@echo 'make demo       start the server, send a picture through it and back, stop it'
@@ -25,6 +25,7 @@ help:
 	@echo 'make test       every test that needs no GPU (ARGS="-n 0" in one process)'
 	@echo 'make check      lint, formatting, types, import contracts'
 	@echo 'make fuzz       the long forms of the fuzzing, 10 minutes each (ARGS="api --seconds 60")'
+	@echo 'make soak       an hour of mixed traffic, every answer checked, what grows told (ARGS="--seconds 600")'
 	@echo 'make audit      known vulnerabilities of the packages in .venv; asks pypi.org'
 	@echo 'make browser    the page in chromium: every action, an accessibility audit, pictures in browser-output/'
 	@echo 'make bench      CPU: encode and decode beside diffusers (ARGS=--quick for the small sizes)'
@@ -92,6 +93,9 @@ check: .venv/check
 
 fuzz: .venv/fuzz
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+soak: .venv/test
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 # Strict: a package that the database cannot be asked about is a failure. It knows torch 2.13.0, not torch 2.13.0+cpu.
 audit: .venv/audit

@@ -48,14 +48,14 @@ class Report:
 
 
 @asynccontextmanager
-async def service(models: Path, log: Path, **settings: str) -> AsyncIterator[tuple[str, Process]]:
+async def service(models: Path, log: Path, module: str = "app", **settings: str) -> AsyncIterator[tuple[str, Process]]:
     """The real service on a free port, ready; its address and process. Gone afterwards, whatever happens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LATENTD_")}
     environment |= {f"LATENTD_{name.upper()}": value for name, value in settings.items()}
-    command = [sys.executable, "-m", "app", "serve", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", module, "serve", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--models", str(models), "--device", "cpu"]
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(*command, stdout=output, stderr=output, env=environment)
