@@ -28,7 +28,7 @@ from app.api.context import Context
 from app.api.door.body import while_connected
 from app.api.errors import kind_of
 from app.api.latents import WayBack, check_family, convention_of, warning, way_back
-from app.api.schemas import DecodeQuery
+from app.api.queries import DecodeQuery
 from app.api.work import Clock, Done, Size, picture_size, writing
 from app.engine.batcher import Admission
 from app.engine.jobs import Result, Task, Work

@@ -17,7 +17,8 @@ from app.api.answer import AVIF, JPEG, JSON, PNG, WEBP, ZIP, accepted, content_t
 from app.api.context import GUARD, Context, Limits, Shared
 from app.api.door.body import deadline_of, read_pictures, while_connected
 from app.api.openapi import COMPARED, PROBLEM, WORK, answers, problems, request_body
-from app.api.schemas import Compared, CompareQuery, Comparison
+from app.api.queries import CompareQuery
+from app.api.schemas import Compared, Comparison
 from app.api.work import Clock, Size, latent_shape_of, picture_shape
 from app.engine.batcher import Admission
 from app.engine.jobs import Task, Work

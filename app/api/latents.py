@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from fastapi import Request
 
-from app.api.schemas import DecodeQuery, ModelQuery
+from app.api.queries import DecodeQuery, ModelQuery
 from app.api.work import Size
 from app.errors import FamilyMismatch, InvalidParameter
 from app.store.family import CUSTOM

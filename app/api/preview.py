@@ -11,7 +11,7 @@ from app.api.answer import PICTURES, WEBP, accepted, answer, content_type, heade
 from app.api.context import Context
 from app.api.door.body import read_body, while_connected
 from app.api.latents import check_family, convention_of
-from app.api.schemas import DecodeQuery, Preview, StepQuery
+from app.api.queries import DecodeQuery, Preview, StepQuery
 from app.api.work import Clock, Done, Given, Size, decoding, picture_size
 from app.engine.jobs import Result, Task, Work, check_shape
 from app.engine.linear import apply

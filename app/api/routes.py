@@ -39,7 +39,7 @@ from app.api.encode_clip import encode_clip
 from app.api.latents import WayBack, check_family, convention_of, warning, way_back
 from app.api.openapi import DECODED, ENCODED, LATENTS_FAMILY, PROBLEM, WORK, answers, problems, request_body
 from app.api.preview import preview
-from app.api.schemas import DecodeQuery, EncodeQuery
+from app.api.queries import DecodeQuery, EncodeQuery
 from app.api.work import Clock, Done, Given, Size, behind, decoding, encoding, finished, picture_size, resolved, writing
 from app.engine.jobs import Task, Work
 from app.errors import InvalidParameter, NotAcceptable

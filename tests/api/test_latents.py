@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from app.api.latents import convention_of, warning
-from app.api.schemas import DecodeQuery
+from app.api.queries import DecodeQuery
 from app.vae.families import FAMILIES
 from app.vae.latent_format import LatentFormat
 from app.wire.arrays import LatentShape
