@@ -33,11 +33,11 @@ from app.errors import (
 )
 from app.store.checkpoint import Checkpoint
 from app.text import reason
+from app.wire.arrays.npz import write_zip
 from app.wire.difference import difference
 from app.wire.fit import fit, fitted_size
 from app.wire.headers import read_header
 from app.wire.images import Colour, flattened, opaque, read_image, write_image
-from app.wire.npz import write_zip
 from app.wire.sheet import Cell, contact_sheet, shrunk
 
 MOST = 64

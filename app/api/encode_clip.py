@@ -18,9 +18,9 @@ from app.engine.batcher import Admission
 from app.engine.jobs import Task, Work
 from app.errors import InvalidImage, InvalidParameter
 from app.store.checkpoint import Checkpoint
+from app.wire.clips.reels import reel_of
 from app.wire.fit import fit, fitted_size
 from app.wire.origin import origin_of
-from app.wire.reels import reel_of
 
 
 async def encode_clip(

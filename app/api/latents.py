@@ -13,7 +13,7 @@ from app.store.family import CUSTOM
 from app.terms import Convention
 from app.vae.families import FAMILIES, Family, takes
 from app.vae.latent_format import LatentFormat
-from app.wire.arrays import LatentShape
+from app.wire.arrays.latents import LatentShape
 from app.wire.origin import Change, Origin, contradiction, restored
 
 HEADER = "X-Latents-Family"

@@ -19,7 +19,7 @@ from app.engine.previews import PATIENCE_SECONDS
 from app.errors import DeadlineExceeded, InvalidParameter, Unavailable, UnknownModel
 from app.store.checkpoint import Checkpoint
 from app.store.linear import Linear
-from app.wire.arrays import LatentShape, latent_shape, read_latents
+from app.wire.arrays.latents import LatentShape, latent_shape, read_latents
 from app.wire.fit import resized
 from app.wire.images import check_sides
 from app.wire.origin import Origin
