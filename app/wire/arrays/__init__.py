@@ -1,1 +1,1 @@
-"""Arrays: .npy, .npz, safetensors, what torch.save wrote, bare bytes; the header is checked before the data is touched."""
+"""Arrays: .npy, .npz, safetensors, what torch.save wrote, bare bytes. Headers are checked before data is touched."""
