@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 from fastapi import Request
 
-from app.api.schemas import DecodeQuery, ModelQuery
+from app.api.queries import DecodeQuery, ModelQuery
 from app.api.work import Size
 from app.errors import FamilyMismatch, InvalidParameter
 from app.store.family import CUSTOM
 from app.terms import Convention
 from app.vae.families import FAMILIES, Family, takes
 from app.vae.latent_format import LatentFormat
-from app.wire.arrays import LatentShape
+from app.wire.arrays.latents import LatentShape
 from app.wire.origin import Change, Origin, contradiction, restored
 
 HEADER = "X-Latents-Family"

@@ -18,7 +18,7 @@ from app.api.errors import ClientGone, problem
 from app.api.latents import told_family
 from app.api.openapi import BINARY, LATENTS_FAMILY, PROBLEM, WORK, Responses, problems, request_body
 from app.api.preview import asked, body_of, made
-from app.api.schemas import StepQuery, StreamQuery
+from app.api.queries import StepQuery, StreamQuery
 from app.api.streams import IDLE_SECONDS, WHOLE_SECONDS, Stream, Waiting
 from app.api.work import resolved
 from app.errors import Overloaded, ServiceError, TooLarge, Unavailable

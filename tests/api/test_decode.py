@@ -15,8 +15,8 @@ from PIL import Image
 
 from app.execution.primitive import Whole
 from app.store.checkpoint import load_autoencoder
-from app.wire.arrays import read_latents
-from app.wire.tensors import write_safetensors
+from app.wire.arrays.latents import read_latents
+from app.wire.arrays.tensors import write_safetensors
 from tests.service import SIDE, array_of, latent, npy, picture, picture_of, refused, serving
 
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
