@@ -115,6 +115,12 @@ class Runner:
         if self.lost is not None:
             raise Unavailable(f"the device {self.name} is lost; the service restarts")
 
+    async def look(self) -> None:
+        """Sees how the device is now: another process may have let go of memory since the last forward."""
+        level = await on(self.thread, self._memory.look)
+        if not self._cache.loading:
+            self._memory.note(level, self._cache.taken)
+
     async def reject(self, jobs: Sequence[Job], error: Exception) -> None:
         """Ends jobs with what an error outside a forward means for them."""
         failure = Failure("error", error)
@@ -178,10 +184,18 @@ class Runner:
         task, array = group[0].task, group[0].array
         clip = group[0].clip
         held = 0 if clip is None else clip.held  # in the forecast, too
-        available = self._planner.available(task) + held
         alone = clip is not None and clip.carry is None  # the whole clip, of which nothing is carried
-        known = (task, array.shape, len(group), dtype, available, failed, array.itemsize, alone)
-        plan, peak = await on(self.thread, self._planner.choose, *known)
+
+        async def choose() -> tuple[ExecutionPlan, int]:
+            available = self._planner.available(task) + held
+            known = (task, array.shape, len(group), dtype, available, failed, array.itemsize, alone)
+            return await on(self.thread, self._planner.choose, *known)
+
+        try:
+            plan, peak = await choose()
+        except OutOfMemory:
+            await self.look()
+            plan, peak = await choose()
         self._cache.make_room(peak - held)
         self.reserved = peak - held
         if failed is not None and plan.execution != failed.execution:

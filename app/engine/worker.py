@@ -164,6 +164,15 @@ class Worker:
         finally:
             self._asked -= 1
 
+    async def load(self, checkpoint: Checkpoint, dtype: Dtype) -> None:
+        """Makes a model resident. Raises as `ModelCache.acquire`."""
+        try:
+            resident = await self.cache.acquire(checkpoint, dtype)
+        except OutOfMemory:
+            await self._runner.look()
+            resident = await self.cache.acquire(checkpoint, dtype)
+        self.cache.release(resident)
+
     def gauges(self) -> Iterator[Gauge]:
         """The device's state as Prometheus gauges: (name, help, labels, value)."""
         device = {"device": self.name}
@@ -263,11 +272,14 @@ class Worker:
             return await self.cache.acquire(checkpoint, dtype, self._runner.reserved)
         except OutOfMemory:
             pass  # tried again outside of it
+        if self._quiet.is_set():
+            await self._runner.look()
         if self._quiet.is_set():  # what was in the way may have ended since it was counted
             return await self.cache.acquire(checkpoint, dtype)
         self._making_way.set()  # there may be room once what runs and what is staged has let go
         try:
             await self._quiet.wait()
+            await self._runner.look()
             return await self.cache.acquire(checkpoint, dtype)
         finally:
             self._making_way.clear()
@@ -300,6 +312,7 @@ class Worker:
                     await asyncio.wait([self._running])
                 elif not await self._put_back():
                     break
+        await self._runner.look()
         return await self.cache.acquire(checkpoint, dtype)  # nothing is in the way any more: what it raises is true
 
     async def _put_back(self) -> bool:
