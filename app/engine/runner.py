@@ -88,7 +88,7 @@ class Runner:
         That is the one that would be chosen on an empty device, for all items, and there is room for it beside all
         that is in use. What a clip carries from the slice before is not known yet.
         """
-        jobs = [job for job in staged.jobs if not self._ends.dropped(job)]
+        jobs = [job for job in staged.jobs if not job.gone]
         if not jobs or jobs[0].clip is not None or staged.resident is None:
             return
         try:
@@ -147,9 +147,7 @@ class Runner:
         while groups:
             group, failed = groups.popleft()
             sent, staged.first = staged.first, None
-            if sent is not None:
-                group = list(sent.forward.jobs)
-            else:
+            if sent is None:
                 group = [job for job in group if not self._ends.dropped(job)]
                 if not group:
                     continue
