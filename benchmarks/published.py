@@ -21,6 +21,7 @@ from app.execution.banded import STRIPS, gather
 from app.execution.primitive import Network, Whole
 from app.vae.architectures import ARCHITECTURES
 from app.vae.autoencoder import Autoencoder
+from app.vae.families import WAN22_MEAN, WAN22_STD
 from benchmarks.pairs import alternate, milliseconds, speedup, table
 
 WIDTHS = (128, 256, 512, 512, 1024, 1024)  # of Sana's and of HunyuanImage 2.1's
@@ -29,7 +30,15 @@ PEERS: dict[str, Callable[[], Any]] = {
     # of each architecture: diffusers' class with the options of the published config.json
     "wan21": AutoencoderKLWan,
     "wan22": lambda: AutoencoderKLWan(
-        base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2
+        base_dim=160,
+        decoder_base_dim=256,
+        z_dim=48,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        latents_mean=list(WAN22_MEAN),
+        latents_std=list(WAN22_STD),
     ),
     "qwenimage21": AutoencoderKLQwenImage21,
     "dc": lambda: AutoencoderDC(

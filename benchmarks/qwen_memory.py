@@ -131,14 +131,12 @@ def sheet(pictures: dict[str, Tensor], output: Path, side: int) -> None:
         if way in pictures and untiled(way) in pictures:
             delta = (pictures[way] - pictures[untiled(way)])[..., :crop, :crop]
             panels.append(amplified(delta, factor, way))
-    columns = 2
-    rows = -(-len(panels) // columns)
-    page = Image.new("RGB", (columns * (crop + 8) - 8, rows * (crop + LABEL)), "white")
+    page = Image.new("RGB", (len(panels) * (crop + 8) - 8, crop + LABEL), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
     for index, (panel, label) in enumerate(panels):
-        left, top = index % columns * (crop + 8), index // columns * (crop + LABEL)
-        page.paste(Image.fromarray(panel), (left, top + LABEL))
-        draw.text((left + 2, top + 5), label, "black", font)
+        left = index * (crop + 8)
+        page.paste(Image.fromarray(panel), (left, LABEL))
+        draw.text((left + 2, 5), label, "black", font)
     page.save(output, optimize=True)
 
 

@@ -12,11 +12,11 @@ from app.api.work import Clock, Done
 from app.engine.jobs import Task
 from app.errors import NotAcceptable
 from app.store.checkpoint import Checkpoint
+from app.wire.arrays.npy import write_npy
+from app.wire.arrays.npz import write_npz, write_zip
+from app.wire.arrays.tensors import write_safetensors
 from app.wire.images import OPAQUE, write_image
-from app.wire.npy import write_npy
-from app.wire.npz import write_npz, write_zip
 from app.wire.origin import Origin, texts
-from app.wire.tensors import write_safetensors
 
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
 TORCH = "application/x-pytorch"  # is read and never written

@@ -28,18 +28,18 @@ from app.api.context import Context
 from app.api.door.body import while_connected
 from app.api.errors import kind_of
 from app.api.latents import WayBack, check_family, convention_of, warning, way_back
-from app.api.schemas import DecodeQuery
+from app.api.queries import DecodeQuery
 from app.api.work import Clock, Done, Size, picture_size, writing
 from app.engine.batcher import Admission
 from app.engine.jobs import Result, Task, Work
 from app.errors import InvalidParameter, NotAcceptable, ServiceError
 from app.store.checkpoint import Checkpoint
-from app.wire.arrays import LatentShape, read_latents
-from app.wire.films import BOUNDARY, FILMS, Film, FilmSpec
+from app.wire.arrays.latents import LatentShape, read_latents
+from app.wire.arrays.spec import CLIPS
+from app.wire.clips.films import BOUNDARY, FILMS, Film, FilmSpec
 from app.wire.images import check_sides
 from app.wire.origin import restore
 from app.wire.scan import Body
-from app.wire.spec import CLIPS
 
 FPS = 16
 """Frames per second where nothing is said: those that Wan was trained on."""
@@ -216,7 +216,7 @@ def film_of(media: str, spec: FilmSpec) -> Film:
 
 def _video(media: str) -> ModuleType:
     try:
-        from app.wire import video
+        from app.wire.clips import video
     except ModuleNotFoundError as error:
         if error.name != "av":
             raise

@@ -17,7 +17,8 @@ from app.api.answer import AVIF, JPEG, JSON, PNG, WEBP, ZIP, accepted, content_t
 from app.api.context import GUARD, Context, Limits, Shared
 from app.api.door.body import deadline_of, read_pictures, while_connected
 from app.api.openapi import COMPARED, PROBLEM, WORK, answers, problems, request_body
-from app.api.schemas import Compared, CompareQuery, Comparison
+from app.api.queries import CompareQuery
+from app.api.schemas import Compared, Comparison
 from app.api.work import Clock, Size, latent_shape_of, picture_shape
 from app.engine.batcher import Admission
 from app.engine.jobs import Task, Work
@@ -32,11 +33,11 @@ from app.errors import (
 )
 from app.store.checkpoint import Checkpoint
 from app.text import reason
+from app.wire.arrays.npz import write_zip
 from app.wire.difference import difference
 from app.wire.fit import fit, fitted_size
 from app.wire.headers import read_header
 from app.wire.images import Colour, flattened, opaque, read_image, write_image
-from app.wire.npz import write_zip
 from app.wire.sheet import Cell, contact_sheet, shrunk
 
 MOST = 64

@@ -12,15 +12,15 @@ from app.api.answer import NPY, SAFETENSORS, accepted, answer, content_type, lat
 from app.api.clips import frames_of
 from app.api.context import Context
 from app.api.door.form import Part, naming
-from app.api.schemas import EncodeQuery, FrameRule
+from app.api.queries import EncodeQuery, FrameRule
 from app.api.work import Clock, Done, behind, finished, picture_shape, writing
 from app.engine.batcher import Admission
 from app.engine.jobs import Task, Work
 from app.errors import InvalidImage, InvalidParameter
 from app.store.checkpoint import Checkpoint
+from app.wire.clips.reels import reel_of
 from app.wire.fit import fit, fitted_size
 from app.wire.origin import origin_of
-from app.wire.reels import reel_of
 
 
 async def encode_clip(

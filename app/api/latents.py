@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 from fastapi import Request
 
-from app.api.schemas import DecodeQuery, ModelQuery
+from app.api.queries import DecodeQuery, ModelQuery
 from app.api.work import Size
 from app.errors import FamilyMismatch, InvalidParameter
 from app.store.family import CUSTOM
 from app.terms import Convention
 from app.vae.families import FAMILIES, Family, takes
 from app.vae.latent_format import LatentFormat
-from app.wire.arrays import LatentShape
+from app.wire.arrays.latents import LatentShape
 from app.wire.origin import Change, Origin, contradiction, restored
 
 HEADER = "X-Latents-Family"
@@ -54,7 +54,7 @@ def check_family(request: Request, header: LatentShape, model: str, family: Fami
 
     Raises FamilyMismatch, and InvalidParameter for a header that is no family's name or contradicts the file.
     """
-    said = _header(request)
+    said = told_family(request)
     if said is not None and header.family is not None and said != header.family:
         raise InvalidParameter(f"{HEADER} says {said}, but the file says it is of family {header.family[:80]}")
     came = said or header.family
@@ -123,7 +123,8 @@ def warning(items: Sequence[np.ndarray], family: Family, convention: Convention)
     return "; ".join(found) or None
 
 
-def _header(request: Request) -> str | None:
+def told_family(request: Request) -> str | None:
+    """What X-Latents-Family says, if it is there. Raises InvalidParameter for what is no family's name."""
     given = {value.strip() for value in request.headers.getlist(HEADER)}
     if not given:
         return None

@@ -7,7 +7,8 @@ from fastapi import APIRouter, Path, Query
 
 from app.api.context import ADMIN, GUARD, Context, Shared
 from app.api.openapi import PROBLEM, problems
-from app.api.schemas import LoadQuery, Model, Models, NoQuery, OneModel, Plan, PlanQuery, Resident, Statistics
+from app.api.queries import LoadQuery, NoQuery, PlanQuery
+from app.api.schemas import Model, Models, OneModel, Plan, Resident, Statistics
 from app.api.work import latent_shape_of, picture_shape
 from app.engine.jobs import Task
 from app.errors import UnknownModel

@@ -11,7 +11,7 @@ from app.api.answer import PICTURES, WEBP, accepted, answer, content_type, heade
 from app.api.context import Context
 from app.api.door.body import read_body, while_connected
 from app.api.latents import check_family, convention_of
-from app.api.schemas import DecodeQuery, Preview, StepQuery
+from app.api.queries import DecodeQuery, Preview, StepQuery
 from app.api.work import Clock, Done, Given, Size, decoding, picture_size
 from app.engine.jobs import Result, Task, Work, check_shape
 from app.engine.linear import apply
@@ -19,7 +19,7 @@ from app.engine.previews import PATIENCE_SECONDS
 from app.errors import DeadlineExceeded, InvalidParameter, Unavailable, UnknownModel
 from app.store.checkpoint import Checkpoint
 from app.store.linear import Linear
-from app.wire.arrays import LatentShape, latent_shape, read_latents
+from app.wire.arrays.latents import LatentShape, latent_shape, read_latents
 from app.wire.fit import resized
 from app.wire.images import check_sides
 from app.wire.origin import Origin

@@ -24,13 +24,13 @@ from app.api.work import Clock, Done, Given, behind, decoding, encoding, finishe
 from app.engine.jobs import Output, Task, Work
 from app.errors import InvalidParameter, MalformedBody
 from app.store.checkpoint import Checkpoint
+from app.wire.arrays.spec import PIXELS
+from app.wire.arrays.tensor_bytes import Layout, bytes_spec, latent_layout, read_layout
 from app.wire.fit import Fit, fit, fitted_size
 from app.wire.images import WHITE, check_sides
 from app.wire.origin import Origin, origin_of
 from app.wire.pixels import PixelsHeader, array_header, check_channels, pixels_header, read_pixels
 from app.wire.scan import Body, count
-from app.wire.spec import PIXELS
-from app.wire.tensor_bytes import Layout, bytes_spec, latent_layout, read_layout
 
 FIT: Fit = "crop"
 """Of pictures: clients reckon with H // 8 by W // 8."""

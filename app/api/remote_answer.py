@@ -19,11 +19,11 @@ from app.engine.batcher import Admission
 from app.engine.jobs import Task, Work
 from app.errors import InvalidLatent
 from app.store.checkpoint import Checkpoint
-from app.wire.films import FilmSpec
+from app.wire.arrays.spec import CLIPS
+from app.wire.arrays.tensor_bytes import Layout, bytes_spec, read_layout
+from app.wire.clips.films import FilmSpec
 from app.wire.origin import Origin
 from app.wire.scan import Body
-from app.wire.spec import CLIPS
-from app.wire.tensor_bytes import Layout, bytes_spec, read_layout
 
 BINARY, BASE64 = "tensor/binary", "tensor/base64"
 MP4 = "video/mp4"

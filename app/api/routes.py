@@ -39,18 +39,18 @@ from app.api.encode_clip import encode_clip
 from app.api.latents import WayBack, check_family, convention_of, warning, way_back
 from app.api.openapi import DECODED, ENCODED, LATENTS_FAMILY, PROBLEM, WORK, answers, problems, request_body
 from app.api.preview import preview
-from app.api.schemas import DecodeQuery, EncodeQuery
+from app.api.queries import DecodeQuery, EncodeQuery
 from app.api.work import Clock, Done, Given, Size, behind, decoding, encoding, finished, picture_size, resolved, writing
 from app.engine.jobs import Task, Work
 from app.errors import InvalidParameter, NotAcceptable
 from app.store.checkpoint import Checkpoint
-from app.wire.arrays import LatentShape, latent_shape, read_latents
+from app.wire.arrays.latents import LatentShape, latent_shape, read_latents
+from app.wire.arrays.spec import CLIPS
+from app.wire.clips.reels import is_video
 from app.wire.fit import Fit, fit, fitted_size
 from app.wire.images import check_sides
 from app.wire.origin import origin_of, restore
 from app.wire.pixels import PixelsHeader, check_channels, pixels_header, read_pixels
-from app.wire.reels import is_video
-from app.wire.spec import CLIPS
 
 NAMED = 4  # animated pictures that a warning tells of
 

@@ -11,7 +11,8 @@ from app.api.context import ADMIN, Context, Shared
 from app.api.door.body import pieces_of
 from app.api.models import Name, Nothing, model_row
 from app.api.openapi import BINARY, PROBLEM, problems
-from app.api.schemas import Model, UploadQuery
+from app.api.queries import UploadQuery
+from app.api.schemas import Model
 from app.errors import (
     DiskFull,
     MalformedBody,

@@ -14,7 +14,7 @@ from app.engine.batcher import Admission
 from app.engine.jobs import Prepare, Result, Task, Work
 from app.metrics import Metrics
 from app.store.checkpoint import Checkpoint
-from app.wire.arrays import LatentShape
+from app.wire.arrays.latents import LatentShape
 from app.wire.images import Colour
 
 Size = tuple[int, int]

@@ -13,7 +13,7 @@ from app.errors import InvalidInput, ServiceError
 from app.settings import Settings
 from app.text import one_line
 from app.tools.service import ANSWER_BYTES, ask, connect, content_of, replace_file
-from app.wire.npz import read_zip
+from app.wire.arrays.npz import read_zip
 
 ZIP = "application/zip"
 COLUMNS = ("MODEL", "FAMILY", "PLAN", "PSNR dB", "SSIM", "LUMINANCE", "SATURATION", "HUE deg")

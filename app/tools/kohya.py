@@ -15,9 +15,9 @@ import numpy as np
 from app.errors import InvalidInput
 from app.terms import Convention
 from app.tools.buckets import Cut, Size
-from app.wire.npy import write_npy
-from app.wire.npz import write_zip
-from app.wire.spec import Values
+from app.wire.arrays.npy import write_npy
+from app.wire.arrays.npz import write_zip
+from app.wire.arrays.spec import Values
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ from app.tools.room import Room
 from app.tools.service import ANSWER_BYTES, PIXEL_BYTES, content_of, post, replace_file
 from app.tools.summary import Tally
 from app.tools.targets import part, twin
-from app.wire.arrays import latent_shape, read_latents
+from app.wire.arrays.latents import latent_shape, read_latents
+from app.wire.arrays.npy import write_npy
+from app.wire.arrays.npz import read_zip
+from app.wire.arrays.spec import CLIPS
 from app.wire.headers import PictureHeader, read_header
-from app.wire.npy import write_npy
-from app.wire.npz import read_zip
 from app.wire.png import write_png
-from app.wire.spec import CLIPS
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from app.errors import InvalidImage, MalformedBody
-from app.wire.avif import read_avif
+from app.wire.avif.read import read_avif
 from app.wire.colour import check_colour
 from app.wire.scan import Body, search
 from app.wire.sniff import PICTURES, sniff

@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from app.errors import InvalidImage
+from app.wire.arrays.npy import npy_spec
+from app.wire.arrays.spec import PIXELS, ArraySpec, values
+from app.wire.arrays.tensors import safetensors_header
 from app.wire.headers import PictureHeader, read_header
 from app.wire.images import Colour, read_image
-from app.wire.npy import npy_spec
 from app.wire.scan import Body
 from app.wire.sniff import PICTURES, sniff
-from app.wire.spec import PIXELS, ArraySpec, values
-from app.wire.tensors import safetensors_header
 
 FURTHEST = 10.0
 """From 0, of pixels in [-1, 1] in floats: room for noise that is encoded, none for 0 .. 255."""

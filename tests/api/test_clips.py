@@ -22,8 +22,8 @@ from app.engine import compute
 from app.errors import ServiceError
 from app.execution.slices import Sliced
 from app.store.checkpoint import load_autoencoder
-from app.wire.reels import reel_of
-from app.wire.tensors import write_safetensors
+from app.wire.arrays.tensors import write_safetensors
+from app.wire.clips.reels import reel_of
 from tests.service import listening, npy, serving, until
 from tests.service import refused as problem_of
 from tests.store.weights import state_of
@@ -174,7 +174,7 @@ async def test_bands_and_slices_give_the_same_frames(service, decoded):
 
 async def test_without_the_extra_video_is_refused_and_the_rest_is_there(service, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    monkeypatch.delitem(sys.modules, "app.wire.video", raising=False)
+    monkeypatch.delitem(sys.modules, "app.wire.clips.video", raising=False)
     monkeypatch.delattr(wire, "video", raising=False)
     asked = service.post("/decode", content=npy(latents()), headers={"Accept": MP4})
     await refused(asked, 406, "not_acceptable", "latentd[video]")

@@ -15,8 +15,8 @@ from PIL import Image
 
 from app.execution.primitive import Whole
 from app.store.checkpoint import load_autoencoder
-from app.wire.arrays import read_latents
-from app.wire.tensors import write_safetensors
+from app.wire.arrays.latents import read_latents
+from app.wire.arrays.tensors import write_safetensors
 from tests.service import SIDE, array_of, latent, npy, picture, picture_of, refused, serving
 
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/x-safetensors"
@@ -60,6 +60,13 @@ async def test_a_latent_becomes_a_png_and_the_headers_say_how(service):
 async def test_shapes_and_dtypes_of_npy(service, dtype, shape):
     image = picture_of(await service.post("/decode", content=npy(latent(*shape, dtype=dtype))))
     assert image.size == (SIDE, SIDE)
+
+
+@pytest.mark.parametrize("tiling", ["never", "always"])
+async def test_the_smallest_latent_there_is(service, tiling):
+    """A map of one position, in a network of a channel a group."""
+    answer = await service.post("/decode", params={"tiling": tiling}, content=npy(latent(1, 4, 1, 1)))
+    assert picture_of(answer).size == (8, 8)
 
 
 async def test_npz_and_safetensors_are_sniffed(service):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from app.execution.primitive import Whole
 from app.store.checkpoint import load_autoencoder
-from app.wire.arrays import read_latents
+from app.wire.arrays.latents import read_latents
 from app.wire.headers import read_header
 from app.wire.images import read_image
 from tests.service import SIDE, array_of, latent, npy, picture, pixels, refused, serving, until

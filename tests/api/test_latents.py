@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from app.api.latents import convention_of, warning
-from app.api.schemas import DecodeQuery
+from app.api.queries import DecodeQuery
 from app.vae.families import FAMILIES
 from app.vae.latent_format import LatentFormat
-from app.wire.arrays import LatentShape
-from app.wire.npz import write_npz
-from app.wire.tensors import write_safetensors
+from app.wire.arrays.latents import LatentShape
+from app.wire.arrays.npz import write_npz
+from app.wire.arrays.tensors import write_safetensors
 from tests.service import array_of, latent, npy, picture, picture_of, refused, serving
 from tests.store.hostile import CORPUS
 

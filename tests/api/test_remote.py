@@ -18,7 +18,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
-from app.wire.reels import reel_of
+from app.wire.clips.reels import reel_of
 from tests.service import SIDE, array_of, latent, listening, npy, picture, pixels, serving
 
 LEVELS = {

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from app.weights.header import Entry, Header, format_header
-from app.wire.npz import write_npz, write_zip
-from app.wire.tensors import write_safetensors
+from app.wire.arrays.npz import write_npz, write_zip
+from app.wire.arrays.tensors import write_safetensors
 from tests.fuzz.mutation import BROKEN
 from tests.store.hostile import CORPUS, alone, legacy, state, tensor, zipped
 

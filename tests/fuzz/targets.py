@@ -10,7 +10,7 @@ from app.api.door.form import parts_of
 from app.errors import InvalidInput, ServiceError, UnsupportedCheckpoint
 from app.weights.archives import read_archive, span_of, state_dict
 from app.weights.safetensors import read_safetensors
-from app.wire.arrays import latent_shape, read_latents
+from app.wire.arrays.latents import latent_shape, read_latents
 from app.wire.headers import PictureHeader
 from app.wire.pixels import pixels_header, read_pixels
 from tests.fuzz import seeds

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from app.cli import main
-from app.wire.video import VideoReel
+from app.wire.clips.video import VideoReel
 from tests.store.weights import state_of
 
 

@@ -9,7 +9,7 @@ from app.errors import InvalidInput, ServiceError
 from app.settings import Settings
 from app.tools import compare as module
 from app.tools.compare import compare_models
-from app.wire.npz import write_zip
+from app.wire.arrays.npz import write_zip
 from tests.service import listening, picture, saying, told
 
 

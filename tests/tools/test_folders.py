@@ -18,7 +18,7 @@ from app.tools.folders import send_files
 from app.tools.manifest import Manifest
 from app.tools.pictures import Wish
 from app.tools.run import Stop
-from app.wire.npz import write_zip
+from app.wire.arrays.npz import write_zip
 from tests.service import npy, picture
 
 ROW = {"name": "kl", "path": "kl", "family": "sd1", "family_source": "config", "sha256": "ab" * 32, "spatial_factor": 8}

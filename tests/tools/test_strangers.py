@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from app.cli import main
-from app.wire.npz import write_zip
+from app.wire.arrays.npz import write_zip
 from tests.service import latent, npy, picture, read_request, saying, told
 
 NPY = "application/x-npy"

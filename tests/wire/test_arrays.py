@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from app.errors import InvalidLatent, MalformedBody, UnsupportedMedia
-from app.wire.arrays import latent_shape, read_latents
-from app.wire.npy import MAX_HEADER, write_npy
-from app.wire.tensors import write_safetensors
+from app.wire.arrays.latents import latent_shape, read_latents
+from app.wire.arrays.npy import MAX_HEADER, write_npy
+from app.wire.arrays.tensors import write_safetensors
 
 
 def noise(*shape, dtype=np.float32):

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image, ImageOps
 
 from app.errors import InvalidImage, MalformedBody, ServiceError
-from app.wire.avif import MAX_EXTENTS, MAX_ITEMS, read_avif
-from app.wire.boxes import box
+from app.wire.avif.boxes import box
+from app.wire.avif.read import MAX_EXTENTS, MAX_ITEMS, read_avif
+from app.wire.avif.still import ALPHA, Still, head_of
 from app.wire.headers import read_header
 from app.wire.images import read_image
-from app.wire.still import ALPHA, Still, head_of
 from tests.wire.av1 import FRAME, SEQUENCE, frame, reduced, unit, whole
 
 WIDTH, HEIGHT = 61, 43

@@ -1,7 +1,7 @@
 import pytest
 
 from app.errors import MalformedBody
-from app.wire.boxes import MAX_BOXES, Fields, box, boxes
+from app.wire.avif.boxes import MAX_BOXES, Fields, box, boxes
 
 
 def listed(body: bytes, within: slice | None = None) -> list[tuple[bytes, bytes]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.wire.films import BOUNDARY, FILMS, FilmSpec
+from app.wire.clips.films import BOUNDARY, FILMS, FilmSpec
 
 NPY, ZIP, APNG, MULTIPART = "application/x-npy", "application/zip", "image/apng", "multipart/mixed"
 WEBP = "image/webp"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from app.errors import InvalidLatent, MalformedBody, TooLarge
-from app.wire.arrays import LatentShape, latent_shape, read_latents
-from app.wire.npy import write_npy
-from app.wire.npz import MAX_MEMBERS, write_npz, write_zip
+from app.wire.arrays.latents import LatentShape, latent_shape, read_latents
+from app.wire.arrays.npy import write_npy
+from app.wire.arrays.npz import MAX_MEMBERS, write_npz, write_zip
 
 LIMIT = 1 << 20
 

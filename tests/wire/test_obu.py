@@ -1,7 +1,7 @@
 import pytest
 
 from app.errors import InvalidImage, MalformedBody
-from app.wire.obu import MAX_UNITS, read_sequence, read_still
+from app.wire.avif.obu import MAX_UNITS, read_sequence, read_still
 from tests.wire.av1 import FRAME, SEQUENCE, frame, reduced, unit, whole
 
 START = unit(2, b"")  # a temporal delimiter

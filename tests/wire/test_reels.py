@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from app.errors import InvalidImage, MalformedBody, TooLarge, UnsupportedMedia
-from app.wire.films import FILMS, FilmSpec
-from app.wire.npy import write_npy
+from app.wire.arrays.npy import write_npy
+from app.wire.clips.films import FILMS, FilmSpec
+from app.wire.clips.reels import is_video, reel_of
 from app.wire.png import write_png
-from app.wire.reels import is_video, reel_of
 
 WHITE = (255, 255, 255)
 

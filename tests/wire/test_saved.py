@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from app.errors import InvalidInput, InvalidLatent, MalformedBody, TooLarge
-from app.wire.arrays import LatentShape, latent_shape, read_latents
-from app.wire.npy import write_npy
-from app.wire.npz import write_zip
-from app.wire.saved import MAX_STEPS, MAX_TENSORS
+from app.wire.arrays.latents import LatentShape, latent_shape, read_latents
+from app.wire.arrays.npy import write_npy
+from app.wire.arrays.npz import write_zip
+from app.wire.arrays.saved import MAX_STEPS, MAX_TENSORS
 from tests.store.hostile import CORPUS, PROOF, alone, legacy, saved, state, tensor, zipped
 
 OLDER = pytest.mark.parametrize("older", [False, True], ids=["zip", "older"])

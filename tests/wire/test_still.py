@@ -3,8 +3,8 @@ import io
 import pytest
 from PIL import Image
 
-from app.wire.boxes import boxes
-from app.wire.still import Still, head_of
+from app.wire.avif.boxes import boxes
+from app.wire.avif.still import Still, head_of
 from tests.wire.av1 import SEQUENCE, reduced, unit
 
 DATA = unit(SEQUENCE, reduced(20, 12))

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from app.errors import InvalidImage, InvalidLatent, MalformedBody
-from app.wire.arrays import LatentShape
-from app.wire.spec import PIXELS
-from app.wire.tensor_bytes import CODES, Layout, bytes_spec, latent_layout, read_layout
+from app.wire.arrays.latents import LatentShape
+from app.wire.arrays.spec import PIXELS
+from app.wire.arrays.tensor_bytes import CODES, Layout, bytes_spec, latent_layout, read_layout
 
 
 def noise(*shape: int) -> np.ndarray:

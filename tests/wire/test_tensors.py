@@ -7,9 +7,9 @@ import safetensors.torch
 import torch
 
 from app.errors import InvalidLatent, MalformedBody
-from app.wire.arrays import LatentShape, latent_shape, read_latents
+from app.wire.arrays.latents import LatentShape, latent_shape, read_latents
+from app.wire.arrays.tensors import MAX_HEADER, write_safetensors
 from app.wire.origin import Origin
-from app.wire.tensors import MAX_HEADER, write_safetensors
 
 METADATA = {"model": "a", "sha256": "0f" * 32, "family": "sd1", "convention": "scaled", "image_size": "640x427"}
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from app.errors import InvalidImage, MalformedBody, NotAcceptable, TooLarge
-from app.wire.films import FilmSpec
-from app.wire.reels import reel_of
-from app.wire.video import CODEC_OF, VideoFilm, check_video
+from app.wire.clips.films import FilmSpec
+from app.wire.clips.reels import reel_of
+from app.wire.clips.video import CODEC_OF, VideoFilm, check_video
 
 MP4, WEBM, MKV = "video/mp4", "video/webm", "video/x-matroska"
 WHITE = (255, 255, 255)

@@ -13,7 +13,7 @@ from app.api.door.form import Part, parts_of
 from app.api.door.room import Held
 from app.api.errors import ClientGone, SlowBody
 from app.errors import InvalidParameter, MalformedBody, TooLarge
-from app.wire.npy import npy_length
+from app.wire.arrays.npy import npy_length
 from app.wire.scan import Body
 
 BODY_SECONDS = 60.0

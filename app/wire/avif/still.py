@@ -4,7 +4,7 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from app.wire.boxes import box
+from app.wire.avif.boxes import box
 
 ALPHA = b"urn:mpeg:mpegB:cicp:systems:auxiliary:alpha"
 

@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from app.errors import InvalidImage, UnsupportedMedia
+from app.wire.arrays.npz import file_of, pictures_of
+from app.wire.arrays.spec import ArraySpec
 from app.wire.headers import PictureHeader, read_header
 from app.wire.images import Colour, read_frames, read_image
-from app.wire.npz import file_of, pictures_of
 from app.wire.pixels import PixelsHeader, array_header, pixels_header, read_pixels
 from app.wire.scan import Body
 from app.wire.sniff import PICTURES, sniff, sniffed
-from app.wire.spec import ArraySpec
 
 VIDEOS = ("a file of MP4's kind", "Matroska or WebM")
 
@@ -59,7 +59,7 @@ def is_video(body: Body) -> bool:
 
 def _video(body: Body, kind: str, max_pixels: int) -> Reel:
     try:
-        from app.wire.video import VideoReel
+        from app.wire.clips.video import VideoReel
     except ModuleNotFoundError as error:
         if error.name != "av":
             raise

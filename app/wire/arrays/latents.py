@@ -8,14 +8,14 @@ import numpy as np
 
 from app.errors import InvalidLatent
 from app.terms import Convention
-from app.wire.npy import npy_spec
-from app.wire.npz import npz_headers, read_npz
+from app.wire.arrays.npy import npy_spec
+from app.wire.arrays.npz import npz_headers, read_npz
+from app.wire.arrays.saved import read_saved, saved_headers
+from app.wire.arrays.spec import LATENTS, ArraySpec, Purpose, Values, values
+from app.wire.arrays.tensors import safetensors_header
 from app.wire.origin import Origin, read_origin
-from app.wire.saved import read_saved, saved_headers
 from app.wire.scan import Body
 from app.wire.sniff import ARRAYS, sniff
-from app.wire.spec import LATENTS, ArraySpec, Purpose, Values, values
-from app.wire.tensors import safetensors_header
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from app.errors import MalformedBody
+from app.wire.arrays.spec import LATENTS, ArraySpec, Purpose, array_spec, check_size
 from app.wire.scan import Body
-from app.wire.spec import LATENTS, ArraySpec, Purpose, array_spec, check_size
 
 MAX_HEADER = 4096
 """Bytes; the headers that numpy writes have 128."""

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from app.errors import InvalidLatent, MalformedBody, TooLarge, UnsupportedCheckpoint
 from app.weights.archives import Archive, read_archive, span_of
 from app.weights.rebuilds import TensorRef, kind
+from app.wire.arrays.spec import ArraySpec, Values, array_spec, values
 from app.wire.scan import Body
-from app.wire.spec import ArraySpec, Values, array_spec, values
 
 MAX_TENSORS = 1024
 MAX_STEPS = 50_000

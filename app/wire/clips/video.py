@@ -19,7 +19,7 @@ import numpy.typing as npt
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from app.errors import InvalidImage, MalformedBody, NotAcceptable, TooLarge
-from app.wire.films import FilmSpec, Frames
+from app.wire.clips.films import FilmSpec, Frames
 from app.wire.images import WHITE, Colour, flattened, opaque
 from app.wire.scan import Body
 

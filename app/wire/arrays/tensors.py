@@ -4,8 +4,8 @@ import numpy as np
 
 from app.errors import InvalidLatent, MalformedBody
 from app.weights.header import PREFIX, Entry, Header, format_header, header_length, parse_header
+from app.wire.arrays.spec import LATENTS, ArraySpec, Purpose, Values, array_spec, check_size
 from app.wire.scan import Body
-from app.wire.spec import LATENTS, ArraySpec, Purpose, Values, array_spec, check_size
 
 MAX_HEADER = 1 << 20
 """Bytes; ComfyUI puts a whole workflow in there."""

@@ -11,9 +11,9 @@ from typing import Any
 import numpy.typing as npt
 
 from app.errors import InvalidImage, InvalidInput, InvalidLatent, MalformedBody, TooLarge
-from app.wire.npy import MAX_HEADER, npy_header, write_npy
+from app.wire.arrays.npy import MAX_HEADER, npy_header, write_npy
+from app.wire.arrays.spec import ArraySpec, Values, check_size, values
 from app.wire.scan import Body, count
-from app.wire.spec import ArraySpec, Values, check_size, values
 
 MAX_MEMBERS = 1024
 

@@ -6,9 +6,9 @@ Hugging Face's remote-VAE protocol sends them so. Packed latents are (N, patches
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.wire.arrays import LatentShape, finite_items
+from app.wire.arrays.latents import LatentShape, finite_items
+from app.wire.arrays.spec import CLIPS, LATENTS, ArraySpec, Purpose, Values, array_spec, check_size, values
 from app.wire.scan import Body
-from app.wire.spec import CLIPS, LATENTS, ArraySpec, Purpose, Values, array_spec, check_size, values
 
 CODES = {"float16": "<f2", "float32": "<f4", "bfloat16": "bf16", "uint8": "|u1"}
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import islice
 
 from app.errors import InvalidImage, MalformedBody
-from app.wire.boxes import Fields, boxes
-from app.wire.obu import Sequence, read_still
-from app.wire.still import ALPHA, Still, head_of
+from app.wire.avif.boxes import Fields, boxes
+from app.wire.avif.obu import Sequence, read_still
+from app.wire.avif.still import ALPHA, Still, head_of
 
 MAX_ITEMS = 1024
 MAX_EXTENTS = 64
