@@ -1,8 +1,8 @@
 """The server that one writes in an afternoon: FastAPI, diffusers and Pillow. The peer of `benchmarks.served`.
 
-`python -m benchmarks.afternoon kl|tiny PORT`. One model, in memory from the start, in float32 and for `?precision=bf16` in
-that; bodies are .npy, answers PNG. Fair: one forward at a time, so that requests do not fight for the cores, and neither reading nor writing
-pictures holds up the next forward or the event loop.
+`python -m benchmarks.afternoon kl|tiny PORT`. One model, in memory from the start, in float32 and for `?precision=bf16`
+in that; bodies are .npy, answers PNG. Fair: one forward at a time, so that requests do not fight for the cores, and
+neither reading nor writing pictures holds up the next forward or the event loop.
 """
 
 import asyncio
