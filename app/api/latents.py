@@ -54,7 +54,7 @@ def check_family(request: Request, header: LatentShape, model: str, family: Fami
 
     Raises FamilyMismatch, and InvalidParameter for a header that is no family's name or contradicts the file.
     """
-    said = _header(request)
+    said = told_family(request)
     if said is not None and header.family is not None and said != header.family:
         raise InvalidParameter(f"{HEADER} says {said}, but the file says it is of family {header.family[:80]}")
     came = said or header.family
@@ -123,7 +123,8 @@ def warning(items: Sequence[np.ndarray], family: Family, convention: Convention)
     return "; ".join(found) or None
 
 
-def _header(request: Request) -> str | None:
+def told_family(request: Request) -> str | None:
+    """What X-Latents-Family says, if it is there. Raises InvalidParameter for what is no family's name."""
     given = {value.strip() for value in request.headers.getlist(HEADER)}
     if not given:
         return None

@@ -65,8 +65,9 @@ REQUEST_ID = {
     "name": "X-Request-Id",
     "in": "header",
     "required": False,
-    "description": "A name for the request, in its answer and in the log; of other characters, or absent: one is made.",
-    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:+/=-]{1,128}$"},
+    "description": "A name for the request, in its answer and in the log: up to 128 of A-Z a-z 0-9 . _ : + / = -. "
+    "Instead of any other, or of none, one is made.",
+    "schema": {"type": "string"},
 }
 
 LATENTS_FAMILY = {

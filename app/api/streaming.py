@@ -15,6 +15,7 @@ from app.api.answer import NPY, NPZ, SAFETENSORS, TORCH, WEBP, header_value
 from app.api.context import GUARD, Context, Shared
 from app.api.door.body import arrays_of, while_connected
 from app.api.errors import ClientGone, problem
+from app.api.latents import told_family
 from app.api.openapi import BINARY, LATENTS_FAMILY, PROBLEM, WORK, Responses, problems, request_body
 from app.api.preview import asked, body_of, made
 from app.api.queries import StepQuery, StreamQuery
@@ -65,6 +66,7 @@ async def show(request: Request, query: Annotated[StepQuery, Query()], shared: S
 
     The newest wins: one that still waits is not shown any more.
     """
+    told_family(request)  # before the answer of a stream begins
     if query.stream is None:
         checkpoint = await resolved(request, query.model, shared)
         return _Pictures(request, secrets.token_hex(16), shared, partial(_read, request, query, checkpoint, shared))

@@ -43,6 +43,17 @@ class AffineRMSNorm(nn.RMSNorm):
         return out.add_(self.bias).movedim(-1, 1)
 
 
+class GroupNorm(nn.GroupNorm):
+    """torch's, also of groups of one value: a map of 1x1 with a channel a group.
+
+    `F.group_norm` takes those for a mistake in training; all that is left of them is the bias.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> the same."""
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 Norm = nn.GroupNorm | RMSNorm | AffineRMSNorm
 
 

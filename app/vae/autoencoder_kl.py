@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app.errors import UnsupportedCheckpoint
+from app.execution.norms import GroupNorm
 from app.execution.primitive import Execution
 from app.vae.autoencoder import Autoencoder, Shape, Shapes
 from app.vae.posterior import DiagonalGaussian, Posterior
@@ -118,9 +119,9 @@ def conv3(c_in: int, c_out: int) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, kernel_size=3, padding=1)
 
 
-def group_norm(channels: int, groups: int = NORM_GROUPS) -> nn.GroupNorm:
+def group_norm(channels: int, groups: int = NORM_GROUPS) -> GroupNorm:
     """The norm of every LDM autoencoder."""
-    return nn.GroupNorm(groups, channels, eps=NORM_EPS)
+    return GroupNorm(groups, channels, eps=NORM_EPS)
 
 
 class ResnetBlock(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app.errors import UnsupportedCheckpoint
+from app.execution.norms import GroupNorm
 from app.execution.primitive import Activation, Execution, tanh_clamp
 from app.vae.autoencoder import Autoencoder, Shapes
 from app.vae.posterior import Dirac, Posterior
@@ -128,7 +129,7 @@ class Block(nn.Module):
             self.pool = nn.ModuleDict(
                 {
                     "0": nn.Conv2d(c_in, wide, kernel_size=1, bias=False),
-                    "1": nn.GroupNorm(POOL_GROUPS, wide),
+                    "1": GroupNorm(POOL_GROUPS, wide),
                     "3": nn.Conv2d(wide, c_in, kernel_size=1, bias=False),
                 }
             )

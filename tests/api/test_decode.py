@@ -62,6 +62,13 @@ async def test_shapes_and_dtypes_of_npy(service, dtype, shape):
     assert image.size == (SIDE, SIDE)
 
 
+@pytest.mark.parametrize("tiling", ["never", "always"])
+async def test_the_smallest_latent_there_is(service, tiling):
+    """A map of one position, in a network of a channel a group."""
+    answer = await service.post("/decode", params={"tiling": tiling}, content=npy(latent(1, 4, 1, 1)))
+    assert picture_of(answer).size == (8, 8)
+
+
 async def test_npz_and_safetensors_are_sniffed(service):
     file = io.BytesIO()
     np.savez(file, a=latent(seed=1), b=latent(seed=2))

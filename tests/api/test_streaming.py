@@ -337,6 +337,11 @@ def test_what_is_no_latent_is_the_last_and_said(server, both, sent, code):
     assert server[0].config.app.state.context.room.used == 0
 
 
+def test_a_family_that_there_is_not_is_refused_before_the_stream_begins(client):
+    answer = client.post("/preview/stream", content=npy(latent()), headers={"X-Latents-Family": "sd15"})
+    refused(answer, 422, "invalid_parameter")
+
+
 def test_a_connection_that_goes_ends_its_stream(server, both):
     one = both()
     one.send(npy(latent()))

@@ -44,9 +44,9 @@ def layer(index, c_in, c_out, **more):
     return TinyLayer(index=index, c_in=c_in, c_out=c_out, **more)
 
 
-def kl(**more):
+def kl(widths=(32, 64, 64), groups=8, **more):
     torch.manual_seed(0)
-    config = KLConfig((32, 64, 64), (32, 64, 64), 2, 2, 4, norm_groups=8, **more)
+    config = KLConfig(widths, widths, 2, 2, 4, norm_groups=groups, **more)
     return AutoencoderKL(config).requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -133,6 +133,7 @@ def hunyuan():
 FAMILIES = {
     "kl": kl,
     "kl without attention or 1x1": lambda: kl(mid_attention=False, quant_conv=False, post_quant_conv=False),
+    "kl, a channel a group": lambda: kl((32, 32, 32), 32),
     "tiny": lambda: tiny(pool=False),
     "tiny with norms": lambda: tiny(pool=True),
     "linear attention": dc,

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from app.engine.forecast import CountingMode
-from app.execution.norms import RMSNorm, global_norm
+from app.execution.norms import GroupNorm, RMSNorm, global_norm
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -44,8 +44,28 @@ def test_it_can_be_trained():
     assert all(value.grad is not None for value in (x, *norm.parameters()))
 
 
+@pytest.mark.parametrize("size", [(2, 8, 5, 3), (1, 8, 1, 1)])
+def test_group_norm_is_torch_s(size):
+    torch.manual_seed(0)
+    norm = GroupNorm(2, 8)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(size)
+    assert torch.equal(norm(x), F.group_norm(x, 2, norm.weight, norm.bias, norm.eps))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_nothing_but_the_bias_is_left_of_a_group_of_one_value(device):
+    norm = GroupNorm(8, 8).to(device)
+    nn.init.normal_(norm.bias)
+    x = torch.rand(1, 8, 1, 1, device=device)
+    with pytest.raises(ValueError, match="more than 1 value"):
+        nn.GroupNorm.forward(norm, x)  # or GroupNorm is to go
+    assert norm(x).shape == x.shape
+    assert device == "meta" or torch.allclose(norm(x).flatten(), norm.bias, atol=1e-4)
+
+
 def test_which_are_global():
-    norm = nn.GroupNorm(2, 4)
+    norm = GroupNorm(2, 4)
     assert global_norm(norm) is norm
     assert global_norm(RMSNorm(4)) is None
     assert global_norm(None) is None

@@ -24,6 +24,9 @@ async def test_one_that_is_not_safe_is_replaced(service, given):
     answer = await service.get("/models", headers=headers)
     assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-Id"])
     assert len(answer.headers.get_list("X-Request-Id")) == 1
+    for operation in (each for path in service.app.openapi()["paths"].values() for each in path.values()):
+        told = [each["schema"] for each in operation.get("parameters", []) if each["name"] == "X-Request-Id"]
+        assert told in ([], [{"type": "string"}])  # none is refused, so the document may forbid none
 
 
 async def test_the_log_has_one_line_a_request(service, caplog):
