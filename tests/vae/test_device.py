@@ -6,7 +6,7 @@ from collections import deque
 import pytest
 import torch
 
-from app.execution.banded import Banded, execute
+from app.execution.banded import AnyExecution, Banded, execute
 from app.execution.causal import Carry
 from app.execution.primitive import Whole
 from app.execution.slices import Sliced
@@ -14,7 +14,11 @@ from app.store.checkpoint import blank
 from app.vae.architectures import ARCHITECTURES
 from tests.vae.test_architectures import RANDOM
 
-EXECUTIONS = {"whole": Whole(), "strips": Banded("strips", 500), "recompute": Banded("recompute", 500)}
+EXECUTIONS: dict[str, AnyExecution] = {
+    "whole": Whole(),
+    "strips": Banded("strips", 500),
+    "recompute": Banded("recompute", 500),
+}
 CLIPS = [name for name, row in ARCHITECTURES.items() if row.clips is not None]
 H, W = 5, 3  # of the latents
 
