@@ -116,7 +116,7 @@ async def test_a_driver_that_hangs_takes_neither_health_nor_metrics_with_it(card
             assert engine.alive
             assert {name for name, *_ in gauges(engine)} >= {"device_memory_bytes", "worker_up"}
             assert (await engine.plan(Task("decode", TOY), latent(SIDE).shape)).plan == "fp32/whole"
-            engine.workers[0]._runner.progress -= engine.workers[0]._patience + 1
+            engine.workers[0].thread.progress -= engine.workers[0]._patience + 1
             assert not engine.alive
         finally:
             go.set()

@@ -210,7 +210,7 @@ async def test_a_device_that_hangs_at_any_step_answers_at_the_deadline_and_turns
                     assert hangs.is_set()
                     assert time.monotonic() - began < 30
                     assert engine.alive
-                    engine.workers[0]._runner.progress -= engine.workers[0]._patience + 1
+                    engine.workers[0].thread.progress -= engine.workers[0]._patience + 1
                     assert not engine.alive
                     assert value(engine, "vae_worker_up", device="cpu") == 0
             finally:

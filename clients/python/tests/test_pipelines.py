@@ -1,5 +1,8 @@
 """Pipelines of diffusers, tiny and random: with RemoteVAE they make the pictures that they make with their own VAE."""
 
+import inspect
+import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -170,6 +173,18 @@ def sana_net() -> Any:
     )
 
 
+def wan_net() -> Any:
+    return diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+
+
 def hunyuan_net() -> Any:
     return diffusers.HunyuanImageTransformer2DModel(
         num_attention_heads=2,
@@ -196,6 +211,7 @@ SANA_TEXT = {
     "guidance_scale": 1.0,
     "use_resolution_binning": False,
 }
+WAN_TEXT = {"prompt_embeds": noise(1, 7, 16), "guidance_scale": 1.0, "num_frames": 1}
 HUNYUAN_TEXT = QWEN_TEXT | {
     "prompt_embeds_2": noise(1, 7, 16),
     "prompt_embeds_mask_2": torch.ones(1, 7, dtype=torch.long),
@@ -274,6 +290,11 @@ PIPELINES: dict[str, tuple[str, Callable[[], Callable[[Any], Any]], dict[str, An
         lambda: flow(diffusers.HunyuanImagePipeline, hunyuan_net(), *FLUX_WITHOUT),
         HUNYUAN_TEXT | SIZE,
     ),
+    "Wan, one frame": (
+        "wan",
+        lambda: flow(diffusers.WanPipeline, wan_net(), "text_encoder", "tokenizer"),
+        WAN_TEXT | SIZE,
+    ),
 }
 
 
@@ -286,7 +307,8 @@ def test_the_pictures_are_those_of_the_local_vae(local, url, name):
 
     def run() -> np.ndarray:
         seeded = torch.Generator().manual_seed(7)
-        return pipe(**arguments, num_inference_steps=2, generator=seeded, output_type="np").images
+        found = pipe(**arguments, num_inference_steps=2, generator=seeded, output_type="np")
+        return found.frames[:, 0] if name == "Wan, one frame" else found.images
 
     expected = run()
     pipe.vae = RemoteVAE(url, f"{family}-tiny")
@@ -294,6 +316,16 @@ def test_the_pictures_are_those_of_the_local_vae(local, url, name):
     assert found.shape == (1, SIDE, SIDE, pipe.vae.config.out_channels)
     assert expected.std() > 0.01  # a picture, not one colour
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_configuration_has_every_field_that_a_pipeline_reads(url, name):
+    family, build, _ = PIPELINES[name]
+    vae = RemoteVAE(url, f"{family}-tiny")
+    source = inspect.getsource(sys.modules[type(build()(vae)).__module__])
+    read = set(re.findall(r"self\.vae\.config\.(\w+)", source))
+    assert read - set(vae.config) == set()
+    assert read
 
 
 @pytest.fixture

@@ -155,6 +155,8 @@ def config_of(row: Model) -> dict[str, Any]:
         "block_out_channels": [0] * factor.bit_length(),
         "encoder_block_out_channels": [0] * factor.bit_length(),  # Sana's look here
         "spatial_compression_ratio": factor,  # HunyuanImage's
+        "scale_factor_spatial": factor,  # Wan's, and for how many frames a position stands: of one it says nothing
+        "scale_factor_temporal": 4,
         "scaling_factor": 1.0 if per_channel else scale,
         "shift_factor": 0.0 if per_channel else shift,
         "latents_mean": shift if per_channel else None,
