@@ -299,7 +299,7 @@ async def test_a_lost_device_ends_the_server(models):
     engine = app.state.context.engine
     server = Server(uvicorn.Config(app), engine, Streams(), 30)
     assert await server.on_tick(1) is False
-    engine.workers[0]._runner.lost = "gone"
+    engine.workers[0].thread.lost = "gone"
     assert await server.on_tick(2) is True
 
 

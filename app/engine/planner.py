@@ -28,6 +28,15 @@ class PlanAnswer:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A plan, its forecast peak in bytes, and whether it is what an empty device would do with all items at once."""
+
+    plan: ExecutionPlan
+    peak: int
+    first: bool = False
+
+
+@dataclass(frozen=True)
 class Planner:
     """Joins the arithmetic of `planning` with one device's memory and cache."""
 
@@ -85,8 +94,8 @@ class Planner:
         failed: ExecutionPlan | None = None,
         itemsize: int = 1,
         whole_clip: bool = False,
-    ) -> tuple[ExecutionPlan, int]:
-        """The first plan that fits after the one that `failed`, and its forecast peak in bytes.
+    ) -> Choice:
+        """The first plan that fits, after the one that `failed`.
 
         `itemsize` is of the arrays; a clip's are a slice of it unless they are the `whole_clip`. Blocking: a new shape
         takes some 50 ms to count. Raises OutOfMemory, with the smallest plan's bytes, when nothing fits,
@@ -103,9 +112,10 @@ class Planner:
         )
         if plan is not None and plan.execution == "recompute" and failed is None:
             # There is more room than the leanest way needs: it may be the fastest way that fits.
-            return replace(plan, budget=self.forecaster.budget(network, plan, available)), available
+            return Choice(replace(plan, budget=self.forecaster.budget(network, plan, available)), available)
         if plan is not None:
-            return plan, self.forecaster.peak(network, plan)
+            first = next(candidates(dtype, task.tiling, items, pixels, self.device, executions))
+            return Choice(plan, self.forecaster.peak(network, plan), plan == first and plan.batch == items)
         smallest = list(candidates(dtype, task.tiling, 1, pixels, self.device, executions))[-1:]
         hint = "; tiling=never forbids smaller plans" if task.tiling == "never" else ""
         if not smallest and task.tiling == "always":

@@ -9,7 +9,7 @@ from app.engine.cache import ModelCache
 from app.engine.forecast import Forecaster
 from app.engine.jobs import Task
 from app.engine.memory import FixedMemory
-from app.engine.planner import Planner, shape_of
+from app.engine.planner import Choice, Planner, shape_of
 from app.engine.planning import ExecutionPlan
 from app.engine.verdicts import Verdicts
 from app.errors import InvalidParameter, OutOfMemory
@@ -109,12 +109,12 @@ async def test_the_prospect_of_a_task_counts_its_own_weights_as_there():
 )
 def test_choose(items, available, execution, batch, peak, budget):
     chosen = planner().choose(TASK, SHAPE, items, "fp32", available)
-    assert chosen == (ExecutionPlan("fp32", execution, batch, budget), peak)
+    assert chosen == Choice(ExecutionPlan("fp32", execution, batch, budget), peak, first=available == 400)
 
 
 def test_after_a_failure_recompute_takes_as_little_as_it_can():
     failed = ExecutionPlan("fp32", "recompute", 1, 38)
-    assert planner().choose(TASK, SHAPE, 1, "fp32", 39, failed) == (replace(failed, budget=None), 15)
+    assert planner().choose(TASK, SHAPE, 1, "fp32", 39, failed) == Choice(replace(failed, budget=None), 15)
     with pytest.raises(OutOfMemory, match="ran out of memory in fp32/recompute, the last plan there was"):
         planner().choose(TASK, SHAPE, 1, "fp32", 39, replace(failed, budget=None))
 
