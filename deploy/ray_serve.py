@@ -45,6 +45,9 @@ REPORT_SECONDS = 0.25
 
 HEALTH_SECONDS = 5.0
 
+PATIENCE_SECONDS = 10.0
+"""For the answer of a health check. One that has failed three of them is ended, and its requests run elsewhere."""
+
 MOST_ONGOING = 1 << 20
 """Requests that a replica may have: never the limit. The engine's own queue refuses, with its own Retry-After."""
 
@@ -130,6 +133,7 @@ def application(
         graceful_shutdown_timeout_s=settings.drain_seconds + CLOSING_SECONDS,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=HEALTH_SECONDS,
+        health_check_timeout_s=PATIENCE_SECONDS,
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),  # ours has a line for each request
         request_router_config=RequestRouterConfig(
             request_router_class=router, request_routing_stats_period_s=REPORT_SECONDS

@@ -20,6 +20,13 @@ class ResidentRouter(RequestRouter):
         self._at: dict[str, tuple[ReplicaID, str | None]] = {}  # where requests are by their id, and for which model
         self._read: dict[str, tuple[dict[str, Any], Report]] = {}
 
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Notes when reports come: one that is looked at late would seem new, and a replica that hangs alive."""
+        now = time.monotonic()
+        for each in replicas:
+            self.book.came(each.replica_id.unique_id, each.routing_stats.get("number", NOTHING.number), now)
+        super().update_replicas(replicas)
+
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:

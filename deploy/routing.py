@@ -22,7 +22,7 @@ DEFAULT = ""
 HEX_DIGITS = 8  # of a sha256, that may stand for a name
 
 SILENT_SECONDS = 3.0
-"""A replica that has not reported for so long is asked last: it hangs, or is gone and nobody has noticed yet."""
+"""A replica that has not reported for so long is passed by: it hangs, or is gone and nobody has noticed yet."""
 
 DECAY = 0.9  # of what earlier answers say of a replica's pace, with each answer
 
@@ -86,6 +86,11 @@ class State:
     pending: float = 0.0  # seconds that the requests which it has from this router should take
 
     @property
+    def sound(self) -> bool:
+        """Whether it answers, as far as can be told."""
+        return self.report.ready and self.age <= SILENT_SECONDS
+
+    @property
     def wait(self) -> float:
         """Seconds before a request that comes now: what is left of the reported ones, or what this router sent."""
         return max(self.report.wait - self.age, self.pending)
@@ -106,15 +111,15 @@ class State:
 def order(model: str | None, states: Sequence[State]) -> list[str]:
     """The ids of the replicas, the best one for a request first; model None: any model, or none, may be meant.
 
-    Those that report, and are ready, come before those that do not. Of equal ones the one with fewer models is better,
-    then the one that comes first in the model's own order (rendezvous hashing): routers that know nothing of each
-    other agree.
+    Those that do not report, or are not ready, are left out where there are others. Of equal ones the one with fewer
+    models is better, then the one that comes first in the model's own order (rendezvous hashing): routers that know
+    nothing of each other agree.
     """
+    states = [state for state in states if state.sound] or states
     size, load = _size(model, states), load_seconds(state.report.load for state in states)
 
-    def cost(state: State) -> tuple[bool, float, int, bytes]:
-        last = state.age > SILENT_SECONDS or not state.report.ready
-        return last, state.wait + _loads(model, size, state) * load, state.models, _draw(model, state.id)
+    def cost(state: State) -> tuple[float, int, bytes]:
+        return state.wait + _loads(model, size, state) * load, state.models, _draw(model, state.id)
 
     return [state.id for state in sorted(states, key=cost)]
 
@@ -174,13 +179,18 @@ class Book:
         if report is not None and model is not None:
             account.ended[model] = report.number
 
+    def came(self, replica: str, number: int, now: float) -> None:
+        """The replica's last report, as far as it has come, is this one; said again, it has grown older."""
+        account = self._accounts.setdefault(replica, _Account())
+        if number != account.came[0]:
+            if account.came[0] == NOTHING.number:  # which counts nothing
+                account.ended = dict.fromkeys(account.ended, number)
+            account.came = number, now
+
     def state(self, replica: str, report: Report, now: float) -> State:
         """The replica as it should be now."""
-        account = self._accounts.setdefault(replica, _Account())
-        if report.number != account.came[0]:
-            if account.came[0] == NOTHING.number:  # which counts nothing
-                account.ended = dict.fromkeys(account.ended, report.number)
-            account.came = report.number, now
+        self.came(replica, report.number, now)
+        account = self._accounts[replica]
         # The next report but one was certainly made after the request's end: what it does not list is not there.
         account.ended = {model: at for model, at in account.ended.items() if report.number < at + 2}
         guess = LOAD_SECONDS if report.load is None else report.load  # of the right order

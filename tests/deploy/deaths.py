@@ -80,7 +80,7 @@ class Doomed(Replica):
             case "answering":
                 self._ends_answers = True
             case "device lost":
-                self._when(lambda: worker.busy, lambda: setattr(worker._runner, "lost", "a test says so"))
+                self._when(lambda: worker.busy, lambda: setattr(worker.thread, "lost", "a test says so"))
 
     async def answer(self, call: Call) -> Answer:
         """As ever, unless it is to die then."""
@@ -175,8 +175,8 @@ async def _stopped(fleet: Fleet) -> int:
     stopped, _ = await fleet.processes()
     os.kill(stopped, signal.SIGSTOP)
     first = asyncio.ensure_future(fleet.told("hangs (SIGSTOP): requests of then", fleet.burst()))
-    await asyncio.sleep(SILENT_SECONDS + 1)
-    later = await fleet.told("hangs: 4 s later", fleet.burst())
+    await asyncio.sleep(SILENT_SECONDS + 2)
+    later = await fleet.told("hangs: 5 s later", fleet.burst())
     return later + await first
 
 

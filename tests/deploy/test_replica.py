@@ -63,9 +63,9 @@ async def test_it_is_ready_as_long_as_it_serves(service):
     service.engine.draining = True
     assert not service.report().ready
     service.engine.draining = False
-    service.engine.workers[0]._runner.lost = "in a test"
+    service.engine.workers[0].thread.lost = "in a test"
     assert not service.report().ready
-    service.engine.workers[0]._runner.lost = None
+    service.engine.workers[0].thread.lost = None
 
 
 async def test_it_starts_once_it_knows_its_models_however_long_that_takes(models, monkeypatch):

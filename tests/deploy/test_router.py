@@ -8,9 +8,11 @@ import pytest
 
 pytest.importorskip("ray.serve", reason="Ray is an extra")
 
+from ray.serve.request_router import RequestRouter
+
 from deploy.replica import Call
 from deploy.router import ResidentRouter, on_queued_seconds
-from deploy.routing import Report, Resident
+from deploy.routing import SILENT_SECONDS, Report, Resident
 
 SHA = "5a" * 32
 
@@ -41,7 +43,6 @@ def router():
 async def first(router, replicas, asked=None):
     ranks = await router.choose_replicas(replicas, asked)
     assert all(len(rank) == 1 for rank in ranks)
-    assert {rank[0].replica_id.unique_id for rank in ranks} == {each.replica_id.unique_id for each in replicas}
     return ranks[0][0].replica_id.unique_id
 
 
@@ -66,6 +67,23 @@ async def test_what_is_known_stays_known_while_a_controller_knows_nothing(router
     for number in range(2):
         assert await first(router, [replica("1"), replica("2")], request(number)) == "1"
         router.on_request_completed(SimpleNamespace(unique_id="1"), str(number))
+
+
+async def test_a_report_is_as_old_as_it_is_here_and_not_as_the_look_at_it(router, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("deploy.router.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(RequestRouter, "update_replicas", lambda *_: None)  # a cluster's own
+
+    async def after(seconds, *replicas):
+        router.update_replicas(replicas)
+        now[0] += seconds
+        return await first(router, replicas)
+
+    assert await after(0.0, replica("1", told(1, "a")), replica("2", told(1, wait=5.0))) == "1"
+    last = told(2, "a")  # then it hangs, and nobody asks for anything
+    assert await after(1.0, replica("1", last), replica("2", told(2, wait=5.0))) == "1"
+    router.update_replicas([replica("1", last), replica("2", told(3, wait=5.0))])
+    assert await after(SILENT_SECONDS, replica("1", last), replica("2", told(4, wait=9.0))) == "2"
 
 
 async def test_a_version_that_tells_other_things_is_served_all_the_same(router):

@@ -90,14 +90,11 @@ def test_a_report_s_queue_is_worked_off_as_it_ages():
     assert state("1", wait=2.0, age=0.5, pending=1.75).wait == 1.75
 
 
-def test_a_replica_that_reports_no_more_is_the_last_resort():
-    silent = state("1", "a", age=SILENT_SECONDS + 1)
-    assert order("a", [silent, state("2", wait=10.0)]) == ["2", "1"]
-    assert order("a", [silent]) == ["1"]
-
-
-def test_one_that_is_not_ready_is_too_whatever_it_holds():
-    assert order("a", [state("1", "a", ready=False), state("2", wait=10.0)]) == ["2", "1"]
+@pytest.mark.parametrize("doubt", [{"age": SILENT_SECONDS + 1}, {"ready": False}])
+def test_one_that_reports_no_more_or_is_not_ready_is_passed_by_while_there_are_others(doubt):
+    doubtful = state("1", "a", **doubt)
+    assert order("a", [doubtful, state("2", wait=10.0)]) == ["2"]
+    assert order("a", [doubtful]) == ["1"]
 
 
 def test_nobody_is_no_choice():
@@ -118,7 +115,7 @@ def test_one_that_has_told_nothing_is_empty_and_idle():
     assert order(None, [state("1", "a", wait=0.1), new("2")])[0] == "2"
     assert order("a", [new("1"), new("2")]) == order("a", [new("2"), new("1")])
     silent = new("2", age=SILENT_SECONDS + 1)
-    assert order("c", [state("1", "a", wait=10.0), silent]) == ["1", "2"]
+    assert order("c", [state("1", "a", wait=10.0), silent]) == ["1"]
 
 
 def test_a_burst_does_not_drown_it():
@@ -156,7 +153,7 @@ def test_a_report_comes_as_it_went():
     told = report("a", "b", load=None, ready=False)
     assert report_of(asdict(told)) == told
     listed = json.loads(json.dumps(asdict(told)))
-    assert order("a", [State("1", report_of(listed)), state("2", "a")]) == ["2", "1"]
+    assert report_of(listed | {"ready": True}).residents[0].is_called("a")
 
 
 @pytest.mark.parametrize("told", [{}, {"residents": []}, asdict(report("a")) | {"mood": 1}, {"residents": [{"x": 1}]}])
@@ -165,6 +162,14 @@ def test_what_another_version_tells_is_nothing(told):
 
 
 # ---------------------------------------------------------------------------------------------------------------- book
+
+
+def test_a_report_s_age_begins_when_it_comes():
+    book = Book()
+    book.came("1", 4, now=1.0)
+    book.came("1", 4, now=2.0)
+    assert book.state("1", report(number=4), 5.0).age == 4.0
+    assert book.state("1", report(number=5), 6.0).age == 0.0
 
 
 def test_what_was_sent_is_there_before_a_report_says_so():
