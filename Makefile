@@ -29,7 +29,7 @@ help:
 	@echo 'make audit      known vulnerabilities of the packages in .venv; asks pypi.org'
 	@echo 'make browser    the page in chromium: every action, an accessibility audit, pictures in browser-output/'
 	@echo 'make bench      CPU: encode and decode beside diffusers (ARGS=--quick for the small sizes)'
-	@echo 'make bench-gpu  the GPU tests, then fp16 encode and decode beside diffusers'
+	@echo 'make bench-gpu  the GPU tests, then fp16 encode and decode beside diffusers, and the card (ARGS="--json FILE")'
 	@echo 'make comfyui    our nodes in a real ComfyUI, beside its own (COMFYUI=path to one that runs)'
 	@echo 'make wheel      dist/latentd-*.whl, to install anywhere'
 	@echo 'make image-test builds the container image and serves from it: root, buildah, debootstrap'

@@ -12,7 +12,8 @@ from app.engine.memory import DeviceMemory
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan, after, candidates, choose, dtypes
 from app.engine.verdicts import Verdicts
 from app.errors import InvalidParameter, OutOfMemory
-from app.terms import Dtype, Fp16, Precision
+from app.store.checkpoint import Checkpoint
+from app.terms import Dtype, Fp16, Op, Precision
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,9 @@ class Planner:
     ) -> Choice:
         """The first plan that fits, after the one that `failed`.
 
-        `itemsize` is of the arrays; a clip's are a slice of it unless they are the `whole_clip`. Blocking: a new shape
-        takes some 50 ms to count. Raises OutOfMemory, with the smallest plan's bytes, when nothing fits,
-        InvalidParameter where the network has no bands and they were asked for.
+        `itemsize` is of the arrays; a clip's are a slice of it unless they are the `whole_clip`. Blocking: the plan of
+        bands is searched for each new shape, which takes some 100 ms. Raises OutOfMemory, with the smallest plan's
+        bytes, when nothing fits, InvalidParameter where the network has no bands and they were asked for.
         """
         pixels = picture_pixels(task, shape)
         network = shape_of(task, shape, itemsize, whole_clip)
@@ -132,6 +133,13 @@ class Planner:
             f"{pixels} pixels need {needs} bytes in the smallest plan, {smallest[0]}; "
             f"{max(0, available)} bytes are available{hint}"
         )
+
+    def prepare(self, checkpoint: Checkpoint, dtype: Dtype, op: Op, side: int) -> None:
+        """Counts what forecasts of whole runs lie between, for one of `forecast.SIDES`. Blocking, some 30 ms."""
+        channels, factor = checkpoint.family.latent_channels, checkpoint.family.spatial_factor
+        shape = (side, side, 3) if op == "encode" else (channels, side // factor, side // factor)
+        task = Task(op, checkpoint, latents="raw")
+        self.forecaster.peak(shape_of(task, shape), ExecutionPlan(dtype, "whole", 1))
 
     def answer(self, name: str, task: Task, shape: tuple[int, ...], free: int, available: int) -> PlanAnswer:
         """What would be planned for one item. Blocking; `free` and `available` are read on the event loop before."""

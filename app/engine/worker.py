@@ -9,7 +9,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
+from itertools import count, product
+from typing import get_args
 
 import torch
 
@@ -18,7 +19,7 @@ from app.engine.batcher import Batcher, QueueLimits
 from app.engine.cache import ModelCache, Resident
 from app.engine.devices import on, to_device, torch_device
 from app.engine.ends import Ends
-from app.engine.forecast import Forecaster
+from app.engine.forecast import SIDES, Forecaster
 from app.engine.jobs import Task
 from app.engine.memory import DeviceMemory
 from app.engine.planner import PlanAnswer, Planner
@@ -31,7 +32,7 @@ from app.engine.verdicts import Verdicts
 from app.errors import Overloaded, Unavailable
 from app.metrics import DeviceMetrics, Gauge, Metrics
 from app.store.checkpoint import Checkpoint, load_autoencoder
-from app.terms import Dtype, Precision
+from app.terms import Dtype, Op, Precision
 from app.text import reason
 from app.vae.autoencoder import Autoencoder
 
@@ -76,7 +77,9 @@ class Worker:
         self._load_module = load
         self._stage_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-stage")
         self._load_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-load")
-        self._plan_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-plan")  # of questions, one at a time
+        self._plan_thread = ThreadPoolExecutor(
+            1, thread_name_prefix=f"{name}-plan"
+        )  # of questions, and of what is counted ahead
         self._asked = 0
         self.planner = Planner(self.device.type, memory, self.cache, forecaster, verdicts, precision)
         self.thread = DeviceThread(name, self.device, memory, keep_pages if self.device.type == "cpu" else None)
@@ -271,7 +274,10 @@ class Worker:
         self.batcher.drain(_stopping())
 
     async def _load(self, checkpoint: Checkpoint, dtype: Dtype) -> Autoencoder:
-        return await on(self._load_thread, self._load_module, checkpoint, TORCH_DTYPES[dtype], self.device)
+        module = await on(self._load_thread, self._load_module, checkpoint, TORCH_DTYPES[dtype], self.device)
+        for op, side in product(get_args(Op), SIDES):  # so that no request has to wait for it
+            self._plan_thread.submit(self.planner.prepare, checkpoint, dtype, op, side)
+        return module
 
 
 def _stopping() -> Unavailable:

@@ -68,13 +68,13 @@ async def test_it_has_a_turn_when_the_batch_before_fails(forwards, failing):
 async def test_what_needs_the_room_of_the_running_batch_is_not_sent_ahead(forwards):
     """Its plan is chosen in its turn, when what runs has let go of its weights."""
     async with running(TOY) as engine:
-        whole = (await engine.plan(Task("decode", TOY), (4, 32, 32))).plans["fp32/whole"]
+        whole = (await engine.plan(Task("decode", TOY), (4, 64, 64))).plans["fp32/whole"]
     room = OTHER.weight_bytes(torch.float32) + whole
     async with running(TOY, OTHER, memory_limit_bytes=room) as engine:
         with forwards.held():
             before = asyncio.ensure_future(submit(engine, Task("decode", TOY), latent()))
             await until(forwards.entered.is_set)
-            behind = asyncio.ensure_future(submit(engine, Task("decode", OTHER), latent(32)))
+            behind = asyncio.ensure_future(submit(engine, Task("decode", OTHER), latent(64)))
             worker = engine.workers[0]
             await until(lambda: worker._staged is not None)
             assert worker._staged is not None
