@@ -110,8 +110,9 @@ def told(factor: int, before: Run, run: Run, patience: float) -> str:
 async def measure(
     seconds: float, patience: float, queue_size: int, factors: tuple[int, ...] = FACTORS, side: int = SIDE
 ) -> tuple[list[str], list[Run]]:
-    """Prints the table; what was wrong, and what came of each rate."""
-    rng, problems, runs = random.Random(0), [], []
+    """Prints the table; what was wrong, and what came of each measurement."""
+    rng, problems = random.Random(0), list[str]()
+    runs: list[Run] = []
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder) / "models"
         models.mkdir()
@@ -129,7 +130,7 @@ async def measure(
             for factor in factors:
                 before = await closed(http, url, work, seconds, 300)
                 run = await opened(http, url, work, factor * before.rate(300), seconds, patience)
-                runs.append(run)
+                runs += before, run
                 print(told(factor, before, run, patience), flush=True)
                 for each in (before, run):
                     problems += each.problems + await asyncio.to_thread(compare, each.good, alone)
