@@ -72,6 +72,7 @@ class Runner:
         planner: Planner,
         metrics: DeviceMetrics,
         unstage: Callable[[], Awaitable[bool]],
+        look: Callable[[], Awaitable[None]],
     ) -> None:
         self._thread = thread
         self._staging = staging  # where plans are made too
@@ -81,6 +82,7 @@ class Runner:
         self._planner = planner
         self._metrics = metrics
         self._unstage = unstage
+        self._look = look
 
     async def send_ahead(self, staged: Staged) -> None:
         """Hands the first forward of a batch to the device's thread, behind what runs, where its plan is clear by now.
@@ -223,7 +225,11 @@ class Runner:
         """The plan for a group; idle models make way for it. Raises OutOfMemory."""
         task, clip = group[0].task, group[0].clip
         held = 0 if clip is None else clip.held  # in the forecast, too
-        choice = await self._choose(group, dtype, self._planner.available(task) + held, failed)
+        try:
+            choice = await self._choose(group, dtype, self._planner.available(task) + held, failed)
+        except OutOfMemory:
+            await self._look()
+            choice = await self._choose(group, dtype, self._planner.available(task) + held, failed)
         plan = choice.plan
         staged.reserved = choice.peak - held
         self._cache.make_room(staged.reserved)

@@ -5,7 +5,7 @@ While a model is loaded, batches whose models are there overtake it, as long as 
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,12 +31,20 @@ class Turn:
 class Turns:
     """Belongs to the event loop; one caller of `next`, which tells by `ended` of each turn that is over."""
 
-    def __init__(self, batcher: Batcher, cache: ModelCache, planner: Planner, reserved: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        batcher: Batcher,
+        cache: ModelCache,
+        planner: Planner,
+        reserved: Callable[[], int],
+        look: Callable[[], Awaitable[None]],
+    ) -> None:
         self.cold: Turn | None = None  # whose model is being loaded
         self._batcher = batcher
         self._cache = cache
         self._planner = planner
         self._reserved = reserved  # forecast bytes of what runs
+        self._look = look  # at the device, of which others may have let go
         self._out = 0  # turns that are not over
         self._quiet = asyncio.Event()  # there is none: no module is in use
         self._quiet.set()
@@ -89,6 +97,7 @@ class Turns:
                     await self._end.wait()
                 elif not await self._put_back():
                     break
+        await self._look()
         return await self._cache.acquire(checkpoint, dtype)  # nothing is in the way any more: what it raises is true
 
     def let_go(self, turn: Turn) -> None:
@@ -127,11 +136,14 @@ class Turns:
             return await self._cache.acquire(checkpoint, dtype, self._reserved())
         except OutOfMemory:
             pass  # tried again outside of it
+        if self._quiet.is_set():
+            await self._look()
         if self._quiet.is_set():  # what was in the way may have ended since it was counted
             return await self._cache.acquire(checkpoint, dtype)
         self._making_way.set()  # there may be room once what runs and what is staged has let go
         try:
             await self._quiet.wait()
+            await self._look()
             return await self._cache.acquire(checkpoint, dtype)
         finally:
             self._making_way.clear()

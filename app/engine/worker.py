@@ -29,7 +29,7 @@ from app.engine.runner import Runner, Staged
 from app.engine.thread import DeviceThread
 from app.engine.turns import Turn, Turns
 from app.engine.verdicts import Verdicts
-from app.errors import Overloaded, Unavailable
+from app.errors import OutOfMemory, Overloaded, Unavailable
 from app.metrics import DeviceMetrics, Gauge, Metrics
 from app.store.checkpoint import Checkpoint, load_autoencoder
 from app.terms import Dtype, Op, Precision
@@ -85,9 +85,17 @@ class Worker:
         self.thread = DeviceThread(name, self.device, memory, keep_pages if self.device.type == "cpu" else None)
         self._ends = Ends(self.thread, self.planner, of_device)
         self._runner = Runner(
-            self.thread, self._stage_thread, self._ends, self.cache, memory, self.planner, of_device, self._unstage
+            self.thread,
+            self._stage_thread,
+            self._ends,
+            self.cache,
+            memory,
+            self.planner,
+            of_device,
+            self._unstage,
+            self._look,
         )
-        self._turns = Turns(self.batcher, self.cache, self.planner, self._reserved)
+        self._turns = Turns(self.batcher, self.cache, self.planner, self._reserved, self._look)
         self._numbers = count(1)
         self._staged: Staged | None = None  # behind the batch on the device
         self._on_device: Staged | None = None
@@ -152,6 +160,15 @@ class Worker:
             return await on(self._plan_thread, self.planner.answer, self.name, task, shape, free, available)
         finally:
             self._asked -= 1
+
+    async def load(self, checkpoint: Checkpoint, dtype: Dtype) -> None:
+        """Makes a model resident. Raises as `ModelCache.acquire`."""
+        try:
+            resident = await self.cache.acquire(checkpoint, dtype)
+        except OutOfMemory:
+            await self._look()
+            resident = await self.cache.acquire(checkpoint, dtype)
+        self.cache.release(resident)
 
     def gauges(self) -> Iterator[Gauge]:
         """The device's state as Prometheus gauges: (name, help, labels, value)."""
@@ -272,6 +289,12 @@ class Worker:
         if self._staged is not None:
             self._ends.fail(self._staged.jobs, _stopping(), "lost")
         self.batcher.drain(_stopping())
+
+    async def _look(self) -> None:
+        """Sees how the device is now: another process may have let go of memory since the last forward."""
+        level = await self.thread.call(self.memory.look)
+        if not self.cache.loading:
+            self.memory.note(level, self.cache.taken)
 
     async def _load(self, checkpoint: Checkpoint, dtype: Dtype) -> Autoencoder:
         module = await on(self._load_thread, self._load_module, checkpoint, TORCH_DTYPES[dtype], self.device)
