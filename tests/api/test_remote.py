@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +83,9 @@ def url(networks, wan, today, tmp_path_factory) -> Iterator[str]:
     folder: Path = tmp_path_factory.mktemp("remote")
     for family, network in (networks | today | {"wan": wan}).items():
         network.save_pretrained(folder / "VAE" / family)
-    with listening(folder) as (_, port):
+    with listening(folder) as (server, port):
+        while not server.engine.ready:  # twelve models are not always read before it serves
+            time.sleep(0.01)
         yield f"http://127.0.0.1:{port}/remote"
 
 
