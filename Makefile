@@ -29,12 +29,12 @@ help:
 	@echo 'make audit      known vulnerabilities of the packages in .venv; asks pypi.org'
 	@echo 'make browser    the page in chromium: every action, an accessibility audit, pictures in browser-output/'
 	@echo 'make bench      CPU: encode and decode beside diffusers (ARGS=--quick for the small sizes)'
-	@echo 'make bench-gpu  the GPU tests, then fp16 encode and decode beside diffusers'
+	@echo 'make bench-gpu  the GPU tests, then fp16 encode and decode beside diffusers, and the card (ARGS="--json FILE")'
 	@echo 'make comfyui    our nodes in a real ComfyUI, beside its own (COMFYUI=path to one that runs)'
 	@echo 'make wheel      dist/latentd-*.whl, to install anywhere'
 	@echo 'make image-test builds the container image and serves from it: root, buildah, debootstrap'
 	@echo 'make manifests  deploy/ against the schemas of Kubernetes, and the rules against promtool'
-	@echo 'make ray        replicas on Ray Serve: requests by model, a replica killed (unshare and ip must be there)'
+	@echo 'make ray        replicas on Ray Serve: killed at each stage, requests by model (unshare and ip must be there)'
 	@echo 'make train      train the embedded default VAE anew: hours'
 
 # One stamp for each set of packages, inside .venv so that removing it starts over.
@@ -141,6 +141,8 @@ manifests: .venv/deploy
 # Ray listens on all interfaces, whatever it is told: here it has a network with a loopback and nothing else.
 ALONE := unshare --net --map-root-user sh -c 'ip link set lo up && exec "$$@"' sh
 ray: .venv/ray
+	$(BIN)/pytest -n 0 tests/deploy/test_router.py
+	OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 $(ALONE) $(BIN)/python -m tests.deploy.deaths
 	@for count in 2 4; do \
 		OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 $(ALONE) $(BIN)/python -m benchmarks.scaleout \
 			--replicas $$count --json ray-$$count.json $(ARGS) || exit 1; \

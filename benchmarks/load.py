@@ -50,13 +50,22 @@ class Report:
 @asynccontextmanager
 async def service(models: Path, log: Path, module: str = "app", **settings: str) -> AsyncIterator[tuple[str, Process]]:
     """The real service on a free port, ready; its address and process. Gone afterwards, whatever happens."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("LATENTD_")}
+    environment |= {f"LATENTD_{name.upper()}": value for name, value in settings.items()}
+    command = ["-m", module, "serve", "--host", "127.0.0.1", "--models", str(models), "--device", "cpu", "--port"]
+    async with listening(command, log, environment) as found:
+        yield found
+
+
+@asynccontextmanager
+async def listening(
+    command: list[str], log: Path, environment: dict[str, str] | None = None
+) -> AsyncIterator[tuple[str, Process]]:
+    """A Python program that is told a free port behind its command, once it is ready; its address and process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LATENTD_")}
-    environment |= {f"LATENTD_{name.upper()}": value for name, value in settings.items()}
-    command = [sys.executable, "-m", module, "serve", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--models", str(models), "--device", "cpu"]
+    command = [sys.executable, *command, str(port)]
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(*command, stdout=output, stderr=output, env=environment)
     url = f"http://127.0.0.1:{port}"

@@ -18,17 +18,18 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import httpx
 import ray
 from ray import serve
 from ray.serve._private.constants import DEFAULT_REQUEST_ROUTER_PATH
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.experimental.round_robin_router import RoundRobinRouter
+from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import RequestRouter
 
 from app.settings import Settings
@@ -43,6 +44,7 @@ from deploy.ingress import ReplicaDied, Replicas, create_ingress
 from deploy.ray_serve import Replica, application, door_of, replicas_of, start_ray
 from deploy.replica import Answer, Call
 from deploy.router import ResidentRouter
+from deploy.routing import load_seconds
 from tests.store.weights import state_of, write
 
 MODELS = {name: 1 / (index + 1) for index, name in enumerate("abcdef")}
@@ -66,9 +68,9 @@ class Watched(Replica):
     """A replica that can be told to begin anew, and killed."""
 
     async def warm(self, body: bytes) -> None:
-        """Lets torch set itself up, and forgets the model."""
-        model = next(iter(MODELS))
-        await self.answer(Call("POST", "/decode", b"model=" + model.encode(), [], body, model))
+        """Lets torch set itself up, measures a load, and forgets the models."""
+        for model in list(MODELS)[:2]:
+            await self.answer(Call("POST", "/decode", b"model=" + model.encode(), [], body, model))
         await self.empty()
 
     async def empty(self) -> None:
@@ -78,13 +80,27 @@ class Watched(Replica):
             assert isinstance(entry, Checkpoint)
             engine.unload(entry)
 
-    async def load_seconds(self) -> float:
+    async def load_seconds(self) -> float | None:
         """That a load takes, as it tells routers."""
-        return self._service.report().load
+        return self._service.loads.seconds()
 
     async def process(self) -> tuple[int, int]:
         """Its process, and how many requests it has."""
         return os.getpid(), self._service.engine.open_requests
+
+
+FOUND_SECONDS = 300.0
+"""Until a handle knows of replicas that run: it is told by Ray's controller, which a busy machine keeps waiting."""
+
+
+async def found_by(handle: DeploymentHandle[Any], replicas: int) -> None:
+    """Waits until a handle reaches so many. Raises TimeoutError."""
+    async with asyncio.timeout(FOUND_SECONDS):
+        while True:
+            with suppress(DeploymentUnavailableError):  # it knows of none
+                if len(await handle.broadcast("process").results_async()) == replicas:
+                    return
+            await asyncio.sleep(REPORT_SECONDS)
 
 
 class Bench:
@@ -157,7 +173,7 @@ async def measure(
             await bench.handles[policy].broadcast("empty").results_async()
             await asyncio.sleep(4 * REPORT_SECONDS)  # until the routers know
             told = await bench.handles[policy].broadcast("load_seconds").results_async()
-            found[policy].append(replace(await bench.round(policy, asks), load=fmean(told)))
+            found[policy].append(replace(await bench.round(policy, asks), load=load_seconds(told)))
     asks = bursts(seconds, rate, MODELS, seed=rounds)
     killed = {policy: await bench.round(policy, asks, kill_at=seconds / 2) for policy in POLICIES}
     return found, killed
@@ -181,6 +197,7 @@ async def run(args: argparse.Namespace, models: Path) -> dict[str, Any]:
                 bench.handles[policy] = await asyncio.to_thread(
                     serve.run, app, name=policy.replace(" ", "-"), route_prefix=None
                 )
+                await found_by(bench.handles[policy], args.replicas)
                 await doors.enter_async_context(door(bench, policy, settings))
             found, killed = await measure(bench, args.rounds, args.seconds, args.rate)
     asked = Asked(args.replicas, RESIDENT[args.replicas], MODELS, args.seconds, args.rate)

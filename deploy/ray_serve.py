@@ -8,6 +8,7 @@ engine's. Needs the extra `latentd[ray]`. docs/scaling.md has the rest.
 import argparse
 import asyncio
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
@@ -21,16 +22,16 @@ import uvicorn
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
-from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import RequestRouter
 from ray.serve.schema import LoggingConfig
 
 from app.api.door.connection import Connection, connections_for
 from app.engine.memory import host_memory
-from app.errors import Overloaded
+from app.errors import Overloaded, Unavailable
 from app.logs import configure_logging
-from app.main import buffer_bytes, keys_of
+from app.main import DEVICE_LOST_STATUS, buffer_bytes, keys_of
 from app.server import CLOSING_SECONDS
 from app.settings import Settings, check_folders
 from deploy.ingress import Door, ReplicaDied, Replicas, create_ingress
@@ -43,6 +44,9 @@ REPORT_SECONDS = 0.25
 """Between two reports of a replica. Each is a call of Ray's one controller, which some hundreds a second keep busy."""
 
 HEALTH_SECONDS = 5.0
+
+PATIENCE_SECONDS = 10.0
+"""For the answer of a health check. One that has failed three of them is ended, and its requests run elsewhere."""
 
 MOST_ONGOING = 1 << 20
 """Requests that a replica may have: never the limit. The engine's own queue refuses, with its own Retry-After."""
@@ -66,6 +70,7 @@ class Replica:
     async def answer(self, call: Call) -> Answer:
         """Serves one request, and says who did."""
         answer = await self._service.answer(call)
+        self._end_if_lost()
         return replace(answer, headers=[*answer.headers, (b"x-replica", self._id.encode())])
 
     async def metrics(self) -> tuple[str, str]:
@@ -74,17 +79,24 @@ class Replica:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Its report, in plain values: they pass through processes that know nothing of us."""
+        self._end_if_lost()
         return asdict(self._service.report())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What is queued here, and whether anything is being done."""
-        wait = self._service.report().wait
-        return {"queued_seconds": wait, "busy": float(self._service.engine.open_requests > 0)}
+        return {"queued_seconds": self._service.wait(), "busy": float(self._service.engine.open_requests > 0)}
 
     async def check_health(self) -> None:
-        """Raises where a device is lost or stuck: only a new process helps, and Ray starts one."""
+        """Raises where a device is stuck: only a new process helps, and Ray starts one when this was so three times."""
         if not self._service.engine.alive:
-            raise RuntimeError(f"the device is lost or stuck: {self._service.engine.lost}")
+            raise RuntimeError("the device is stuck")
+
+    def _end_if_lost(self) -> None:
+        """Ends this process where a device is lost, as `latentd serve` does. Its requests run elsewhere then."""
+        if self._service.engine.lost is not None:
+            sys.stderr.write(f"latentd: the device is lost: {self._service.engine.lost}\n")
+            sys.stderr.flush()
+            os._exit(DEVICE_LOST_STATUS)
 
     async def __del__(self) -> None:
         """Ray has let all requests end before this; the engine's own drain comes after them."""
@@ -121,6 +133,7 @@ def application(
         graceful_shutdown_timeout_s=settings.drain_seconds + CLOSING_SECONDS,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=HEALTH_SECONDS,
+        health_check_timeout_s=PATIENCE_SECONDS,
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),  # ours has a line for each request
         request_router_config=RequestRouterConfig(
             request_router_class=router, request_routing_stats_period_s=REPORT_SECONDS
@@ -141,6 +154,8 @@ def replicas_of(handle: DeploymentHandle[Any]) -> Replicas:
             raise
         except BackPressureError as error:
             raise Overloaded(f"too many requests wait for a replica: {error}", retry_after=HEALTH_SECONDS) from error
+        except DeploymentUnavailableError as error:
+            raise Unavailable("there is no replica, and Ray has given up starting one") from error
         except (RayActorError, ObjectLostError, ReplicaUnavailableError) as error:
             raise ReplicaDied(str(error).partition("\n")[0]) from error
         return found
@@ -148,7 +163,7 @@ def replicas_of(handle: DeploymentHandle[Any]) -> Replicas:
     async def metrics(seconds: float) -> Sequence[tuple[str, str]]:
         try:
             told: list[Any] = await handle.broadcast("metrics").results_async(timeout_s=seconds, return_exceptions=True)
-        except TimeoutError:
+        except (TimeoutError, DeploymentUnavailableError):  # the latter also of none that this door knows of
             return []
         return [each for each in told if not isinstance(each, BaseException)]
 

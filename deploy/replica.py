@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Self
@@ -10,7 +10,7 @@ from typing import Any, Self
 from fastapi import FastAPI
 from prometheus_client import generate_latest
 
-from app.engine.engine import LOAD_SECONDS, Engine
+from app.engine.engine import Engine
 from app.main import create_app
 from app.settings import Settings
 from app.store.checkpoint import Checkpoint
@@ -41,17 +41,18 @@ class Answer:
 
 
 class Service:
-    """The app of `app.main`, started; `async with` ends it."""
+    """The app of `app.main`, started, and its models folder read; `async with` ends it."""
 
     def __init__(self, settings: Settings) -> None:
         self.app: FastAPI = create_app(settings)
         self.engine: Engine = self.app.state.context.engine
         self._stack = AsyncExitStack()
         self._reports = 0
-        self._loads = Loads(self.engine)
+        self.loads = Loads(self.engine)
 
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self.app.router.lifespan_context(self.app))
+        await self.engine.first_scan()  # idle, it would draw requests for models that it does not know yet
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -66,10 +67,22 @@ class Service:
         self.engine.forget_gone()
         return generate_latest(self.engine.metrics.registry).decode()
 
+    def wait(self) -> float:
+        """Seconds until the work that is queued should be done: of several devices the shortest."""
+        return min(worker.batcher.wait_seconds() for worker in self.engine.workers)
+
     def report(self) -> Report:
-        """What a router should know, now."""
+        """What a router should know, now. Reports are counted: nobody else may ask for one."""
         self._reports += 1
-        return report_of(self.engine, self._reports, self._loads.seconds())
+        ready = self.engine.ready and self.engine.alive
+        return Report(
+            self._reports,
+            tuple(residents(self.engine)),
+            room=max(worker.cache.room for worker in self.engine.workers),
+            wait=self.wait(),
+            load=self.loads.seconds(),
+            ready=ready,
+        )
 
 
 async def answer(app: Any, call: Call) -> Answer:
@@ -111,8 +124,8 @@ async def answer(app: Any, call: Call) -> Answer:
     return Answer(status, headers, b"".join(pieces))
 
 
-def report_of(engine: Engine, number: int, load: float) -> Report:
-    """The state of an engine. With several devices the queue is the shortest one's, the room the largest."""
+def residents(engine: Engine) -> Iterator[Resident]:
+    """The models that are on a device, by all their names."""
     default = engine.meant()
     names: dict[str, list[str]] = {}
     for entry in engine.store.entries():
@@ -123,30 +136,27 @@ def report_of(engine: Engine, number: int, load: float) -> Report:
     nbytes: Counter[str] = Counter()  # of all its precisions
     for resident in (resident for worker in engine.workers for resident in worker.cache.residents()):
         nbytes[resident.checkpoint.sha256] += resident.nbytes
-    return Report(
-        number,
-        tuple(Resident(tuple(names.get(sha256, ())), sha256, size) for sha256, size in nbytes.items()),
-        room=max(worker.cache.room for worker in engine.workers),
-        wait=min(worker.batcher.wait_seconds() for worker in engine.workers),
-        load=load,
-    )
+    for sha256, size in nbytes.items():
+        yield Resident(tuple(names.get(sha256, ())), sha256, size)
 
 
 class Loads:
-    """How long loads take lately: the first one of a process sets libraries up, and says nothing of the others."""
+    """How long loads take lately: the first ones of a process set libraries up, and say nothing of the others."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._last = LOAD_SECONDS
-        self._sum = self._count = 0.0
+        self._last: float | None = None
+        self._seen: tuple[float, float] | None = None  # seconds and loads that are in it, or are not to be
 
-    def seconds(self) -> float:
-        """The mean of those since the last call, averaged with what it said then."""
+    def seconds(self) -> float | None:
+        """The mean of those since the last call, averaged with what it said then; None before there is one."""
         total, count = self._of_all("sum"), self._of_all("count")
-        if count > self._count:
-            mean = (total - self._sum) / (count - self._count)
-            self._last = (self._last + mean) / 2
-            self._sum, self._count = total, count
+        if self._seen is None:
+            self._seen = (total, count) if count else None
+        elif count > self._seen[1]:
+            mean = (total - self._seen[0]) / (count - self._seen[1])
+            self._last = mean if self._last is None else (self._last + mean) / 2
+            self._seen = total, count
         return self._last
 
     def _of_all(self, part: str) -> float:

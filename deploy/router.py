@@ -8,11 +8,7 @@ from typing import Any
 from ray.serve.config import AutoscalingContext
 from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
 
-from app.engine.engine import LOAD_SECONDS
-from deploy.routing import Book, Report, Resident, order, replicas_wanted
-
-UNKNOWN = Report(0, (), room=1 << 62, wait=0.0, load=LOAD_SECONDS)
-"""A replica that has just come."""
+from deploy.routing import NOTHING, Book, Report, order, replicas_wanted, report_of
 
 
 class ResidentRouter(RequestRouter):
@@ -23,6 +19,13 @@ class ResidentRouter(RequestRouter):
         self.book = Book()
         self._at: dict[str, tuple[ReplicaID, str | None]] = {}  # where requests are by their id, and for which model
         self._read: dict[str, tuple[dict[str, Any], Report]] = {}
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Notes when reports come: one that is looked at late would seem new, and a replica that hangs alive."""
+        now = time.monotonic()
+        for each in replicas:
+            self.book.came(each.replica_id.unique_id, each.routing_stats.get("number", NOTHING.number), now)
+        super().update_replicas(replicas)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -48,8 +51,11 @@ class ResidentRouter(RequestRouter):
             self._end(internal_request_id)
 
     def _report(self, name: str, told: dict[str, Any]) -> tuple[dict[str, Any], Report]:
-        known = self._read.get(name)
-        return known if known is not None and known[0] is told else (told, report_of(told))
+        before, known = self._read.get(name, (None, NOTHING))
+        if told is before:
+            return told, known
+        found = report_of(told)
+        return told, known if found is NOTHING else found  # a controller that has started anew knows nothing yet
 
     def _note(self, replica_id: ReplicaID, request: PendingRequest) -> None:
         request_id, model = request.metadata.internal_request_id, request.args[0].model
@@ -70,11 +76,6 @@ class ResidentRouter(RequestRouter):
             replica_id, model = self._at.pop(request_id)
             name = replica_id.unique_id
             self.book.ended(name, model, self._read[name][1] if name in self._read else None, time.monotonic())
-
-
-def report_of(told: dict[str, Any]) -> Report:
-    """What a replica told, out of plain values."""
-    return Report(**{**told, "residents": tuple(Resident(**each) for each in told["residents"])}) if told else UNKNOWN
 
 
 def on_queued_seconds(context: AutoscalingContext, seconds: float) -> tuple[int, dict[str, Any]]:

@@ -7,10 +7,14 @@ and a cold one stays where it is.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import ceil
+from statistics import median
+from typing import Any
+
+from app.engine.engine import LOAD_SECONDS
 
 DEFAULT = ""
 """Stands for the model of a request that names none; a replica lists it among the names of its default model."""
@@ -18,7 +22,7 @@ DEFAULT = ""
 HEX_DIGITS = 8  # of a sha256, that may stand for a name
 
 SILENT_SECONDS = 3.0
-"""A replica that has not reported for so long is asked last: it hangs, or is gone and nobody has noticed yet."""
+"""A replica that has not reported for so long is passed by: it hangs, or is gone and nobody has noticed yet."""
 
 DECAY = 0.9  # of what earlier answers say of a replica's pace, with each answer
 
@@ -43,11 +47,32 @@ class Resident:
 class Report:
     """What a replica tells of itself, now and then."""
 
-    number: int  # counts its reports
+    number: int  # counts its reports, from 1
     residents: tuple[Resident, ...]
     room: int  # bytes that further weights may take without evicting any
     wait: float  # seconds until all the work that it has admitted should be done
-    load: float  # seconds that bringing a model to its device takes
+    load: float | None  # seconds that bringing a model to its device takes; None: nothing to go by yet
+    ready: bool = True  # else it would refuse, or not come to it
+
+
+NOTHING = Report(0, (), room=1 << 62, wait=0.0, load=None)
+"""Of a replica that has just come: it is empty and idle, as far as anybody knows."""
+
+
+def report_of(told: Mapping[str, Any]) -> Report:
+    """What a replica told, out of plain values; NOTHING where that is nothing, or what another version tells."""
+    try:
+        return Report(**{**told, "residents": tuple(Resident(**each) for each in told["residents"])})
+    except (KeyError, TypeError):
+        return NOTHING
+
+
+def load_seconds(told: Iterable[float | None]) -> float:
+    """What a load takes, by what replicas tell.
+
+    Of them all: a replica whose few loads were slow ones would otherwise have no more, and never tell another number.
+    """
+    return median([seconds for seconds in told if seconds is not None] or [LOAD_SECONDS])
 
 
 @dataclass(frozen=True)
@@ -59,6 +84,11 @@ class State:
     age: float = 0.0  # seconds since the report came
     sent: frozenset[str] = frozenset()  # models of requests that it has, or had when it made the report
     pending: float = 0.0  # seconds that the requests which it has from this router should take
+
+    @property
+    def sound(self) -> bool:
+        """Whether it answers, as far as can be told."""
+        return self.report.ready and self.age <= SILENT_SECONDS
 
     @property
     def wait(self) -> float:
@@ -81,14 +111,15 @@ class State:
 def order(model: str | None, states: Sequence[State]) -> list[str]:
     """The ids of the replicas, the best one for a request first; model None: any model, or none, may be meant.
 
-    Those that report come before those that do not. Of equal ones the one with fewer models is better, then the one
-    that comes first in the model's own order (rendezvous hashing): routers that know nothing of each other agree.
+    Those that do not report, or are not ready, are left out where there are others. Of equal ones the one with fewer
+    models is better, then the one that comes first in the model's own order (rendezvous hashing): routers that know
+    nothing of each other agree.
     """
-    size = _size(model, states)
+    states = [state for state in states if state.sound] or states
+    size, load = _size(model, states), load_seconds(state.report.load for state in states)
 
-    def cost(state: State) -> tuple[bool, float, int, bytes]:
-        seconds = state.wait + _load(model, size, state)
-        return state.age > SILENT_SECONDS, seconds, state.models, _draw(model, state.id)
+    def cost(state: State) -> tuple[float, int, bytes]:
+        return state.wait + _loads(model, size, state) * load, state.models, _draw(model, state.id)
 
     return [state.id for state in sorted(states, key=cost)]
 
@@ -99,10 +130,11 @@ def _size(model: str | None, states: Sequence[State]) -> int:
     return max((each.nbytes for each in residents if model is not None and each.is_called(model)), default=0)
 
 
-def _load(model: str | None, size: int, state: State) -> float:
+def _loads(model: str | None, size: int, state: State) -> int:
+    """That a request for the model brings about, with the one of a model that it evicts."""
     if model is None or state.holds(model):
-        return 0.0
-    return state.report.load * (1 if size <= state.report.room else 2)
+        return 0
+    return 1 if size <= state.report.room else 2
 
 
 def _draw(model: str | None, replica: str) -> bytes:
@@ -147,14 +179,22 @@ class Book:
         if report is not None and model is not None:
             account.ended[model] = report.number
 
+    def came(self, replica: str, number: int, now: float) -> None:
+        """The replica's last report, as far as it has come, is this one; said again, it has grown older."""
+        account = self._accounts.setdefault(replica, _Account())
+        if number != account.came[0]:
+            if account.came[0] == NOTHING.number:  # which counts nothing
+                account.ended = dict.fromkeys(account.ended, number)
+            account.came = number, now
+
     def state(self, replica: str, report: Report, now: float) -> State:
         """The replica as it should be now."""
-        account = self._accounts.setdefault(replica, _Account())
-        if report.number != account.came[0]:
-            account.came = report.number, now
+        self.came(replica, report.number, now)
+        account = self._accounts[replica]
         # The next report but one was certainly made after the request's end: what it does not list is not there.
         account.ended = {model: at for model, at in account.ended.items() if report.number < at + 2}
-        pace = account.seconds / account.answers if account.answers else report.load  # a guess of the right order
+        guess = LOAD_SECONDS if report.load is None else report.load  # of the right order
+        pace = account.seconds / account.answers if account.answers else guess
         sent = frozenset(model for model in (*account.pending, *account.ended) if model is not None)
         return State(replica, report, now - account.came[1], sent, account.pending.total() * pace)
 

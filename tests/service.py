@@ -134,7 +134,7 @@ def told(status: int, media: str, content: bytes = b"", **headers: str) -> bytes
 def occupied(engine: Engine) -> Iterator[None]:
     """Keeps the device thread from computing."""
     release = threading.Event()
-    engine.workers[0]._runner.thread.submit(release.wait)
+    engine.workers[0].thread._executor.submit(release.wait)
     try:
         yield
     finally:

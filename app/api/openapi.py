@@ -95,7 +95,12 @@ def answers(
 
 
 def request_body(
-    description: str, media: Iterable[str], *, form: bool = False, headers: Sequence[dict[str, Any]] = ()
+    description: str,
+    media: Iterable[str],
+    *,
+    form: bool = False,
+    headers: Sequence[dict[str, Any]] = (),
+    deadline: bool = True,
 ) -> dict[str, Any]:
     """The request of such an operation: a file of one of these types, whatever it is called, or a form of several."""
     content: dict[str, Any] = {kind: {"schema": BINARY} for kind in (*media, OCTETS)}
@@ -105,7 +110,7 @@ def request_body(
             "schema": {"type": "object", "properties": {"image": image}, "required": ["image"]}
         }
     return {
-        "parameters": [TIMEOUT, REQUEST_ID, *headers],
+        "parameters": [*([TIMEOUT] if deadline else []), REQUEST_ID, *headers],
         "requestBody": {"description": description, "required": True, "content": content},
     }
 

@@ -59,6 +59,7 @@ async def look_on(request: Request, query: Annotated[StreamQuery, Query()], shar
         "One latent, (C, h, w); without `stream` a .npy file for each step, one behind the other as they come.",
         (NPY, NPZ, SAFETENSORS, TORCH),
         headers=[LATENTS_FAMILY],
+        deadline=False,
     ),
 )
 async def show(request: Request, query: Annotated[StepQuery, Query()], shared: Shared) -> Response:

@@ -143,6 +143,17 @@ class Batcher:
                 self._taken[id(batch)] = self.rate.of(batch, self._batch_pixels)
                 return batch
 
+    def expire(self, jobs: Sequence[Job]) -> None:
+        """Ends jobs whose deadline passes wherever they are: a load and a device that hangs look at no clock."""
+        now = time.monotonic()
+        for job in jobs:
+            if not job.gone:
+                self._metrics.rejected.labels("deadline").inc()
+                waited = now - job.queued
+                job.future.set_exception(
+                    DeadlineExceeded(f"the deadline passed after {waited:.1f} s, before the result")
+                )
+
     def look_again(self) -> None:
         """Other tasks may have a turn now."""
         self._arrival.set()
@@ -234,14 +245,11 @@ class Batcher:
         return min(queue[0], 1), self._served.get(queue, 0), self._queues[queue][0].queued
 
     def _dropped(self, job: Job, now: float) -> bool:
-        if job.gone:
+        if job.late(now):
+            self.expire([job])
+        if job.future.cancelled():
             self._metrics.cancelled.labels("queue").inc()
-        elif job.late(now):
-            self._metrics.rejected.labels("deadline").inc()
-            job.future.set_exception(
-                DeadlineExceeded(f"the deadline passed after {now - job.queued:.1f} s in the queue")
-            )
-        else:
+        elif not job.gone:
             return False
         self._forget(job)
         return True
@@ -295,10 +303,7 @@ class Admission:
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         job = Job(self._task, array, self._deadline, future, origin=self._origin, clip=clip)
         self._ticket = self._batcher.put_slice(self._ticket, job)
-        try:
-            return await future
-        finally:
-            future.cancel()
+        return (await self._ended([job]))[0]
 
     async def run(self, arrays: Sequence[np.ndarray]) -> list[Result]:
         """Queues one job an array and waits for all of them; the first error is raised, the others are dropped."""
@@ -309,9 +314,17 @@ class Admission:
         ticket, self._ticket = self._ticket, None  # from here on the jobs stand for it, each leaves by itself
         assert ticket is not None, "an admission runs once"
         self._batcher.put(ticket, jobs)
+        return await self._ended(jobs)
+
+    async def _ended(self, jobs: Sequence[Job]) -> list[Result]:
+        """Their results, or the first error; none outlives this call, nor the deadline."""
+        loop = asyncio.get_running_loop()  # whose clock is time.monotonic
+        end = loop.call_at(self._deadline, self._batcher.expire, jobs) if self._deadline is not None else None
         try:
             return list(await asyncio.gather(*(job.future for job in jobs)))
         finally:
+            if end is not None:
+                end.cancel()
             for job in jobs:
                 job.future.cancel()
 

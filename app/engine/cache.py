@@ -92,6 +92,11 @@ class ModelCache:
         return resident is not None and not self._idle(resident)
 
     @property
+    def weights(self) -> tuple[int, int] | None:
+        """Loads begun so far and bytes resident, to see whether any came or went; None while some are on their way."""
+        return None if self.loading else (self.loads, self.nbytes)
+
+    @property
     def loading(self) -> bool:
         """Whether weights are on their way."""
         return bool(self._loading)

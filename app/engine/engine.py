@@ -181,7 +181,7 @@ class Engine:
         """Makes a checkpoint resident on every device, in the first precision that a request would get."""
         for worker in self.workers:
             dtype = dtypes(precision, self.options.precision, worker.device.type, self.fp16(checkpoint))[0]
-            worker.cache.release(await worker.cache.acquire(checkpoint, dtype))
+            await worker.load(checkpoint, dtype)
 
     def awaited(self, checkpoint: Checkpoint) -> bool:
         """Whether queued jobs are for a model of this name."""

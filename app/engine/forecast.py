@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -33,7 +33,14 @@ MARGIN = 1.05
 OVERHEAD = 5 << 20
 """Over all: what libraries set up for themselves in the first run of a shape, whatever the size of the picture."""
 
-REMEMBERED = 4096  # forecasts kept: the shapes come from requests, so there is no end to them
+REMEMBERED = 4096  # counts kept: the shapes of bands and clips come from requests, so there is no end to them
+
+SIDES = (64, 256, 1024)
+"""Of the square pictures, in pixels, whose whole runs are counted: any other area lies between two of them, or beyond.
+
+Maps grow with the area and kernels' copies of weights do not, and whichever moment is the peak, it is so on a stretch:
+a line between two counts is at most above what lies between.
+"""
 
 TELLING = 256 << 20
 """A measured peak above the overhead corrects others if the forecast is at least so large."""
@@ -116,7 +123,7 @@ class Forecaster:
 
     def peak(self, shape: NetworkShape, plan: ExecutionPlan) -> int:
         """Bytes of working memory, weights not included; of recompute, the least."""
-        return int(self._counted(shape, plan) * self._factor(shape, plan)) + OVERHEAD
+        return int(self._bytes(shape, plan) * self._factor(shape, plan)) + OVERHEAD
 
     def budget(self, shape: NetworkShape, plan: ExecutionPlan, available: int) -> int:
         """The bytes that an execution may count on, for its peak to be `available`."""
@@ -128,7 +135,7 @@ class Forecaster:
 
         Small ones say nothing (there the overhead is most of it), nor do those of recompute with a budget.
         """
-        counted = self._counted(shape, plan) if plan.budget is None else 0
+        counted = self._bytes(shape, plan) if plan.budget is None else 0
         if counted < TELLING:
             return
         seen = (peak - OVERHEAD) / (counted * MARGIN)
@@ -138,8 +145,35 @@ class Forecaster:
             old = self._corrections.get(key, 1.0)
             self._corrections[key] = min(high, max(low, seen if seen > old else 0.9 * old + 0.1 * seen))
 
+    def _bytes(self, shape: NetworkShape, plan: ExecutionPlan) -> int:
+        """As counted, or between what was."""
+        if not self._by_area(shape, plan):
+            return self._counted(shape, plan)
+        area = plan.batch * shape.height * shape.width
+        last = len(SIDES) - 2
+        index = next((each for each in range(last) if area < _side(shape, each + 1) ** 2), last)
+        low, high = _side(shape, index) ** 2, _side(shape, index + 1) ** 2
+        below, above = (self._maps(shape, plan, each) for each in (index, index + 1))
+        maps = below + max(0, area - low) * (above - below) // (high - low)
+        return maps + _ends(shape, plan, *_items(shape, plan), self._device)
+
+    def _by_area(self, shape: NetworkShape, plan: ExecutionPlan) -> bool:
+        """Whether the area of a batch tells what it takes: of whole runs of pictures, not of clips."""
+        return plan.execution == "whole" and architecture_of(shape.config).temporal_factor == 1
+
+    def _maps(self, shape: NetworkShape, plan: ExecutionPlan, index: int) -> int:
+        """Of a picture of one of SIDES, the arrays at both ends not counted."""
+        side = _side(shape, index)
+        square, one = replace(shape, height=side, width=side, itemsize=1), replace(plan, batch=1)
+        return self._counted(square, one) - _ends(square, one, 1, 1, self._device)
+
     def _factor(self, shape: NetworkShape, plan: ExecutionPlan) -> float:
         return MARGIN * self._corrections.get((shape.config, shape.op, str(plan)), 1.0)
+
+
+def _side(shape: NetworkShape, index: int) -> int:
+    """One of SIDES on the network's side."""
+    return SIDES[index] // (1 if shape.op == "encode" else shape.config.spatial_factor)
 
 
 def count(shape: NetworkShape, plan: ExecutionPlan, device: torch.device) -> int:

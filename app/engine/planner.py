@@ -12,7 +12,8 @@ from app.engine.memory import DeviceMemory
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan, after, candidates, choose, dtypes
 from app.engine.verdicts import Verdicts
 from app.errors import InvalidParameter, OutOfMemory
-from app.terms import Dtype, Fp16, Precision
+from app.store.checkpoint import Checkpoint
+from app.terms import Dtype, Fp16, Op, Precision
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,15 @@ class PlanAnswer:
     free_bytes: int
     available_bytes: int  # with idle models evicted
     plans: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan, its forecast peak in bytes, and whether it is what an empty device would do with all items at once."""
+
+    plan: ExecutionPlan
+    peak: int
+    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,12 +95,12 @@ class Planner:
         failed: ExecutionPlan | None = None,
         itemsize: int = 1,
         whole_clip: bool = False,
-    ) -> tuple[ExecutionPlan, int]:
-        """The first plan that fits after the one that `failed`, and its forecast peak in bytes.
+    ) -> Choice:
+        """The first plan that fits, after the one that `failed`.
 
-        `itemsize` is of the arrays; a clip's are a slice of it unless they are the `whole_clip`. Blocking: a new shape
-        takes some 50 ms to count. Raises OutOfMemory, with the smallest plan's bytes, when nothing fits,
-        InvalidParameter where the network has no bands and they were asked for.
+        `itemsize` is of the arrays; a clip's are a slice of it unless they are the `whole_clip`. Blocking: the plan of
+        bands is searched for each new shape, which takes some 100 ms. Raises OutOfMemory, with the smallest plan's
+        bytes, when nothing fits, InvalidParameter where the network has no bands and they were asked for.
         """
         pixels = picture_pixels(task, shape)
         network = shape_of(task, shape, itemsize, whole_clip)
@@ -103,9 +113,10 @@ class Planner:
         )
         if plan is not None and plan.execution == "recompute" and failed is None:
             # There is more room than the leanest way needs: it may be the fastest way that fits.
-            return replace(plan, budget=self.forecaster.budget(network, plan, available)), available
+            return Choice(replace(plan, budget=self.forecaster.budget(network, plan, available)), available)
         if plan is not None:
-            return plan, self.forecaster.peak(network, plan)
+            first = next(candidates(dtype, task.tiling, items, pixels, self.device, executions))
+            return Choice(plan, self.forecaster.peak(network, plan), plan == first and plan.batch == items)
         smallest = list(candidates(dtype, task.tiling, 1, pixels, self.device, executions))[-1:]
         hint = "; tiling=never forbids smaller plans" if task.tiling == "never" else ""
         if not smallest and task.tiling == "always":
@@ -122,6 +133,13 @@ class Planner:
             f"{pixels} pixels need {needs} bytes in the smallest plan, {smallest[0]}; "
             f"{max(0, available)} bytes are available{hint}"
         )
+
+    def prepare(self, checkpoint: Checkpoint, dtype: Dtype, op: Op, side: int) -> None:
+        """Counts what forecasts of whole runs lie between, for one of `forecast.SIDES`. Blocking, some 30 ms."""
+        channels, factor = checkpoint.family.latent_channels, checkpoint.family.spatial_factor
+        shape = (side, side, 3) if op == "encode" else (channels, side // factor, side // factor)
+        task = Task(op, checkpoint, latents="raw")
+        self.forecaster.peak(shape_of(task, shape), ExecutionPlan(dtype, "whole", 1))
 
     def answer(self, name: str, task: Task, shape: tuple[int, ...], free: int, available: int) -> PlanAnswer:
         """What would be planned for one item. Blocking; `free` and `available` are read on the event loop before."""

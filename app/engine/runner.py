@@ -1,159 +1,199 @@
 """Takes one staged batch through precisions and executions until every item has its end.
 
 Two loops: non-finite output walks dtypes, memory pressure walks executions. They live on the event loop; only whole
-blocking steps go to the device thread. Failures come back as values, so that no traceback keeps a forward's tensors
-alive.
+forwards go to the device's thread, the first of a batch ahead of its turn where memory allows it as things are.
 """
 
 import asyncio
 import logging
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from app.allocator import GAPS
-from app.engine import compute
 from app.engine.cache import ModelCache, Resident
 from app.engine.compute import Failure
 from app.engine.devices import on
-from app.engine.jobs import Job, Result
-from app.engine.memory import DeviceMemory, Level
-from app.engine.planner import Planner, shape_of
+from app.engine.ends import Ends
+from app.engine.jobs import Job
+from app.engine.memory import DeviceMemory
+from app.engine.planner import Choice, Planner, shape_of
 from app.engine.planning import ExecutionPlan
-from app.errors import DeadlineExceeded, NonFiniteOutput, OutOfMemory, ServiceError, Unavailable
+from app.engine.thread import DeviceThread, Done, Forward
+from app.errors import NonFiniteOutput, OutOfMemory, ServiceError, Unavailable
 from app.execution.causal import carried_bytes
 from app.metrics import DeviceMetrics
 from app.store.checkpoint import Checkpoint
 from app.terms import Dtype
-from app.vae.autoencoder import Autoencoder
 
 log = logging.getLogger("app.engine")
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, eq=False)
+class Sent:
+    """A forward on its way, and the weights on the device when it was sent: see `ModelCache.weights`."""
+
+    forward: Forward
+    weights: tuple[int, int] | None
+    done: "asyncio.Future[Done | None]"
+
+
 @dataclass(eq=False)
 class Staged:
     """A batch whose arrays are on the device, the precisions that it is to be tried in, and its module in the first."""
 
+    number: int  # in the order of the turns
     jobs: list[Job]
     dtypes: tuple[Dtype, ...]
     inputs: dict[Job, Tensor]
     resident: Resident | None
     """In use by this batch; None where it had to make room for the batch before, and must be loaded again."""
+    first: Sent | None = None  # forward, sent ahead
+    reserved: int = 0  # forecast bytes of the forward that runs, or was sent ahead
+    seconds: float = 0.0  # of all forwards so far
 
 
 class Runner:
-    """Runs batches on one device, one at a time."""
+    """Runs the batches of one device."""
 
     def __init__(
         self,
-        name: str,
-        device: torch.device,
+        thread: DeviceThread,
+        staging: ThreadPoolExecutor,
+        ends: Ends,
         cache: ModelCache,
         memory: DeviceMemory,
         planner: Planner,
         metrics: DeviceMetrics,
-        keep_pages: Callable[[bool], object] | None,
-        unstage: Callable[[], bool],
+        unstage: Callable[[], Awaitable[bool]],
+        look: Callable[[], Awaitable[None]],
     ) -> None:
-        self.name = name
-        self.progress = time.monotonic()  # of the running batch, from the device thread
-        self.reserved = 0  # forecast bytes of the running forward
-        self.lost: str | None = None
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-compute")
-        self._device = device
+        self._thread = thread
+        self._staging = staging  # where plans are made too
+        self._ends = ends
         self._cache = cache
         self._memory = memory
         self._planner = planner
         self._metrics = metrics
-        self._keep_pages = keep_pages
         self._unstage = unstage
+        self._look = look
+
+    async def send_ahead(self, staged: Staged) -> None:
+        """Hands the first forward of a batch to the device's thread, behind what runs, where its plan is clear by now.
+
+        That is the one that would be chosen on an empty device, for all items, and there is room for it beside all
+        that is in use. What a clip carries from the slice before is not known yet.
+        """
+        jobs = [job for job in staged.jobs if not job.gone]
+        if not jobs or jobs[0].clip is not None or staged.resident is None:
+            return
+        try:
+            choice = await self._choose(jobs, staged.dtypes[0], self._planner.available(jobs[0].task), None)
+        except ServiceError:
+            return  # it has its say when the turn comes
+        if not choice.first or not self._cache.make_room(choice.peak):
+            return
+        staged.reserved = choice.peak
+        forward = self._forward(staged, jobs, choice.plan, last=True)
+        staged.first = Sent(forward, self._cache.weights, self._thread.send(forward, behind=True))
 
     async def run(self, staged: Staged) -> None:
         """Ends every job of the batch, with a result or an error. Raises nothing but cancellation."""
         jobs = staged.jobs
         task = jobs[0].task
         tried: list[Dtype] = []
-        resident, staged.resident = staged.resident, None
         try:
-            self.check_device()
+            self._thread.check()
             if self._planner.demoted(task, staged.dtypes):
                 _because(jobs, "non_finite")
             for dtype in staged.dtypes:
                 if tried:
                     self._fall_back(jobs, tried[-1], dtype)
-                if resident is None:
-                    resident = await self._acquire(task.checkpoint, dtype)
-                jobs = await self._walk_executions(jobs, staged.inputs, resident)
-                self._cache.release(resident)
-                resident = None
+                if staged.resident is None:
+                    staged.resident = await self._acquire(task.checkpoint, dtype)
+                jobs = await self._walk_executions(staged, jobs, dtype)
+                self.release(staged)
                 if not jobs:
                     return
                 tried.append(dtype)
             name = task.checkpoint.name
-            self.fail(jobs, NonFiniteOutput(f"the output of {name} has NaN or Inf in {', '.join(tried)}"), "nan")
+            error = NonFiniteOutput(f"the output of {name} has NaN or Inf in {', '.join(tried)}")
+            self._ends.fail(jobs, error, "nan")
         except asyncio.CancelledError:
-            self.fail(jobs, Unavailable("the service is shutting down"), "stopped")
+            self._ends.fail(jobs, Unavailable("the service is shutting down"), "stopped")
             raise
         except Exception as error:  # noqa: BLE001  the batch boundary: whatever it was, it is these jobs' own
-            await self.reject(jobs, error)
+            await self._ends.reject(jobs, error)
         finally:
-            self.reserved = 0
-            if resident is not None:
-                self._cache.release(resident)
+            staged.reserved = 0
+            self.release(staged)
 
-    def check_device(self) -> None:
-        """Raises Unavailable once the device is lost: nothing more is sent to it."""
-        if self.lost is not None:
-            raise Unavailable(f"the device {self.name} is lost; the service restarts")
+    def release(self, staged: Staged) -> bool:
+        """Lets go of a batch's module, which may be loaded again; whether it had one."""
+        if staged.resident is None:
+            return False
+        self._cache.release(staged.resident)
+        staged.resident = None
+        return True
 
-    async def reject(self, jobs: Sequence[Job], error: Exception) -> None:
-        """Ends jobs with what an error outside a forward means for them."""
-        failure = Failure("error", error)
-        if not isinstance(error, ServiceError):
-            failure = await on(self.thread, self._classify, error)
-        self._end(jobs, failure)
-
-    async def _walk_executions(self, jobs: list[Job], inputs: dict[Job, Tensor], resident: Resident) -> list[Job]:
+    async def _walk_executions(self, staged: Staged, jobs: list[Job], dtype: Dtype) -> list[Job]:
         """Runs the jobs in one precision and returns those whose output was not finite."""
         overflowed: list[Job] = []
         groups: deque[tuple[list[Job], ExecutionPlan | None]] = deque([(jobs, None)])
         while groups:
             group, failed = groups.popleft()
-            group = [job for job in group if not self._dropped(job)]
-            if not group:
-                continue
-            try:
-                plan = await self._with_room(self._plan, group, resident.dtype, failed)
-            except OutOfMemory as error:
-                self.fail(group, error, "oom")
-                continue
-            if len(group) > plan.batch:
-                groups.appendleft((group[plan.batch :], failed))
-                group = group[: plan.batch]
-            outcome = await self._forward(resident.module, group, inputs, plan)
-            if isinstance(outcome, Failure):
-                groups.extendleft(self._after(outcome, group, plan))
-                continue
-            if resident.dtype == "fp16" and all(outcome.finite):
-                self._planner.verdicts.held(resident.checkpoint)
-            for job, array, fits, finite in zip(group, outcome.arrays, outcome.fits, outcome.finite, strict=True):
-                if not finite:
-                    job.overflowed = fits and resident.dtype == "fp16"
-                    overflowed.append(job)
+            sent, staged.first = staged.first, None
+            if sent is None:
+                group = [job for job in group if not self._ends.dropped(job)]
+                if not group:
                     continue
-                if job.overflowed:
-                    self._condemn(job)
-                self._finish(job, array, plan)
+                try:
+                    plan = await self._with_room(self._plan, staged, group, dtype, failed)
+                except OutOfMemory as error:
+                    self._ends.fail(group, error, "oom")
+                    continue
+                if len(group) > plan.batch:
+                    groups.appendleft((group[plan.batch :], failed))
+                    group = group[: plan.batch]
+                sent = self._send(staged, group, plan, last=not groups and not overflowed)
+            done = await sent.done
+            if done is None:
+                groups.appendleft(
+                    (group, failed)
+                )  # the batch before had something left to do: it is this one's turn now
+                continue
+            for job in set(group).difference(done.jobs):
+                self._ends.dropped(job)
+            if not done.jobs:
+                continue
+            self._note(done, sent, staged)
+            if isinstance(done.outcome, Failure):
+                groups.extendleft(self._after(done.outcome, done.jobs, sent.forward.plan))
+            else:
+                overflowed += self._finish(done, sent.forward.plan)
         self._metrics.nonfinite.inc(len(overflowed))
+        return overflowed
+
+    def _finish(self, done: Done, plan: ExecutionPlan) -> list[Job]:
+        """Ends the jobs that came out finite; the others."""
+        outcome, overflowed = done.outcome, []
+        assert not isinstance(outcome, Failure)
+        if plan.dtype == "fp16" and all(outcome.finite):
+            self._planner.verdicts.held(done.jobs[0].task.checkpoint)
+        for job, array, fits, finite in zip(done.jobs, outcome.arrays, outcome.fits, outcome.finite, strict=True):
+            if not finite:
+                job.overflowed = fits and plan.dtype == "fp16"
+                overflowed.append(job)
+                continue
+            if job.overflowed:
+                self._condemn(job)
+            self._ends.finish(job, array, plan)
         return overflowed
 
     def _condemn(self, job: Job) -> None:
@@ -169,21 +209,30 @@ class Runner:
         try:
             return await step(*args, **kwargs)
         except OutOfMemory:
-            if not self._unstage():
+            if not await self._unstage():
                 raise
         return await step(*args, **kwargs)
 
-    async def _plan(self, group: list[Job], dtype: Dtype, failed: ExecutionPlan | None) -> ExecutionPlan:
+    async def _choose(self, group: list[Job], dtype: Dtype, available: int, failed: ExecutionPlan | None) -> Choice:
+        first = group[0]
+        alone = first.clip is not None and first.clip.carry is None  # the whole clip, of which nothing is carried
+        known = (first.task, first.array.shape, len(group), dtype, available, failed, first.array.itemsize, alone)
+        return await on(self._staging, self._planner.choose, *known)
+
+    async def _plan(
+        self, staged: Staged, group: list[Job], dtype: Dtype, failed: ExecutionPlan | None
+    ) -> ExecutionPlan:
         """The plan for a group; idle models make way for it. Raises OutOfMemory."""
-        task, array = group[0].task, group[0].array
-        clip = group[0].clip
+        task, clip = group[0].task, group[0].clip
         held = 0 if clip is None else clip.held  # in the forecast, too
-        available = self._planner.available(task) + held
-        alone = clip is not None and clip.carry is None  # the whole clip, of which nothing is carried
-        known = (task, array.shape, len(group), dtype, available, failed, array.itemsize, alone)
-        plan, peak = await on(self.thread, self._planner.choose, *known)
-        self._cache.make_room(peak - held)
-        self.reserved = peak - held
+        try:
+            choice = await self._choose(group, dtype, self._planner.available(task) + held, failed)
+        except OutOfMemory:
+            await self._look()
+            choice = await self._choose(group, dtype, self._planner.available(task) + held, failed)
+        plan = choice.plan
+        staged.reserved = choice.peak - held
+        self._cache.make_room(staged.reserved)
         if failed is not None and plan.execution != failed.execution:
             self._metrics.fallbacks(failed.execution, plan.execution, "oom").inc()
         if failed is None and plan.execution != "whole" and task.tiling != "always":
@@ -191,79 +240,42 @@ class Runner:
             _because(group, "low_memory")
         return plan
 
-    async def _forward(
-        self, module: Autoencoder, group: list[Job], inputs: dict[Job, Tensor], plan: ExecutionPlan
-    ) -> compute.Outcome | Failure:
-        task, clip = group[0].task, group[0].clip
-        started = time.monotonic()
-        roomy = GAPS * self.reserved <= self._cache.free
-        loads, resident = self._cache.loads, self._cache.nbytes
+    def _send(self, staged: Staged, group: list[Job], plan: ExecutionPlan, last: bool) -> Sent:
+        """A forward of the batch whose turn it is."""
+        forward = self._forward(staged, group, plan, last)
+        return Sent(forward, self._cache.weights, self._thread.send(forward))
+
+    def _forward(self, staged: Staged, group: list[Job], plan: ExecutionPlan, last: bool) -> Forward:
+        assert staged.resident is not None
+        clip = group[0].clip
         if clip is not None and clip.carry and not clip.begun:
             clip.carry.clear()  # of a first slice that is tried again
-        alone = not self._cache.loading
-        outcome, peak, level = await on(self.thread, self._attempt, module, group, inputs, plan, roomy)
-        seconds = time.monotonic() - started
+        roomy = GAPS * staged.reserved <= self._cache.free
+        return Forward(staged.number, last, staged.resident.module, group, staged.inputs, plan, roomy)
+
+    def _note(self, done: Done, sent: Sent, staged: Staged) -> None:
+        """Notes what a forward took."""
+        job, plan = done.jobs[0], sent.forward.plan
+        task, clip = job.task, job.clip
+        staged.seconds += done.seconds
         if clip is not None and clip.carry is not None and not clip.over:
             self._cache.clips.add(clip)
             clip.held = carried_bytes(clip.carry)
-        for job in group:
-            job.seconds["compute"] = job.seconds.get("compute", 0.0) + seconds
+        for each in done.jobs:
+            each.seconds.setdefault("queue", max(0.0, done.began - each.queued - each.seconds["load"]))
+            each.seconds["compute"] = each.seconds.get("compute", 0.0) + done.seconds
         self._metrics.batches.inc()
-        self._metrics.items.inc(len(group))
+        self._metrics.items.inc(len(done.jobs))
         self._metrics.executions(str(plan)).inc()
-        self._metrics.batch_size(task.op, task.checkpoint.name).observe(len(group))
-        if alone and (self._cache.loads, self._cache.nbytes) == (
-            loads,
-            resident,
-        ):  # else the weights on their way are in the figures
-            self._memory.note(level, self._cache.taken)
-            if peak is not None and clip is None and not isinstance(outcome, Failure):
-                array = group[0].array
-                self._planner.forecaster.measured(shape_of(task, array.shape, array.itemsize), plan, peak)
-        return outcome
-
-    def _attempt(
-        self, module: Autoencoder, group: list[Job], inputs: dict[Job, Tensor], plan: ExecutionPlan, roomy: bool
-    ) -> tuple[compute.Outcome | Failure, int | None, Level]:
-        """On the device thread: a forward, or its failure instead of an exception; its peak; the memory after it."""
-        if self._keep_pages is not None:
-            self._keep_pages(roomy)
-        self._memory.begin()
-        outcome = self._try(module, group, inputs, plan)
-        peak = self._memory.peak()
-        if isinstance(outcome, Failure) and outcome.kind == "oom":
-            self._memory.release()  # here, where no traceback holds the forward's tensors any more
-        return outcome, peak, self._memory.look()
-
-    def _try(
-        self, module: Autoencoder, group: list[Job], inputs: dict[Job, Tensor], plan: ExecutionPlan
-    ) -> compute.Outcome | Failure:
-        def check() -> None:
-            now = self.progress = time.monotonic()
-            if all(job.gone or job.late(now) for job in group):
-                raise compute.Cancelled
-
-        try:
-            check()
-            tasks, clip = [job.task for job in group], group[0].clip
-            if clip is not None:
-                return compute.forward_slice(module, inputs[group[0]], tasks[0], plan, clip.carry, check)
-            return compute.forward(module, [inputs[job] for job in group], tasks, plan, check)
-        except Exception as error:  # noqa: BLE001  the batch boundary: only classified here, `_after` decides
-            return self._classify(error)
-        finally:
-            self.progress = time.monotonic()
-
-    def _classify(self, error: Exception) -> Failure:
-        """What a failure means. On the device thread: whether the device is lost is asked of the device itself."""
-        failure = compute.classify(error, self._device)
-        if failure.kind in {"lost", "error"} and not isinstance(error, ServiceError):
-            log.error("a batch failed on %s", self.name, exc_info=error)
-        error.with_traceback(None)
-        return failure
+        self._metrics.batch_size(task.op, task.checkpoint.name).observe(len(done.jobs))
+        if sent.weights is not None and sent.weights == self._cache.weights:  # else those on their way are in it
+            self._memory.note(done.level, self._cache.taken)
+            if done.peak is not None and clip is None and not isinstance(done.outcome, Failure):
+                shape = shape_of(task, job.array.shape, job.array.itemsize)
+                self._planner.forecaster.measured(shape, plan, done.peak)
 
     def _after(
-        self, failure: Failure, group: list[Job], plan: ExecutionPlan
+        self, failure: Failure, group: Sequence[Job], plan: ExecutionPlan
     ) -> list[tuple[list[Job], ExecutionPlan | None]]:
         """What to run instead of a failed forward; jobs for which nothing is left end here."""
         clip = group[0].clip
@@ -272,36 +284,12 @@ class Runner:
             self._metrics.oom.inc()
             self._metrics.retries("oom").inc()
             _because(group, "oom")
-            return [(group, plan)]
+            return [(list(group), plan)]
         if failure.kind == "error" and len(group) > 1:
             self._metrics.retries("isolate").inc()  # one of them is to blame: each runs alone
             return [([job], None) for job in reversed(group)]
-        self._end(group, failure)
+        self._ends.failed(group, failure)
         return []
-
-    def _end(self, jobs: Sequence[Job], failure: Failure) -> None:
-        """Ends jobs that failed for good."""
-        if failure.kind == "cancelled":
-            for job in jobs:
-                self._dropped(job)
-        elif failure.kind == "oom":
-            self.fail(jobs, OutOfMemory(f"{self.name} ran out of memory: {failure.error}"), "oom")
-        elif failure.kind == "lost":
-            self.lost = str(failure.error)
-            log.critical("device %s is lost: %s", self.name, failure.error)
-            self.fail(jobs, Unavailable(f"the device {self.name} is lost; the service restarts"), "lost")
-        else:
-            self.fail(jobs, failure.error, "error")
-
-    def fail(self, jobs: Sequence[Job], error: Exception, reason: str) -> None:
-        """Ends jobs with an error, those that have not ended yet."""
-        for job in jobs:
-            if job.gone:
-                continue
-            self._metrics.item_failures(reason).inc()
-            if isinstance(error, OutOfMemory):
-                self._metrics.rejected.labels("vram").inc()
-            job.future.set_exception(error)
 
     def _fall_back(self, jobs: list[Job], before: Dtype, dtype: Dtype) -> None:
         name = jobs[0].task.checkpoint.name
@@ -310,27 +298,8 @@ class Runner:
         self._metrics.fallbacks(before, dtype, "nonfinite").inc(len(jobs))
         _because(jobs, "non_finite")
 
-    def _dropped(self, job: Job) -> bool:
-        """Whether nobody needs the job's result any more; counts why."""
-        now = time.monotonic()
-        if not job.gone and job.late(now):
-            self._metrics.rejected.labels("deadline").inc()
-            waited = now - job.queued
-            job.future.set_exception(DeadlineExceeded(f"the deadline passed after {waited:.1f} s, before the result"))
-        elif job.future.cancelled():
-            self._metrics.cancelled.labels("compute").inc()
-        return job.gone
 
-    def _finish(self, job: Job, array: np.ndarray, plan: ExecutionPlan) -> None:
-        if job.clip is not None:
-            job.clip.dtype = plan.dtype
-        if not job.gone:
-            reason = job.reason or ("requested" if self._planner.unusual(job.task, plan) else None)
-            self._metrics.pixels(job.task.op).inc(job.pixels)
-            job.future.set_result(Result(array, str(plan), reason, job.seconds))
-
-
-def _because(jobs: list[Job], reason: str) -> None:
+def _because(jobs: Sequence[Job], reason: str) -> None:
     """Notes why the jobs do not run as first planned."""
     for job in jobs:
         job.reason = reason

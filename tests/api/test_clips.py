@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors.numpy import load as load_safetensors
 from safetensors.torch import save_file
 
-from app import wire
 from app.engine import compute
 from app.errors import ServiceError
 from app.execution.slices import Sliced
 from app.store.checkpoint import load_autoencoder
+from app.wire import clips
 from app.wire.arrays.tensors import write_safetensors
 from app.wire.clips.reels import reel_of
 from tests.service import listening, npy, serving, until
@@ -175,7 +175,7 @@ async def test_bands_and_slices_give_the_same_frames(service, decoded):
 async def test_without_the_extra_video_is_refused_and_the_rest_is_there(service, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.delitem(sys.modules, "app.wire.clips.video", raising=False)
-    monkeypatch.delattr(wire, "video", raising=False)
+    monkeypatch.delattr(clips, "video", raising=False)
     asked = service.post("/decode", content=npy(latents()), headers={"Accept": MP4})
     await refused(asked, 406, "not_acceptable", "latentd[video]")
     await refused(service.post("/encode", content=b"\0\0\0\x20ftypisom"), 415, "unsupported_media", "latentd[video]")

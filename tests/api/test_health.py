@@ -44,7 +44,7 @@ async def test_while_draining_it_lives_and_refuses_work(models):
 
 async def test_a_lost_device_turns_both_red(models):
     async with serving(models) as service:
-        service.engine.workers[0]._runner.lost = "an illegal memory access"
+        service.engine.workers[0].thread.lost = "an illegal memory access"
         for path in (*LIVE, *READY):
             answer = await service.get(path)
             assert (answer.status_code, answer.json()["status"]) == (503, "failing")

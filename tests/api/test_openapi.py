@@ -58,6 +58,8 @@ def test_it_describes_what_goes_in_and_comes_out(document):
         "preview",
         *("X-Request-Timeout-Ms", "X-Request-Id", "X-Latents-Family"),
     }
+    show = document["paths"]["/preview/stream"]["post"]["parameters"]
+    assert "X-Request-Timeout-Ms" not in {parameter["name"] for parameter in show}  # nothing waits there
     assert not any(parameter["required"] for operation in (encode, decode) for parameter in operation["parameters"])
     for operation in (encode, decode):
         assert {"X-Model", "X-Plan", "X-Image-Size", "Server-Timing"} <= set(operation["responses"]["200"]["headers"])

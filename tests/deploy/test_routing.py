@@ -1,8 +1,23 @@
+import json
+from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
 
-from deploy.routing import DEFAULT, SILENT_SECONDS, Book, Report, Resident, State, order, replicas_wanted
+from app.engine.engine import LOAD_SECONDS
+from deploy.routing import (
+    DEFAULT,
+    NOTHING,
+    SILENT_SECONDS,
+    Book,
+    Report,
+    Resident,
+    State,
+    load_seconds,
+    order,
+    replicas_wanted,
+    report_of,
+)
 
 LOAD = 0.5
 SIZE = 100
@@ -12,8 +27,8 @@ def resident(name, *more, nbytes=SIZE):
     return Resident((name, *more), name.encode().hex().ljust(64, "0"), nbytes)
 
 
-def report(*names, number=1, room=10 * SIZE, wait=0.0, load=LOAD):
-    return Report(number, tuple(resident(name) for name in names), room, wait, load)
+def report(*names, number=1, room=10 * SIZE, wait=0.0, load=LOAD, ready=True):
+    return Report(number, tuple(resident(name) for name in names), room, wait, load, ready)
 
 
 def state(name, *models, **changes):
@@ -75,17 +90,86 @@ def test_a_report_s_queue_is_worked_off_as_it_ages():
     assert state("1", wait=2.0, age=0.5, pending=1.75).wait == 1.75
 
 
-def test_a_replica_that_reports_no_more_is_the_last_resort():
-    silent = state("1", "a", age=SILENT_SECONDS + 1)
-    assert order("a", [silent, state("2", wait=10.0)]) == ["2", "1"]
-    assert order("a", [silent]) == ["1"]
+@pytest.mark.parametrize("doubt", [{"age": SILENT_SECONDS + 1}, {"ready": False}])
+def test_one_that_reports_no_more_or_is_not_ready_is_passed_by_while_there_are_others(doubt):
+    doubtful = state("1", "a", **doubt)
+    assert order("a", [doubtful, state("2", wait=10.0)]) == ["2"]
+    assert order("a", [doubtful]) == ["1"]
 
 
 def test_nobody_is_no_choice():
     assert order("a", []) == []
 
 
+# ------------------------------------------------------------------------------------------- a replica that is new here
+
+
+def new(name, **known):
+    return State(name, NOTHING, **known)
+
+
+def test_one_that_has_told_nothing_is_empty_and_idle():
+    assert order("a", [state("1", "a"), new("2")])[0] == "1"  # a model that is elsewhere stays there
+    assert order("a", [state("1", "a", wait=LOAD + 0.1), new("2")])[0] == "2"  # until waiting costs more
+    assert order("c", [state("1", "a"), new("2")])[0] == "2"  # a cold one comes here
+    assert order(None, [state("1", "a", wait=0.1), new("2")])[0] == "2"
+    assert order("a", [new("1"), new("2")]) == order("a", [new("2"), new("1")])
+    silent = new("2", age=SILENT_SECONDS + 1)
+    assert order("c", [state("1", "a", wait=10.0), silent]) == ["1"]
+
+
+def test_a_burst_does_not_drown_it():
+    book, sent = Book(), []
+    for _ in range(8):
+        states = [book.state("1", report("a", wait=1.2), 0.0), book.state("2", NOTHING, 0.0)]
+        sent.append(order("a", states)[0])
+        book.sent(sent[-1], "a", 0.0)
+    assert 2 <= sent.count("2") <= 6
+
+
+def test_loads_are_taken_to_take_what_they_take_most_replicas():
+    assert load_seconds([]) == load_seconds([None, None]) == LOAD_SECONDS
+    assert load_seconds([None, 0.1, 0.2, 30.0]) == 0.2
+    slow = state("1", load=30.0)  # of one, on a bad day
+    busy = [state(name, wait=0.3, load=0.1) for name in ("2", "3")]
+    assert order("a", [slow, *busy])[0] == "1"  # or it would never tell another number
+    untold = state("1", load=None)
+    assert order("a", [untold, state("2", "a", wait=0.05, load=0.1)])[0] == "2"
+    assert order("a", [untold, state("2", "a", wait=0.2, load=0.1)])[0] == "1"
+
+
+def test_its_model_is_believed_there_until_its_second_report():
+    book = Book()
+    book.state("1", NOTHING, 0.0)
+    book.sent("1", "a", now=0.0)
+    book.ended("1", "a", NOTHING, now=1.0)
+    assert book.state("1", NOTHING, 1.0).holds("a")
+    assert book.state("1", report(number=7), 1.1).holds("a")  # the first to come here; it may be older than that end
+    assert book.state("1", report(number=8), 1.4).holds("a")
+    assert not book.state("1", report(number=9), 1.6).holds("a")
+
+
+def test_a_report_comes_as_it_went():
+    told = report("a", "b", load=None, ready=False)
+    assert report_of(asdict(told)) == told
+    listed = json.loads(json.dumps(asdict(told)))
+    assert report_of(listed | {"ready": True}).residents[0].is_called("a")
+
+
+@pytest.mark.parametrize("told", [{}, {"residents": []}, asdict(report("a")) | {"mood": 1}, {"residents": [{"x": 1}]}])
+def test_what_another_version_tells_is_nothing(told):
+    assert report_of(told) is NOTHING
+
+
 # ---------------------------------------------------------------------------------------------------------------- book
+
+
+def test_a_report_s_age_begins_when_it_comes():
+    book = Book()
+    book.came("1", 4, now=1.0)
+    book.came("1", 4, now=2.0)
+    assert book.state("1", report(number=4), 5.0).age == 4.0
+    assert book.state("1", report(number=5), 6.0).age == 0.0
 
 
 def test_what_was_sent_is_there_before_a_report_says_so():

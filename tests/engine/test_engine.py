@@ -11,7 +11,7 @@ import torch
 from app.engine.batcher import QueueLimits
 from app.engine.devices import device_names
 from app.engine.jobs import Task
-from app.engine.worker import _Turn
+from app.engine.turns import Turn
 from app.errors import InvalidImage, InvalidLatent, OutOfMemory, Unavailable, UnsupportedCheckpoint
 from app.execution import banded as strips
 from tests.fakes import (
@@ -134,22 +134,22 @@ async def test_models_that_evict_each_other_under_load_lose_nothing():
 async def test_a_batch_does_not_wait_for_a_load_that_waits_for_it():
     """The load ran out of memory after all, and begins anew once nothing is taken: this batch is."""
     async with running(HOT, COLD) as engine:
-        worker = engine.workers[0]
+        turns = engine.workers[0]._turns
 
         failed = asyncio.Event()
 
         async def load():
             await failed.wait()
-            worker._making_way.set()
+            turns._making_way.set()
             await asyncio.Event().wait()
 
         loading = asyncio.ensure_future(load())
-        worker._cold = _Turn([], ("fp32",), loading)
+        turns.cold = Turn([], ("fp32",), loading)
         try:
             asyncio.get_running_loop().call_later(0.05, failed.set)
-            assert await asyncio.wait_for(worker._put_back(), 10)
+            assert await asyncio.wait_for(turns._put_back(), 10)
         finally:
-            worker._cold = None
+            turns.cold = None
             loading.cancel()
 
 

@@ -1,4 +1,6 @@
 from dataclasses import replace
+from itertools import product
+from typing import get_args
 
 import pytest
 import torch
@@ -9,11 +11,12 @@ from app.engine.cache import ModelCache
 from app.engine.forecast import Forecaster
 from app.engine.jobs import Task
 from app.engine.memory import FixedMemory
-from app.engine.planner import Planner, shape_of
+from app.engine.planner import Choice, Planner, shape_of
 from app.engine.planning import ExecutionPlan
 from app.engine.verdicts import Verdicts
 from app.errors import InvalidParameter, OutOfMemory
 from app.metrics import DeviceMetrics, Metrics
+from app.terms import Op
 from app.vae.architectures import ARCHITECTURES
 from app.vae.latent_format import LatentFormat
 from tests.fakes import FAMILY, checkpoint, load
@@ -109,12 +112,12 @@ async def test_the_prospect_of_a_task_counts_its_own_weights_as_there():
 )
 def test_choose(items, available, execution, batch, peak, budget):
     chosen = planner().choose(TASK, SHAPE, items, "fp32", available)
-    assert chosen == (ExecutionPlan("fp32", execution, batch, budget), peak)
+    assert chosen == Choice(ExecutionPlan("fp32", execution, batch, budget), peak, first=available == 400)
 
 
 def test_after_a_failure_recompute_takes_as_little_as_it_can():
     failed = ExecutionPlan("fp32", "recompute", 1, 38)
-    assert planner().choose(TASK, SHAPE, 1, "fp32", 39, failed) == (replace(failed, budget=None), 15)
+    assert planner().choose(TASK, SHAPE, 1, "fp32", 39, failed) == Choice(replace(failed, budget=None), 15)
     with pytest.raises(OutOfMemory, match="ran out of memory in fp32/recompute, the last plan there was"):
         planner().choose(TASK, SHAPE, 1, "fp32", 39, replace(failed, budget=None))
 
@@ -143,6 +146,17 @@ def test_a_network_without_bands_is_planned_whole(monkeypatch):
         planner().choose(TASK, SHAPE, 4, "fp32", 99)
     with pytest.raises(InvalidParameter, match=r"tiling=always: .* runs whole only"):
         planner().choose(Task("decode", TOY, tiling="always"), SHAPE, 1, "fp32", 1000)
+
+
+def test_what_was_counted_ahead_is_all_that_a_whole_run_asks_for(monkeypatch):
+    plans = replace(planner(room=1 << 40), forecaster=Forecaster("cpu"))
+    for op, side in product(get_args(Op), forecast.SIDES):
+        plans.prepare(TOY, "fp32", op, side)
+    monkeypatch.setattr(forecast, "count", None)
+    for task, shape in ((TASK, SHAPE), (TASK, (4, 24, 200)), (Task("encode", TOY, seed=1), (640, 34, 3))):
+        for items in (1, 7):
+            choice = plans.choose(task, shape, items, "fp32", 1 << 40)
+            assert choice.plan == ExecutionPlan("fp32", "whole", items)
 
 
 def test_the_answer_shows_all_plans_and_the_one_chosen():

@@ -40,12 +40,12 @@ async def test_a_batch_that_has_not_begun_yet_is_known_to_the_next_one(monkeypat
 
         async def slowly(worker, turn):
             if turn.jobs[0].task.checkpoint is TOY:
-                await asyncio.wait([worker._cold.loading])
+                await asyncio.wait([worker._turns.cold.loading])
             return await stage(worker, turn)
 
         monkeypatch.setattr(Worker, "_stage", slowly)
         cold = asyncio.ensure_future(submit(engine, Task("decode", OTHER), latent()))
-        await until(lambda: worker._cold is not None)
+        await until(lambda: worker._turns.cold is not None)
         await submit(engine, Task("decode", TOY), latent())
         await cold
 

@@ -399,12 +399,12 @@ async def test_an_error_that_the_device_survives_is_the_request_s_own(forwards):
 
 async def test_a_thread_that_does_not_come_back_turns_liveness_red_and_ready_is_as_it_was(forwards):
     async with running(TOY) as engine:
-        runner = engine.workers[0]._runner
+        thread = engine.workers[0].thread
         with forwards.held():
             waiting = asyncio.ensure_future(submit(engine, Task("decode", TOY), latent()))
             await until(forwards.entered.is_set)
             assert engine.alive
-            runner.progress -= STALL_SECONDS + 1
+            thread.progress -= STALL_SECONDS + 1
             assert not engine.alive
             assert engine.ready
         await waiting
