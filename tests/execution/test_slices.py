@@ -71,7 +71,12 @@ def test_slices_are_the_clip(sizes):
 def test_slices_of_a_wide_network_are_the_clip(monkeypatch):
     """Whose convolutions are products, but for the first frame's: that is too small."""
     used = []
-    monkeypatch.setattr(slices, "convolve", lambda *how: used.append(1) or convolve(*how))
+
+    def noted(*how):
+        used.append(how)
+        return convolve(*how)
+
+    monkeypatch.setattr(slices, "convolve", noted)
     torch.manual_seed(0)
     net, x = Causal(64), torch.randn(6, 64, 27, 30)
     for sizes in ([1, 2, 3], [6], [1, 4, 1]):
