@@ -120,6 +120,17 @@ def test_more_pixels_than_may_be_are_refused_before_they_are_decoded():
         reel(b"".join(written(MP4, frames())), max_pixels=64 * 47)
 
 
+def test_a_decoder_makes_no_frame_larger_than_the_file_said():
+    """The file around says 16x16, the film in it is of 640x480."""
+    body = bytearray(b"".join(written(WEBM, frames(9, 480, 640))))
+    at = body.index(b"\xb0\x82\x02\x80\xba\x82\x01\xe0")  # PixelWidth 640, PixelHeight 480
+    body[at : at + 8] = b"\xb0\x82\x00\x10\xba\x82\x00\x10"
+    found = reel(bytes(body), 1 << 20)
+    assert found.size == (16, 16)
+    with pytest.raises(MalformedBody):
+        found.read(1, WHITE)
+
+
 @pytest.mark.parametrize("media", [MP4, WEBM, MKV])
 def test_what_is_broken_is_said_to_be(media):
     body = b"".join(written(media, frames()))
