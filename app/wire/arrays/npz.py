@@ -152,9 +152,8 @@ def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> ArraySpec:
 
 def _inflate(archive: zipfile.ZipFile, member: zipfile.ZipInfo, first: int | None = None) -> bytes:
     with archive.open(member) as file:
-        return file.read(
-            min(first or member.file_size, member.file_size)
-        )  # archive.read() would inflate up to 2 GiB whatever the size says
+        # archive.read() would inflate up to 2 GiB whatever the size says.
+        return file.read(min(first or member.file_size, member.file_size))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

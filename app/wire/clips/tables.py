@@ -1,7 +1,7 @@
-"""Knows how many samples the tables of an MP4 or QuickTime file say that there are, before a parser makes room for them.
+"""Knows how many samples the tables of an MP4 or QuickTime file say there are, before a parser makes room for them.
 
-A table of samples of one size is twelve bytes, whatever their number, and FFmpeg makes sixty for each (ISO/IEC 14496-12,
-8.7.3.2 and 8.8.8). Every place in which it looks for boxes is looked into.
+A table of samples of one size is twelve bytes, whatever their number, and FFmpeg makes sixty for each (ISO/IEC
+14496-12, 8.7.3.2 and 8.8.8). Every place in which it looks for boxes is looked into.
 """
 
 import struct
@@ -71,7 +71,7 @@ def _boxes(view: memoryview, at: int, end: int, depth: int) -> Iterator[tuple[by
 
 
 def _numbers(view: memoryview, start: int, stop: int, size: int, at: int) -> Iterator[int]:
-    """One number of each entry of a table, whose length stands after four bytes; of no more than there are bytes for."""
+    """One number of each entry of a table, whose length stands after four bytes; of those that are there."""
     if start + 8 <= stop:
         (count,) = struct.unpack_from(">I", view, start + 4)
         for index in range(min(count, (stop - start - 8) // size, MAX_SAMPLES)):
