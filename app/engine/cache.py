@@ -5,7 +5,6 @@ Lives on the event loop: no locks. Precision is part of the key; a resident modu
 
 import asyncio
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from weakref import WeakSet
@@ -45,7 +44,7 @@ class ModelCache:
         self._memory = memory
         self._limit = limit if limit is not None else memory.capacity()
         self._metrics = metrics
-        self._residents: OrderedDict[Key, Resident] = OrderedDict()
+        self._residents: dict[Key, Resident] = {}  # an OrderedDict would hash every key of a walk
         self._loading: dict[Key, asyncio.Task[None]] = {}
         self.loads = 0  # begun so far
         self._promised = 0  # bytes of the weights being loaded
@@ -117,8 +116,7 @@ class ModelCache:
                 self._loading[key] = asyncio.create_task(self._load(checkpoint, dtype, reserved))
                 self._loading[key].add_done_callback(_retrieve)
             await asyncio.shield(self._loading[key])
-        resident = self._residents[key]
-        self._residents.move_to_end(key)
+        resident = self._residents[key] = self._residents.pop(key)  # the last one now
         resident.in_use += 1
         return resident
 
