@@ -54,7 +54,7 @@ def one(path: Path, side: int) -> Point:
     """Of a decode in this process, on one thread: processor seconds, the better of two, and bytes allocated at most."""
     torch.set_num_threads(1)
     keep_pages()
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, "sd1")
     module = load_autoencoder(checkpoint, torch.float32, torch.device("cpu"))
 
     def run(side: int) -> float:
@@ -76,7 +76,7 @@ def pixels(folder: Path) -> dict[str, Any]:
     for network, sides in MEASURED.items():
         path = folder / f"{FILES[network]}.safetensors"
         write(path, peer(network).state_dict())
-        checkpoint, forecaster = open_checkpoint(path), Forecaster("cpu")
+        checkpoint, forecaster = open_checkpoint(path, "sd1"), Forecaster("cpu")
         seconds, allocated = [], []
         for side in sides:
             command = [sys.executable, "-m", "benchmarks.growth", "--one", str(path), "--side", str(side)]
@@ -134,7 +134,7 @@ async def models(folder: Path) -> dict[str, list[Point]]:
     """Processor seconds of a request, and the service's pages, by models that take turns behind a cache of four."""
     for index in range(max(MODELS)):
         write(folder / f"m{index}.safetensors", state_of("sd1", seed=index))
-    nbytes = open_checkpoint(folder / "m0.safetensors").weight_bytes(torch.float32)
+    nbytes = open_checkpoint(folder / "m0.safetensors", "sd1").weight_bytes(torch.float32)
     seconds: list[Point] = []
     memory: list[Point] = []
     async with service(folder, folder.parent / "log", cache_bytes=str(CACHED * nbytes)) as (url, process):
@@ -195,8 +195,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes[0, column].plot(many, seconds * 1e3, "o-", color="#444444")
         many, values = np.array(found[key]["resident"]).T
         axes[1, column].plot(many, values / 1e6, "o-", color="#444444")
-        axes[0, column].set(xscale="log", xlabel=what, ylabel="processor, ms a request", ylim=(0, None))
-        axes[1, column].set(xscale="log", xlabel=what, ylabel="pages of the service, MB", ylim=(0, None))
+        axes[0, column].set(xscale="log", xlabel=what, ylabel="processor, ms a request", ylim=(0, 1100 * max(seconds)))
+        axes[1, column].set(
+            xscale="log", xlabel=what, ylabel="pages of the service, MB", ylim=(0, 1.1e-6 * max(values))
+        )
         for axis in axes[:, column]:
             axis.set_xticks(many, labels=[f"{each:.0f}" for each in many], minor=False)
             axis.set_xticks([], minor=True)
@@ -205,7 +207,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
-        axis.legend()
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
 

@@ -36,6 +36,7 @@ from app.terms import Dtype
 from benchmarks.calls import latent, npy
 from benchmarks.cpu import processor
 from benchmarks.load import listening, service
+from benchmarks.overhead import own_seconds
 from benchmarks.pairs import table
 from benchmarks.peer import NETWORKS, Network, peer
 from tests.store.weights import write
@@ -47,11 +48,12 @@ HEADER = (
     "network",
     "px",
     "",
-    "pictures a second",
-    "the loop's",
-    "of the loop's",
-    "/ afternoon fp32",
-    "/ the same precision",
+    "ours",
+    "the loop",
+    "afternoon fp32",
+    "ours of the loop's rate",
+    "ours / afternoon fp32",
+    "ours / the same precision",
 )
 Rate = Callable[[], Coroutine[Any, Any, float]]
 """Pictures a second of one turn."""
@@ -80,7 +82,7 @@ async def served(clients: ThreadPoolExecutor, url: str, path: str, body: bytes, 
 @torch.inference_mode()
 def bare(path: Path, pixels: int) -> None:
     """The forwards alone, as the device's thread has them, arrays to pictures: `precision count` a line of stdin."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, "sd1")
     item, task = torch.from_numpy(latent(random.Random(0), pixels)[0]), Task("decode", checkpoint)
     plans = {name: ExecutionPlan(name, "whole", 1) for name in PRECISIONS}
     cpu = torch.device("cpu")
@@ -96,8 +98,10 @@ def bare(path: Path, pixels: int) -> None:
 
 
 @asynccontextmanager
-async def looping(path: Path, pixels: int) -> AsyncIterator[Callable[[Dtype, int], Coroutine[Any, Any, float]]]:
-    """`bare` in a process of its own; called with a precision and a number of forwards it gives their rate."""
+async def looping(
+    path: Path, pixels: int
+) -> AsyncIterator[tuple[Callable[[Dtype, int], Coroutine[Any, Any, float]], int]]:
+    """`bare` in a process of its own: gives the rate of a number of forwards in a precision; and the process's id."""
     command = [sys.executable, "-m", "benchmarks.served", "--bare", str(path), "--pixels", str(pixels)]
     process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
@@ -108,56 +112,67 @@ async def looping(path: Path, pixels: int) -> AsyncIterator[Callable[[Dtype, int
         return float(await process.stdout.readline())
 
     try:
-        yield rate
+        yield rate, process.pid
     finally:
         process.kill()
         await process.wait()
 
 
-async def run(network: Network, pixels: int, rounds: int, count: int, peers: bool) -> list[list[str]]:
-    """A row for each precision: ours, the loop's, the peer's in float32 and in the same precision."""
+async def run(
+    network: Network, pixels: int, rounds: int, count: int, peers: bool
+) -> tuple[list[list[str]], list[list[str]]]:
+    """A row for each precision: of pictures a second of the clock, and a second of the server's processor time."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         path = folder / "models" / f"{FAMILIES[network]}.safetensors"
         path.parent.mkdir()
         write(path, peer(network).state_dict())
         clients = stack.enter_context(ThreadPoolExecutor(CLIENTS))
-        url, _ = await stack.enter_async_context(service(path.parent, folder / "log"))
+        url, ours = await stack.enter_async_context(service(path.parent, folder / "log"))
+        loop, loop_pid = await stack.enter_async_context(looping(path, pixels))
         body = npy(latent(random.Random(0), pixels))
-        loop = await stack.enter_async_context(looping(path, pixels))
-        theirs = ""
+        theirs, peer_pid = "", 0
         if peers:
             command = ["-m", "benchmarks.afternoon", network]
-            theirs, _ = await stack.enter_async_context(listening(command, folder / "peer"))
-        ways: dict[str, Rate] = {}
+            theirs, process = await stack.enter_async_context(listening(command, folder / "peer"))
+            peer_pid = process.pid
+        ways: dict[str, tuple[int, Rate]] = {}
         for precision in PRECISIONS:
             asked = f"/decode?precision={precision}"
-            ways[f"ours {precision}"] = partial(served, clients, url, asked, body, count)
-            ways[f"loop {precision}"] = partial(loop, precision, CLIENTS * count)
+            ways[f"ours {precision}"] = ours.pid, partial(served, clients, url, asked, body, count)
+            ways[f"loop {precision}"] = loop_pid, partial(loop, precision, CLIENTS * count)
             if peers:
-                ways[f"peer {precision}"] = partial(served, clients, theirs, asked, body, count)
+                ways[f"peer {precision}"] = peer_pid, partial(served, clients, theirs, asked, body, count)
         for precision in PRECISIONS:  # the first run of each sets libraries up
             await loop(precision, 1)
             for server in (url, theirs) if peers else (url,):
                 await asyncio.to_thread(ask, server, f"/decode?precision={precision}", body, 1)
         rates: dict[str, list[float]] = {name: [] for name in ways}
+        own: dict[str, list[float]] = {name: [] for name in ways}
         order = list(ways)
         for _ in range(rounds):
             for name in order:
-                rates[name].append(await ways[name]())
+                pid, turn = ways[name]
+                before = own_seconds(pid)
+                rates[name].append(await turn())
+                own[name].append(CLIENTS * count / (own_seconds(pid) - before))
             order.reverse()
+    of = [network_row(network, pixels, precision, found) for found in (rates, own) for precision in PRECISIONS]
+    return of[: len(PRECISIONS)], of[len(PRECISIONS) :]
+
+
+def network_row(network: Network, pixels: int, precision: Dtype, rates: dict[str, list[float]]) -> list[str]:
+    """Medians of the rates, and of the rounds' ratios."""
 
     def of(name: str, other: str) -> str:
-        ratios = (mine / its for mine, its in zip(rates[name], rates[other], strict=True))
-        return f"×{median(ratios):.2f}" if other in rates else ""
+        if other not in rates:
+            return ""
+        return f"×{median(mine / its for mine, its in zip(rates[name], rates[other], strict=True)):.2f}"
 
-    return [
-        [NETWORKS[network], str(pixels), precision]
-        + [f"{median(rates[name]):.3g}" if name in rates else "" for name in (f"ours {precision}", f"loop {precision}")]
-        + [of(f"ours {precision}", f"loop {precision}")]
-        + ([of(f"ours {precision}", "peer fp32"), of(f"ours {precision}", f"peer {precision}")] if peers else [])
-        for precision in PRECISIONS
-    ]
+    ours, loop = f"ours {precision}", f"loop {precision}"
+    shown = [f"{median(rates[name]):.3g}" if name in rates else "" for name in (ours, loop, "peer fp32")]
+    ratios = [of(ours, other) for other in (loop, "peer fp32", f"peer {precision}")]
+    return [NETWORKS[network], str(pixels), precision, *shown, *ratios]
 
 
 def main() -> None:
@@ -172,12 +187,13 @@ def main() -> None:
     if args.bare:
         bare(args.bare, args.pixels)
         return
-    rows = asyncio.run(run(args.network, args.pixels, args.rounds, args.requests, not args.no_peers))
+    clock, own = asyncio.run(run(args.network, args.pixels, args.rounds, args.requests, not args.no_peers))
     print(
         f"{datetime.date.today()}, {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"diffusers {version('diffusers')}, {CLIENTS} clients, {args.rounds} rounds, medians\n"
     )
-    print(table(HEADER[: len(rows[0])], rows))
+    print("pictures a second\n\n" + table(HEADER, clock))
+    print("\npictures a second of the process's own processor time\n\n" + table(HEADER, own))
 
 
 if __name__ == "__main__":
