@@ -145,7 +145,7 @@ wheel: .venv/runtime
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps -w dist .
 
 manifests: .venv/deploy
-	@command -v kustomize kubectl >/dev/null || { echo 'manifests: needs kustomize or kubectl'; exit 1; }
+	@command -v kustomize >/dev/null || command -v kubectl >/dev/null || { echo 'manifests: needs kustomize or kubectl'; exit 1; }
 	@command -v promtool >/dev/null || { echo 'manifests: needs promtool, of the package prometheus'; exit 1; }
 	$(BIN)/pytest tests/deploy -n 0 $(ARGS)
 

@@ -2,16 +2,18 @@
 
 `python -m benchmarks.caching` makes JPEG files of several aspects and encodes them in turns, each time in a new
 process: with diffusers' autoencoder in a loop (open, resize, cut, encode, save), and with `latentd encode --buckets`.
-Same weights, same buckets, same precision. Seconds are from the loading of the model to the last file, imports aside.
+Same weights, same buckets, same precision. Seconds are from the loading of the model to the last file, imports aside:
+of the clock, and of the processor, which others that use it do not change.
 """
 
 import argparse
 import itertools
-import json
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -21,12 +23,18 @@ import numpy as np
 import torch
 from PIL import Image
 
+from app.cli import main as main_of_latentd
 from app.tools.buckets import parse_buckets
 from benchmarks.cpu import processor
-from benchmarks.pairs import alternate, table
+from benchmarks.pairs import alternate, speedup, table
 from benchmarks.peer import NETWORKS, Network, peer
 
-HEADER = ("network", "buckets", "precision", "pictures", "plain loop, pictures/s", "latentd encode", "ratio", "max Δ")
+HEADER = (
+    *("network", "buckets", "precision", "pictures"),
+    *("plain loop, pictures/s", "latentd encode", "ratio"),
+    *("plain loop, s of a processor for a picture", "latentd encode", "ratio", "max Δ"),
+)
+WAYS = ("plain", "ours")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = ((1200, 800), (800, 1200), (1000, 1000), (1600, 900), (900, 1200))
 
@@ -43,10 +51,9 @@ def draw(folder: Path, count: int) -> None:
 
 @torch.inference_mode()
 def plain(network: Network, weights: Path, folder: Path, out: Path, buckets: str, precision: str) -> None:
-    """The loop; prints its seconds."""
+    """The loop."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-    start = time.perf_counter()
     kind: Any = AutoencoderTiny if network == "tiny" else AutoencoderKL
     model = kind.from_pretrained(weights, torch_dtype=DTYPES[precision]).eval()
     sizes = parse_buckets(buckets)
@@ -58,16 +65,32 @@ def plain(network: Network, weights: Path, folder: Path, out: Path, buckets: str
         encoded = model.encode(x.to(model.dtype))
         latent = encoded.latents if network == "tiny" else encoded.latent_dist.mode()
         np.save(out / f"{path.stem}.npy", latent.float().numpy())
-    print(time.perf_counter() - start)
 
 
-def ours(models: Path, folder: Path, out: Path, buckets: str, precision: str) -> float:
-    """Seconds of `latentd encode`."""
-    told = out / "summary.json"
-    command = [sys.executable, "-m", "app", "encode", str(folder), "-o", str(out), "--buckets", buckets]
-    command += ["--models", str(models), "--device", "cpu", "--precision", precision, "--latents", "raw", "--force"]
-    subprocess.run([*command, "--summary", str(told)], check=True, stderr=subprocess.DEVNULL)
-    return float(json.loads(told.read_text())["seconds"])
+def ours(weights: Path, folder: Path, out: Path, buckets: str, precision: str) -> None:
+    """The command."""
+    words = ["encode", str(folder), "-o", str(out), "--buckets", buckets, "--models", str(weights.parent)]
+    words += ["--device", "cpu", "--precision", precision, "--latents", "raw", "--force"]
+    if main_of_latentd(words):
+        raise SystemExit(1)
+
+
+IMPORTS = {
+    "plain": ("diffusers.models.autoencoders.autoencoder_kl", "diffusers.models.autoencoders.autoencoder_tiny"),
+    "ours": ("app.main", "app.tools.folders"),
+}
+
+
+def timed(way: str, network: Network, paths: tuple[Path, Path, Path], buckets: str, precision: str) -> None:
+    """One of the two, in this process; prints its seconds by the clock and of the processor."""
+    for name in IMPORTS[way]:
+        import_module(name)
+    clock, processor = time.perf_counter(), time.process_time()
+    if way == "plain":
+        plain(network, *paths, buckets, precision)
+    else:
+        ours(*paths, buckets, precision)
+    print(time.perf_counter() - clock, time.process_time() - processor)
 
 
 def measure(network: Network, buckets: str, precision: str, count: int, rounds: int) -> list[str]:
@@ -77,19 +100,23 @@ def measure(network: Network, buckets: str, precision: str, count: int, rounds: 
         draw(top / "in", count)
         weights = top / "models" / "peer"
         peer(network).save_pretrained(weights)
-        for out in ("plain", "ours"):
+        for out in WAYS:
             (top / out).mkdir()
+        busy: dict[str, list[float]] = {way: [] for way in WAYS}
 
-        def loop() -> float:
-            given = [network, str(weights), str(top / "in"), str(top / "plain"), buckets, precision]
-            command = [sys.executable, "-m", "benchmarks.caching", "--plain", *given]
-            return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+        def run(way: str) -> float:
+            given = [way, network, str(weights), str(top / "in"), str(top / way), buckets, precision]
+            command = [sys.executable, "-m", "benchmarks.caching", "--timed", *given]
+            told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            clock, processor = told.split()[-2:]
+            busy[way].append(float(processor))
+            return float(clock)
 
-        runs = {"plain": loop, "ours": lambda: ours(top / "models", top / "in", top / "ours", buckets, precision)}
-        seconds = alternate(runs, rounds, warmup=0)
-        ratio = median(a / b for a, b in zip(seconds["plain"], seconds["ours"], strict=True))
-        rates = [f"{count / median(seconds[name]):.2f}" for name in ("plain", "ours")]
-        return [NETWORKS[network], buckets, precision, str(count), *rates, f"×{ratio:.2f}", f"{_apart(top):.0e}"]
+        seconds = alternate({way: partial(run, way) for way in WAYS}, rounds, warmup=0)
+        rates = [f"{count / median(seconds[way]):.2f}" for way in WAYS]
+        costs = [f"{median(busy[way]) / count:.2f}" for way in WAYS]
+        told = [*rates, speedup(seconds["ours"], seconds["plain"]), *costs, speedup(busy["ours"], busy["plain"])]
+        return [NETWORKS[network], buckets, precision, str(count), *told, f"{_apart(top):.0e}"]
 
 
 def _apart(top: Path) -> float:
@@ -103,17 +130,17 @@ def _apart(top: Path) -> float:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--plain", nargs=6, help=argparse.SUPPRESS)
+    options.add_argument("--timed", nargs=7, help=argparse.SUPPRESS)
     options.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
     options.add_argument("--buckets", nargs="+", default=["512x512:512:512-512", "512x512:64"])
     options.add_argument("--precisions", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--pictures", type=int, default=24)
     args = options.parse_args()
-    if args.plain:
-        network, *paths, buckets, precision = args.plain
-        weights, folder, out = map(Path, paths)
-        plain("tiny" if network == "tiny" else "kl", weights, folder, out, buckets, precision)
+    if args.timed:
+        way, network, weights, folder, out, buckets, precision = args.timed
+        paths = Path(weights), Path(folder), Path(out)
+        timed(way, "tiny" if network == "tiny" else "kl", paths, buckets, precision)
         return
     versions = f"torch {torch.__version__}, diffusers {version('diffusers')}, Pillow {version('pillow')}"
     print(f"{processor()}, {torch.get_num_threads()} threads, {versions}, {args.rounds} rounds\n")

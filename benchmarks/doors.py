@@ -57,7 +57,8 @@ class Echo:
 async def listening(app: Any) -> AsyncIterator[str]:
     """The app behind uvicorn on a free port; its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=30)  # as `serve` has it
+        server = uvicorn.Server(config)
         serving = asyncio.ensure_future(server.serve([listener]))
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         server.should_exit = True

@@ -195,7 +195,7 @@ def count(shape: NetworkShape, plan: ExecutionPlan, device: torch.device) -> int
     module.to(dtype)
     if clips:
         mode = CountingMode(module.state_dict().values())
-        return _count_slice(network, size, dtype, mode, shape.frames is None) + ends
+        return _count_slice(network, size, dtype, device, mode, shape.frames is None) + ends
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's annotation lacks memory_format
     mode = CountingMode(module.state_dict().values())
     x = torch.empty(size, dtype=dtype, device="meta", memory_format=torch.channels_last)
@@ -205,14 +205,19 @@ def count(shape: NetworkShape, plan: ExecutionPlan, device: torch.device) -> int
 
 
 def _count_slice(
-    network: Network, size: tuple[int, ...], dtype: torch.dtype, mode: CountingMode, in_midst: bool
+    network: Network,
+    size: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    mode: CountingMode,
+    in_midst: bool,
 ) -> int:
     """Peak bytes of the maps of a slice, and of what is carried from it and, `in_midst`, to it."""
     carry: Carry = deque()
     for frames in (1, size[0]) if in_midst else size[:1]:
         x = torch.empty((frames, *size[1:]), dtype=dtype, device="meta", memory_format=torch.channels_last)
         with mode, torch.inference_mode():
-            network(Sliced(carry), x)
+            network(Sliced(carry, device=device), x)
     return mode.peak
 
 

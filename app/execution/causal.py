@@ -96,17 +96,26 @@ def between(x: Tensor, history: Tensor | None, conv: nn.Conv3d) -> tuple[Tensor,
     With a stride of two, of every two later frames one is made, from them and the one before. With twice as many
     channels out as in, of each later frame two, from it and the two before, zeros in place of the first.
     """
-    before, down = history_of(conv), conv.stride[0] == 2
+    before, stride = history_of(conv), int(conv.stride[0])
     head, later = (x[:1], x[1:]) if history is None else (x[:0], x)
-    frames = joined(head if history is None and down else history, later, before)
-    last = frames[len(frames) - before :]
+    start = head if history is None and stride == 2 else history
     if not len(later):
-        return head, last
-    made = causal(frames, conv, (0, 0), first=False)
-    if not down:
-        pairs = made.unflatten(1, (2, -1))  # (T, 2, C, h, w)
-        made = pairs.permute(0, 1, 3, 4, 2).flatten(0, 1).permute(0, 3, 1, 2)  # channels_last
-    return torch.cat((head, made)) if len(head) else made, last
+        return head, (x.new_zeros((before, *x.shape[1:])) if start is None else start)
+    # A position's frames side by side, (h, w, before + T, C): what makes a frame of them is one product.
+    _, c, h, w = x.shape
+    series = x.new_zeros((h, w, before + len(later), c))
+    if start is not None:
+        series[:, :, :before] = start.permute(2, 3, 0, 1)
+    series[:, :, before:] = later.permute(2, 3, 0, 1)
+    taps, split = int(conv.kernel_size[0]), conv.out_channels // c  # frames that are read, and that are made of them
+    weights = conv.weight.flatten(2).transpose(1, 2).flatten(1).split(c)  # each (C, taps * C)
+    biases = (None,) * split if conv.bias is None else conv.bias.split(c)
+    made = x.new_empty((len(head) + len(later) // stride * split, h, w, c))
+    made[: len(head)] = head.permute(0, 2, 3, 1)
+    for number, frame in enumerate(made[len(head) :]):
+        at, part = stride * (number // split), number % split
+        frame.copy_(F.linear(series[:, :, at : at + taps].flatten(2), weights[part], biases[part]))
+    return made.permute(0, 3, 1, 2), series[:, :, len(later) :].permute(2, 3, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,7 @@ class Between(Pointwise):
 
     conv: nn.Conv3d
     first: bool
+    frames: int  # of its source
 
     @property
     def before(self) -> int:
@@ -132,8 +142,7 @@ class Between(Pointwise):
         return between(sources[0], None, self.conv)[0]
 
     def scratch(self, source: int) -> int:
-        made = source // 2 if self.conv.stride[0] == 2 else 2 * source  # before it is dealt out
-        return source + made  # with the frames before in front of it
+        return source + (self.before + 1) * source // self.frames  # with the frames before it, and a product
 
     def flops(self, source: int) -> int:
         return 2 * source * int(self.conv.kernel_size[0]) * self.conv.out_channels // int(self.conv.stride[0])

@@ -249,7 +249,7 @@ class _Recorder:
         return self._add(Node(function.shape(*(source.shape for source in sources)), function, x, more=tuple(more)))
 
     def between(self, x: Node, conv: nn.Conv3d) -> Node:
-        function = Between(conv, self.place.first)
+        function = Between(conv, self.place.first, x.shape[0])
         return self._add(Node(function.shape(x.shape), function, x))
 
     def _add(self, node: Node) -> Node:

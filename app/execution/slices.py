@@ -6,12 +6,14 @@ order of additions.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from app.execution.causal import Carry, between, causal, history_of, joined
+from app.execution.causal_winograd import convolve, pays
 from app.execution.norms import Norm
 from app.execution.pointwise import Pointwise
 from app.execution.primitive import Activation, AttentionBlock, Whole
@@ -21,13 +23,17 @@ from app.execution.rows import Rows
 class Sliced(Whole):
     """The next slice of one clip, on whole maps; a value for one run.
 
-    `check` is called before each layer and cancels the run by raising.
+    `check` is called before each layer and cancels the run by raising. Of maps on `meta`, `device` is the one that is
+    meant.
     """
 
-    def __init__(self, carry: Carry, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, carry: Carry, check: Callable[[], None] = lambda: None, device: torch.device | None = None
+    ) -> None:
         self._carry = carry
         self._first = not carry
         self._check = check
+        self._device = device
 
     def conv(
         self,
@@ -47,14 +53,16 @@ class Sliced(Whole):
         self._check()
         if not isinstance(conv, nn.Conv3d):
             return super().conv(x, conv, norm=norm, act=act, add=add, then=then, **how)
-        if norm is not None:
-            x = norm(x)
-        if act is not None:
-            x = act(x, inplace=norm is not None)
-        x = joined(self._history(), x, history_of(conv))
-        self._leave(x[len(x) - history_of(conv) :])
-        out = causal(x, conv, (int(conv.padding[1]), int(conv.padding[2])), self._first)
-        del x
+        history = self._history()
+        if pays(conv, x.shape, x.dtype, self._device or x.device):
+            out, left = convolve(history, x, conv, partial(_prepared, norm=norm, act=act))
+        else:
+            frames = joined(history, _prepared(x, norm, act), history_of(conv))
+            left = frames[len(frames) - history_of(conv) :].clone(memory_format=torch.channels_last)
+            out = causal(frames, conv, (int(conv.padding[1]), int(conv.padding[2])), self._first)
+            del frames
+        del history
+        self._leave(left)
         if add is not None:
             out += add
         return out if then is None else then(out, inplace=True)
@@ -72,7 +80,7 @@ class Sliced(Whole):
         """See `Execution.between`."""
         self._check()
         out, last = between(x, self._history(), conv)
-        self._leave(last)
+        self._leave(last.clone(memory_format=torch.channels_last))
         return out
 
     def _history(self) -> Tensor | None:
@@ -83,4 +91,10 @@ class Sliced(Whole):
 
     def _leave(self, frames: Tensor) -> None:
         self._carry.append(Rows())
-        self._carry[-1].append(frames.clone(memory_format=torch.channels_last))
+        self._carry[-1].append(frames)
+
+
+def _prepared(x: Tensor, norm: Norm | None, act: Activation | None) -> Tensor:
+    if norm is not None:
+        x = norm(x)
+    return x if act is None else act(x, inplace=norm is not None)

@@ -2,12 +2,14 @@
 
 import io
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from app.errors import InvalidImage, MalformedBody, TooLarge, UnsupportedMedia
+from app.wire.arrays import npz
 from app.wire.arrays.npy import write_npy
 from app.wire.clips.films import FILMS, FilmSpec
 from app.wire.clips.reels import is_video, reel_of
@@ -105,6 +107,51 @@ def test_what_is_no_clip_is_refused(body, error, words):
 
     with pytest.raises(error, match=words):
         read()
+
+
+def test_a_zip_of_bombs_is_not_inflated(monkeypatch):
+    """Files that claim a hundred megabytes each, for frames of 48 pixels: of none more than a header is read."""
+    picture, junk = write_png(frames()[0]), b"\xff" * (100 << 20)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.png", picture)
+        archive.writestr("1.png", picture + junk)
+    read: list[int] = []
+    inflate = npz._inflate
+
+    def noted(*how):
+        found = inflate(*how)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(npz, "_inflate", noted)
+    found = reel(file.getvalue(), max_pixels=1 << 24)
+    assert found.work < 1 << 20
+    with pytest.raises(TooLarge, match="more than the limit"):
+        found.read(2, WHITE)
+    with zipfile.ZipFile(file := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.png", picture + junk)
+    with pytest.raises(TooLarge, match="more than the limit"):
+        reel(file.getvalue(), max_pixels=1 << 24).read(1, WHITE)
+    assert max(read) < 1 << 20
+
+
+def test_frames_of_a_zip_are_not_larger_than_they_may_be():
+    with pytest.raises(TooLarge, match="8x6 pixels"):
+        reel(zipped({"0.png": write_png(frames()[0])}), max_pixels=47)
+
+
+@pytest.mark.parametrize("said", [6, 1 << 30])
+def test_an_animation_that_says_more_frames_than_it_has_ends_in_an_error(said):
+    body = bytearray(film("image/apng", frames()))
+    at = body.index(b"acTL")
+    body[at + 4 : at + 8] = said.to_bytes(4)
+    body[at + 12 : at + 16] = zlib.crc32(body[at : at + 12]).to_bytes(4)
+    found = reel(bytes(body))
+    assert found.count == said
+    assert len(found.read(5, WHITE)) == 5
+    with pytest.raises(MalformedBody):
+        found.read(1, WHITE)
 
 
 def test_a_video_is_told_by_its_first_bytes():

@@ -1,6 +1,7 @@
 """Video files are what FFmpeg takes them for: frame by frame what went in, of the colours that they say."""
 
 import io
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -118,6 +119,28 @@ def test_a_file_that_says_nothing_of_its_colours_is_read_as_players_do():
 def test_more_pixels_than_may_be_are_refused_before_they_are_decoded():
     with pytest.raises((TooLarge, MalformedBody)):
         reel(b"".join(written(MP4, frames())), max_pixels=64 * 47)
+
+
+def test_a_film_that_grows_is_not_decoded():
+    """The first frame is of 16x16, the second of 640x480, of which the decoder makes none."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="webm") as container:
+        film = container.add_stream("libvpx-vp9", rate=10)
+        film.width, film.height = 16, 16
+        for number, (width, height) in enumerate([(16, 16), (640, 480)]):
+            encoder = av.VideoCodecContext.create("libvpx-vp9", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
+            encoder.time_base = Fraction(1, 10)
+            picture = av.VideoFrame.from_ndarray(frames(1, height, width)[0], format="rgb24")
+            for packet in [*encoder.encode(picture), *encoder.encode(None)]:
+                packet.stream, packet.pts, packet.dts = film, number, number
+                packet.time_base = Fraction(1, 10)
+                container.mux(packet)
+    found = reel(file.getvalue(), 1 << 20)
+    assert (found.size, found.count) == ((16, 16), 2)
+    assert len(found.read(1, WHITE)) == 1
+    with pytest.raises(MalformedBody, match="not read"):
+        found.read(1, WHITE)
 
 
 @pytest.mark.parametrize("media", [MP4, WEBM, MKV])

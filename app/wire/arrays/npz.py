@@ -88,12 +88,12 @@ def pictures_of(body: Body) -> list[zipfile.ZipInfo]:
         return _members(archive, ".png", InvalidImage)
 
 
-def file_of(body: Body, member: zipfile.ZipInfo, max_bytes: int) -> bytes:
-    """The content of one, which takes at most `max_bytes`: raises TooLarge for more."""
+def file_of(body: Body, member: zipfile.ZipInfo, max_bytes: int, first: int | None = None) -> bytes:
+    """The content of one, or its `first` bytes. Raises TooLarge where it takes more than `max_bytes`."""
     if member.file_size > max_bytes:
         raise TooLarge(f"{member.filename[:40]!r} has {member.file_size} bytes, more than the limit of {max_bytes}")
     with _archive(body) as archive:
-        return _inflate(archive, member)
+        return _inflate(archive, member, first)
 
 
 @contextmanager
@@ -150,9 +150,10 @@ def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> ArraySpec:
     return spec
 
 
-def _inflate(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+def _inflate(archive: zipfile.ZipFile, member: zipfile.ZipInfo, first: int | None = None) -> bytes:
     with archive.open(member) as file:
-        return file.read(member.file_size)  # archive.read() would inflate up to 2 GiB whatever the size says
+        # archive.read() would inflate up to 2 GiB whatever the size says.
+        return file.read(min(first or member.file_size, member.file_size))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

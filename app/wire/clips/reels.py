@@ -8,14 +8,17 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from app.errors import InvalidImage, UnsupportedMedia
+from app.errors import InvalidImage, TooLarge, UnsupportedMedia
 from app.wire.arrays.npz import file_of, pictures_of
 from app.wire.arrays.spec import ArraySpec
-from app.wire.headers import PictureHeader, read_header
+from app.wire.headers import WORK, PictureHeader, read_header
 from app.wire.images import Colour, read_frames, read_image
 from app.wire.pixels import PixelsHeader, array_header, pixels_header, read_pixels
 from app.wire.scan import Body
 from app.wire.sniff import PICTURES, sniff, sniffed
+
+LONGEST_HEADER = 1 << 18
+"""Bytes of a frame's file beside its pixels, which have at most 16 each: a profile, texts."""
 
 VIDEOS = ("a file of MP4's kind", "Matroska or WebM")
 
@@ -132,17 +135,23 @@ class ZipReel:
         self._body, self._most = body, max_pixels
         self._members = pictures_of(body)
         self.count = len(self._members)
-        first = self._header(0)[1]
-        self.size, self.work = first.shown, first.work
+        # As much as is enough for a header, and no more than a picture may have anyway.
+        first = read_header(file_of(body, self._members[0], 16 * max_pixels, LONGEST_HEADER))
+        if first.width * first.height > max_pixels:
+            raise TooLarge(f"the frames have {first.width}x{first.height} pixels, more than the limit of {max_pixels}")
+        self.size = first.shown
+        self._longest = 16 * first.width * first.height + LONGEST_HEADER
+        self.work = self._longest + first.width * first.height * WORK
         self._read = 0
 
     def read(self, count: int, background: Colour | None) -> list[npt.NDArray[Any]]:
         """See `Reel.read`."""
         found = []
-        for index in range(self._read, self._read + count):
-            content, header = self._header(index)
+        for member in self._members[self._read : self._read + count]:
+            content = file_of(self._body, member, self._longest)
+            header = read_header(content)
             if header.shown != self.size:
-                name = self._members[index].filename[:40]
+                name = member.filename[:40]
                 raise InvalidImage(f"frames of one size were expected: {name!r} has {header.shown}, not {self.size}")
             found.append(read_image(content, header, background=background, max_pixels=self._most))
         self._read += count
@@ -150,7 +159,3 @@ class ZipReel:
 
     def close(self) -> None:
         """See `Reel.close`."""
-
-    def _header(self, index: int) -> tuple[bytes, PictureHeader]:
-        content = file_of(self._body, self._members[index], 16 * self._most)
-        return content, read_header(content)

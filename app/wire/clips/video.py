@@ -20,6 +20,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from app.errors import InvalidImage, MalformedBody, NotAcceptable, TooLarge
 from app.wire.clips.films import FilmSpec, Frames
+from app.wire.clips.tables import MAX_SAMPLES, check_tables
 from app.wire.images import WHITE, Colour, flattened, opaque
 from app.wire.scan import Body
 
@@ -32,6 +33,9 @@ READ = {"a file of MP4's kind": "mov", "Matroska or WebM": "matroska"}
 """FFmpeg's name of each format that is read: of no other one the parser is reached."""
 CODECS = "h264,hevc,vp8,vp9,libvpx-vp9,av1,libdav1d,ffv1,mpeg4,mjpeg,prores"
 """Decoders that a file may ask for."""
+
+BLOCK = 128
+"""Rows and columns that a codec may have beyond a film's sides: AV1's largest block."""
 
 WORK = 16
 """Bytes for each pixel of a frame that is read: the decoder's own, three of which it refers to, and the result."""
@@ -142,8 +146,12 @@ class VideoReel:
 
     def __init__(self, body: Body, kind: str, max_pixels: int) -> None:
         bounds = {"max_pixels": str(max_pixels), "threads": "1", "codec_whitelist": CODECS}
+        # Edits are times, too; a list of them would make of every frame as many as it has entries.
+        how = {"ignore_editlist": "1"} if READ[kind] == "mov" else {}
+        if READ[kind] == "mov":
+            check_tables(body)
         with _broken():
-            self._file = av.open(io.BytesIO(body), "r", format=READ[kind], options=bounds)
+            self._file = av.open(io.BytesIO(body), "r", format=READ[kind], options=bounds | how)
         try:
             if not self._file.streams.video:
                 raise InvalidImage("the file has no film in it")
@@ -156,10 +164,14 @@ class VideoReel:
                 raise MalformedBody("the film says no size")
             if context.width * context.height > max_pixels:
                 raise TooLarge(f"the film has {context.width}x{context.height} pixels, more than {max_pixels}")
-            context.options = bounds
+            # Of what a decoder finds the sides are those that were said, up to the blocks that they are padded to.
+            context.options = bounds | {"max_pixels": str((self.size[0] + BLOCK) * (self.size[1] + BLOCK))}
             context.thread_count = 1
             with _broken():
-                self.count = sum(packet.size > 0 for packet in self._file.demux(stream))
+                packets = (packet for packet in self._file.demux(stream) if packet.size > 0)
+                self.count = sum(1 for _ in islice(packets, MAX_SAMPLES + 1))
+                if self.count > MAX_SAMPLES:
+                    raise TooLarge(f"the film has more than {MAX_SAMPLES} frames")
                 self._file.seek(0)
             self.fps = stream.average_rate or Fraction(0)
             self._frames = self._decoded()

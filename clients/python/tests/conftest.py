@@ -1,6 +1,7 @@
 """The fixtures of the service's own tests: these run against a real one. And VAEs of diffusers, there and here."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -42,5 +43,7 @@ def url(tmp_path_factory, local):
     folder = tmp_path_factory.mktemp("vaes")
     for family, vae in local.items():
         vae.save_pretrained(folder / "VAE" / f"{family}-tiny")
-    with listening(folder) as (_, port):
+    with listening(folder) as (server, port):
+        while not server.engine.ready:  # twelve models are not always read before it serves
+            time.sleep(0.01)
         yield f"http://127.0.0.1:{port}"
