@@ -9,6 +9,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
 COMFYUI ?=
+SECONDS ?= 1800
 
 BIN := .venv/bin
 # An extra index, not another one: a build with a local version (2.13.0+cpu) is preferred to the plain one, and
@@ -17,7 +18,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test check fuzz soak audit browser bench bench-gpu comfyui image-test manifests ray wheel train
+.PHONY: help demo serve test check fuzz soak mutants audit browser bench bench-gpu comfyui image-test manifests ray wheel train
 
 help:
 	@echo 'make demo       start the server, send a picture through it and back, stop it'
@@ -26,6 +27,7 @@ help:
 	@echo 'make check      lint, formatting, types, import contracts'
 	@echo 'make fuzz       the long forms of the fuzzing, 10 minutes each (ARGS="api --seconds 60")'
 	@echo 'make soak       an hour of mixed traffic, every answer checked, what grows told (ARGS="--seconds 600")'
+	@echo 'make mutants    lines of some modules changed one by one: which changes no test notices (SECONDS=1800)'
 	@echo 'make audit      known vulnerabilities of the packages in .venv; asks pypi.org'
 	@echo 'make browser    the page in chromium: every action, an accessibility audit, pictures in browser-output/'
 	@echo 'make bench      CPU: encode and decode beside diffusers (ARGS=--quick for the small sizes)'
@@ -53,6 +55,10 @@ help:
 
 .venv/fuzz: .venv/test
 	$(INSTALL) -e '.[fuzz]'
+	@touch $@
+
+.venv/mutants: .venv/test
+	$(INSTALL) -e '.[mutants]'
 	@touch $@
 
 .venv/audit: .venv/runtime
@@ -96,6 +102,11 @@ fuzz: .venv/fuzz
 
 soak: .venv/test
 	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+# Ends when its time is up, and goes on where it was the next time; `mutmut show NAME` is what was changed.
+mutants: .venv/mutants
+	@OMP_NUM_THREADS=1 timeout --signal=INT $(SECONDS) $(BIN)/mutmut run $(ARGS) >mutants.log 2>&1 || true
+	@$(BIN)/mutmut results
 
 # Strict: a package that the database cannot be asked about is a failure. It knows torch 2.13.0, not torch 2.13.0+cpu.
 audit: .venv/audit

@@ -284,3 +284,41 @@ async def test_the_lower_ranks_take_turns_however_many_of_one_come(batcher, rank
 @pytest.mark.parametrize(("device", "said", "most"), [("cpu", None, 1 << 18), ("cuda", None, 4 << 20), ("cpu", 7, 7)])
 def test_what_a_batch_may_have_is_the_device_s_where_nobody_says(device, said, most):
     assert QueueLimits(batch_pixels=said).batch_on(device) == most
+
+
+async def test_a_refusal_says_what_the_queue_holds(batcher):
+    for _ in range(64):
+        put(batcher)
+    with pytest.raises(Overloaded, match="64 of 64 items, 16384 of 1048576 pixels"):
+        batcher.admit(1, 1, None, 0.0)
+
+
+async def test_what_a_request_itself_takes_counts_against_its_deadline(batcher):
+    batcher.admit(1, 1, None, 0.5)
+    with pytest.raises(Overloaded, match=r"about 20\.5 s"):
+        batcher.admit(1, 1, time.monotonic() + 10, 20.0)
+    batcher.admit(1, 1, time.monotonic() + 30, 20.0)
+
+
+async def test_the_age_of_the_oldest(batcher):
+    now = time.monotonic()
+    assert batcher.oldest_age(now) == 0.0
+    for model, queued in ((A, now - 3), (A, now - 2), (B, now - 5)):
+        put(batcher, model).queued = queued
+    assert batcher.oldest_age(now) == 5.0
+
+
+async def test_a_deadline_ends_a_job_wherever_it_is_and_says_after_how_long(batcher, metrics):
+    waiting, taken, done = put(batcher), put(batcher), put(batcher)
+    done.future.cancel()
+    for job in (waiting, taken):
+        job.queued -= 7
+    batcher.expire([waiting, taken, done])
+    for job in (waiting, taken):
+        with pytest.raises(DeadlineExceeded, match=r"after 7\.\d s"):
+            job.future.result()
+    assert value(metrics, "vae_rejected_total", reason="deadline") == 2
+    put(batcher)
+    assert len(await batcher.take()) == 1
+    assert value(metrics, "vae_cancelled_total", stage="queue") == 1
+    assert (batcher.items, batcher.pixels) == (0, 0)

@@ -3,6 +3,8 @@ import torch
 
 from app.engine import memory
 from app.engine.memory import CUDA_HEADROOM, HOST_SHARE, CudaMemory, FixedMemory, host_memory, memory_of
+from app.main import buffer_bytes
+from app.settings import Settings
 
 GIB = 1 << 30
 
@@ -30,6 +32,12 @@ def test_a_container_s_limit_counts_where_it_is_the_smaller(tmp_path, monkeypatc
     (tmp_path / "memory.max").write_text(written)
     monkeypatch.setattr(memory, "CGROUP_LIMIT", tmp_path / "memory.max")
     assert host_memory() == (int(GIB * HOST_SHARE) if bounds else machine)
+
+
+def test_tensors_and_bodies_together_leave_a_tenth_of_the_machine_to_the_rest(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text(f"{4 * GIB}\n")
+    monkeypatch.setattr(memory, "CGROUP_LIMIT", tmp_path / "memory.max")
+    assert host_memory() + buffer_bytes(Settings()) <= 0.9 * 4 * GIB
 
 
 class Card:

@@ -311,6 +311,21 @@ async def test_one_bad_item_fails_alone(forwards):
         assert value(engine, "vae_batch_item_failures_total", reason="error") == 1
 
 
+async def test_of_a_request_that_failed_nothing_more_is_run(forwards):
+    def before(inputs, plan):
+        raise ValueError("poison")
+
+    async with running(TOY) as engine:
+        await lone(engine, Task("decode", TOY), latent())
+        forwards.before = before
+        forwards.log.clear()
+        with pytest.raises(ValueError, match="poison"):
+            await submit(engine, Task("decode", TOY, deterministic=True), *(latent(seed=seed) for seed in range(9)))
+        await until(lambda: not engine.workers[0].busy and not engine.workers[0].batcher.items)
+        assert len(forwards.log) <= 2  # the next one may have begun by itself
+        assert value(engine, "vae_cancelled_total") >= 7
+
+
 # -- nobody waits any more -----------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import torch
 
 from app.engine.devices import to_device
 from app.engine.jobs import Task
+from app.engine.memory import FixedMemory
 from app.errors import DeadlineExceeded, NonFiniteOutput, OutOfMemory, Unavailable
 from tests.fakes import checkpoint, latent, load, picture, running, submit, until, value
 from tests.faults.device import Device, at, full, lost, only, spoilt
@@ -70,6 +71,15 @@ async def test_out_of_memory_at_any_step_of_any_plan(device, op):
         again = await lone(engine, task, body(op))
         assert (again.plan, again.reason) == ("fp32/whole", None)
         assert np.array_equal(again.array, expected.array)
+
+
+async def test_what_a_failed_forward_leaves_is_given_back_before_the_next_one(device, monkeypatch):
+    released = []
+    monkeypatch.setattr(FixedMemory, "release", lambda self: released.append(list(device.plans)))
+    async with running(TOY) as engine:
+        with device.failing(at(20, full)), pytest.raises(OutOfMemory):
+            await submit(engine, Task("decode", TOY), latent())
+        assert released == [["fp32/whole", "fp32/strips", "fp32/recompute"][:count] for count in (1, 2, 3)]
 
 
 async def test_out_of_memory_in_every_plan_is_said_and_the_next_one_is_answered(device):
