@@ -163,10 +163,8 @@ class Runner:
                     group = group[: plan.batch]
                 sent = self._send(staged, group, plan, last=not groups and not overflowed)
             done = await sent.done
-            if done is None:
-                groups.appendleft(
-                    (group, failed)
-                )  # the batch before had something left to do: it is this one's turn now
+            if done is None:  # the batch before had something left to do: it is this one's turn now
+                groups.appendleft((group, failed))
                 continue
             for job in set(group).difference(done.jobs):
                 self._ends.dropped(job)

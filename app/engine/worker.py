@@ -1,7 +1,7 @@
 """One device and its queue: stages the next batch while the one before it runs.
 
-Three threads: one computes, one brings arrays to the device and makes plans, one brings weights. Everything else lives
-on the event loop.
+Four threads: one computes, one brings arrays to the device and plans their forwards, one brings weights, one plans what
+is only asked. Everything else lives on the event loop.
 """
 
 import asyncio
@@ -77,9 +77,8 @@ class Worker:
         self._load_module = load
         self._stage_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-stage")
         self._load_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-load")
-        self._plan_thread = ThreadPoolExecutor(
-            1, thread_name_prefix=f"{name}-plan"
-        )  # of questions, and of what is counted ahead
+        # Plans of questions, and what is counted ahead.
+        self._plan_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-plan")
         self._asked = 0
         self.planner = Planner(self.device.type, memory, self.cache, forecaster, verdicts, precision)
         self.thread = DeviceThread(name, self.device, memory, keep_pages if self.device.type == "cpu" else None)
