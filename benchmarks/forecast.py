@@ -13,6 +13,7 @@ import gc
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Self, cast, get_args
@@ -106,7 +107,8 @@ def measure(network: Network, op: Op, side: int, batch: int, plan: ExecutionPlan
     module = ours(network, peer(network)).to(TORCH_DTYPES[plan.dtype])
     checkpoint = cast(Checkpoint, SimpleNamespace(config=module.config, family=FAMILIES[FAMILY[network]]))
     task = Task(op, checkpoint)
-    forecast = Forecaster("cpu").peak(network_shape(checkpoint, op, side, side), plan)
+    shape = replace(network_shape(checkpoint, op, side, side), kernels=True)
+    forecast = Forecaster("cpu").peak(shape, plan)
 
     def run(side: int) -> None:
         compute.forward(module, [torch.tensor(picture(op, side))] * batch, [task] * batch, plan, lambda: None)

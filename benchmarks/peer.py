@@ -15,6 +15,7 @@ from torch import Tensor
 from app.execution.primitive import Whole
 from app.vae.architectures import ARCHITECTURES, architecture_of
 from app.vae.autoencoder import Autoencoder
+from app.vae.kernels import add_kernels
 
 Network = Literal["kl", "tiny"]
 Op = Literal["encode", "decode"]
@@ -42,7 +43,7 @@ def peer(network: Network) -> Any:
 
 
 def ours(network: Network, model: Any) -> Autoencoder:
-    """Our network with the weights of the peer's `model`, in channels_last as the service runs it."""
+    """Our network with the weights of the peer's `model`, in channels_last and with kernels, as the service has it."""
     weights: dict[str, Tensor] = model.state_dict()
     row = ARCHITECTURES[network]
     named = {name: weights[key] for key, name in row.keys(weights).items()}
@@ -50,7 +51,9 @@ def ours(network: Network, model: Any) -> Autoencoder:
     net = row.module(row.configure({name: tuple(value.shape) for name, value in state.items()}, None))
     net.load_state_dict(state, assign=True)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's annotation lacks memory_format
-    return net.eval().requires_grad_(False)
+    net.eval().requires_grad_(False)
+    add_kernels(net)
+    return net
 
 
 def inputs(op: Op, side: int) -> Tensor:

@@ -22,6 +22,7 @@ from app.execution.primitive import Network, Whole
 from app.vae.architectures import ARCHITECTURES
 from app.vae.autoencoder import Autoencoder
 from app.vae.families import WAN22_MEAN, WAN22_STD
+from app.vae.kernels import add_kernels
 from benchmarks.pairs import alternate, milliseconds, speedup, table
 
 WIDTHS = (128, 256, 512, 512, 1024, 1024)  # of Sana's and of HunyuanImage 2.1's
@@ -81,7 +82,8 @@ def networks(architecture: str) -> tuple[Any, Autoencoder]:
     parts = [part for name, value in shaped.items() for part in row.resident(name, value)]
     layers = ((name, value.contiguous(memory_format=LAST) if value.dim() == 4 else value) for name, value in parts)
     ours.load_state_dict(dict(layers), assign=True)
-    return theirs, ours.requires_grad_(False)
+    add_kernels(ours.requires_grad_(False))
+    return theirs, ours
 
 
 def inputs(ours: Autoencoder, side: int) -> dict[str, Tensor]:

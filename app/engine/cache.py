@@ -12,6 +12,7 @@ from weakref import WeakSet
 import torch
 
 from app.engine.jobs import Clip
+from app.engine.kernels import Kernels
 from app.engine.memory import DeviceMemory
 from app.engine.planning import TORCH_DTYPES
 from app.errors import ModelBusy, OutOfMemory
@@ -39,11 +40,14 @@ class Resident:
 class ModelCache:
     """Modules by sha256, configuration and dtype, oldest use first."""
 
-    def __init__(self, load: Load, memory: DeviceMemory, limit: int | None, metrics: DeviceMetrics) -> None:
+    def __init__(
+        self, load: Load, memory: DeviceMemory, limit: int | None, metrics: DeviceMetrics, device: str
+    ) -> None:
         self._load_module = load
         self._memory = memory
         self._limit = limit if limit is not None else memory.capacity()
         self._metrics = metrics
+        self.kernels = Kernels(device, min(self._limit, memory.capacity()))
         self._residents: dict[Key, Resident] = {}  # an OrderedDict would hash every key of a walk
         self._loading: dict[Key, asyncio.Task[None]] = {}
         self.loads = 0  # begun so far
@@ -75,6 +79,10 @@ class ModelCache:
     def evictable(self) -> int:
         """Bytes of weights that nobody uses or has pinned."""
         return sum(resident.nbytes for resident in self._residents.values() if self._idle(resident))
+
+    def bytes_of(self, checkpoint: Checkpoint, dtype: Dtype) -> int:
+        """Bytes that a checkpoint takes while it is resident: of its weights, and of its kernels where it has some."""
+        return checkpoint.weight_bytes(TORCH_DTYPES[dtype]) + self.kernels.nbytes(checkpoint, dtype)
 
     def residents(self) -> list[Resident]:
         """All residents, oldest use first."""
@@ -167,7 +175,7 @@ class ModelCache:
 
     async def _load(self, checkpoint: Checkpoint, dtype: Dtype, reserved: int) -> None:
         key = _key(checkpoint, dtype)
-        nbytes = checkpoint.weight_bytes(TORCH_DTYPES[dtype])
+        nbytes = self.bytes_of(checkpoint, dtype)
         self.loads += 1
         started = time.monotonic()
         try:

@@ -26,6 +26,7 @@ from app.store.checkpoint import Checkpoint, blank
 from app.terms import Op
 from app.vae.architectures import architecture_of
 from app.vae.autoencoder import Config
+from app.vae.kernels import add_kernels
 
 MARGIN = 1.05
 """Over the counted bytes: the allocator's rounding. What was allocated was measured at 0.97 to 1.00 of the count."""
@@ -101,6 +102,7 @@ class NetworkShape:
     height: int
     width: int
     itemsize: int = 1  # bytes of each number of the picture, whichever side it is on
+    kernels: bool = False  # those of its convolutions are prepared, where it runs in float32
     frames: int | None = None  # on the network's side, of a clip that runs as one slice; None: a slice in its midst
 
 
@@ -119,7 +121,8 @@ class Forecaster:
         self._lock = threading.Lock()  # of the corrections
         self._corrections: dict[tuple[Any, Op, str], float] = {}
         self._device = torch.device(device)
-        self._counted = lru_cache(REMEMBERED)(lambda shape, plan: count(shape, plan, self._device))
+        self._counting = threading.Lock()  # two threads at once under torch's modes on `meta` were seen to crash
+        self._counted = lru_cache(REMEMBERED)(self._count)
 
     def peak(self, shape: NetworkShape, plan: ExecutionPlan) -> int:
         """Bytes of working memory, weights not included; of recompute, the least."""
@@ -144,6 +147,10 @@ class Forecaster:
         with self._lock:
             old = self._corrections.get(key, 1.0)
             self._corrections[key] = min(high, max(low, seen if seen > old else 0.9 * old + 0.1 * seen))
+
+    def _count(self, shape: NetworkShape, plan: ExecutionPlan) -> int:
+        with self._counting:
+            return count(shape, plan, self._device)
 
     def _bytes(self, shape: NetworkShape, plan: ExecutionPlan) -> int:
         """As counted, or between what was."""
@@ -184,6 +191,8 @@ def count(shape: NetworkShape, plan: ExecutionPlan, device: torch.device) -> int
     """
     dtype = TORCH_DTYPES[plan.dtype]
     module = blank(shape.config)
+    if shape.kernels and plan.dtype == "fp32":
+        add_kernels(module)
     network = module.encode if shape.op == "encode" else module.decode
     items, pictures = _items(shape, plan)
     ends = _ends(shape, plan, items, pictures, device)

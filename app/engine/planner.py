@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from app.engine.cache import ModelCache
 from app.engine.compute import OUTPUTS
 from app.engine.forecast import Forecaster, NetworkShape, network_shape
 from app.engine.jobs import Task, picture_pixels
 from app.engine.memory import DeviceMemory
-from app.engine.planning import TORCH_DTYPES, ExecutionPlan, after, candidates, choose, dtypes
+from app.engine.planning import ExecutionPlan, after, candidates, choose, dtypes
 from app.engine.verdicts import Verdicts
 from app.errors import InvalidParameter, OutOfMemory
 from app.store.checkpoint import Checkpoint
@@ -75,7 +73,7 @@ class Planner:
         A deterministic task is planned for an otherwise empty device: its plan must not depend on the moment.
         """
         if task.deterministic:
-            return self.memory.capacity() - task.checkpoint.weight_bytes(torch.float32)
+            return self.memory.capacity() - self.cache.bytes_of(task.checkpoint, "fp32")
         return self.cache.free + self.cache.evictable
 
     def prospect(self, task: Task) -> int:
@@ -83,7 +81,7 @@ class Planner:
         available, dtype = self.available(task), self.order(task)[0]
         if task.deterministic or self.cache.kept(task.checkpoint, dtype):
             return available
-        return available - task.checkpoint.weight_bytes(TORCH_DTYPES[dtype])
+        return available - self.cache.bytes_of(task.checkpoint, dtype)
 
     def choose(
         self,
@@ -103,7 +101,7 @@ class Planner:
         bytes, when nothing fits, InvalidParameter where the network has no bands and they were asked for.
         """
         pixels = picture_pixels(task, shape)
-        network = shape_of(task, shape, itemsize, whole_clip)
+        network = self.shape_of(task, shape, itemsize, whole_clip)
         executions = task.checkpoint.architecture.executions
         plans = candidates(dtype, task.tiling, items, pixels, self.device, executions)
         plan = choose(
@@ -134,17 +132,22 @@ class Planner:
             f"{max(0, available)} bytes are available{hint}"
         )
 
+    def shape_of(self, task: Task, shape: tuple[int, ...], itemsize: int = 1, whole_clip: bool = False) -> NetworkShape:
+        """`shape_of`, of a network that has the kernels which this device gives it in float32."""
+        has = self.cache.kernels.nbytes(task.checkpoint, "fp32") > 0
+        return replace(shape_of(task, shape, itemsize, whole_clip), kernels=has)
+
     def prepare(self, checkpoint: Checkpoint, dtype: Dtype, op: Op, side: int) -> None:
         """Counts what forecasts of whole runs lie between, for one of `forecast.SIDES`. Blocking, some 30 ms."""
         channels, factor = checkpoint.family.latent_channels, checkpoint.family.spatial_factor
         shape = (side, side, 3) if op == "encode" else (channels, side // factor, side // factor)
         task = Task(op, checkpoint, latents="raw")
-        self.forecaster.peak(shape_of(task, shape), ExecutionPlan(dtype, "whole", 1))
+        self.forecaster.peak(self.shape_of(task, shape), ExecutionPlan(dtype, "whole", 1))
 
     def answer(self, name: str, task: Task, shape: tuple[int, ...], free: int, available: int) -> PlanAnswer:
         """What would be planned for one item. Blocking; `free` and `available` are read on the event loop before."""
         pixels = picture_pixels(task, shape)
-        network = shape_of(task, shape)
+        network = self.shape_of(task, shape)
         executions = task.checkpoint.architecture.executions
         plans = candidates(self.order(task)[0], task.tiling, 1, pixels, self.device, executions)
         peaks = {str(plan): self.forecaster.peak(network, plan) for plan in plans}

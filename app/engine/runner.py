@@ -21,7 +21,7 @@ from app.engine.devices import on
 from app.engine.ends import Ends
 from app.engine.jobs import Job
 from app.engine.memory import DeviceMemory
-from app.engine.planner import Choice, Planner, shape_of
+from app.engine.planner import Choice, Planner
 from app.engine.planning import ExecutionPlan
 from app.engine.thread import DeviceThread, Done, Forward
 from app.errors import NonFiniteOutput, OutOfMemory, ServiceError, Unavailable
@@ -163,10 +163,8 @@ class Runner:
                     group = group[: plan.batch]
                 sent = self._send(staged, group, plan, last=not groups and not overflowed)
             done = await sent.done
-            if done is None:
-                groups.appendleft(
-                    (group, failed)
-                )  # the batch before had something left to do: it is this one's turn now
+            if done is None:  # the batch before had something left to do: it is this one's turn now
+                groups.appendleft((group, failed))
                 continue
             for job in set(group).difference(done.jobs):
                 self._ends.dropped(job)
@@ -271,7 +269,7 @@ class Runner:
         if sent.weights is not None and sent.weights == self._cache.weights:  # else those on their way are in it
             self._memory.note(done.level, self._cache.taken)
             if done.peak is not None and clip is None and not isinstance(done.outcome, Failure):
-                shape = shape_of(task, job.array.shape, job.array.itemsize)
+                shape = self._planner.shape_of(task, job.array.shape, job.array.itemsize)
                 self._planner.forecaster.measured(shape, plan, done.peak)
 
     def _after(

@@ -1,7 +1,7 @@
 """One device and its queue: stages the next batch while the one before it runs.
 
-Three threads: one computes, one brings arrays to the device and makes plans, one brings weights. Everything else lives
-on the event loop.
+Four threads: one computes, one brings arrays to the device and plans their forwards, one brings weights, one plans what
+is only asked. Everything else lives on the event loop.
 """
 
 import asyncio
@@ -35,6 +35,7 @@ from app.store.checkpoint import Checkpoint, load_autoencoder
 from app.terms import Dtype, Op, Precision
 from app.text import reason
 from app.vae.autoencoder import Autoencoder
+from app.vae.kernels import add_kernels
 
 log = logging.getLogger("app.engine")
 
@@ -73,13 +74,12 @@ class Worker:
         self.rate = Rate()
         self.batcher = Batcher(limits, self.device.type, self.rate, metrics)
         of_device = DeviceMetrics(metrics, name)
-        self.cache = ModelCache(self._load, memory, cache_bytes, of_device)
+        self.cache = ModelCache(self._load, memory, cache_bytes, of_device, self.device.type)
         self._load_module = load
         self._stage_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-stage")
         self._load_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-load")
-        self._plan_thread = ThreadPoolExecutor(
-            1, thread_name_prefix=f"{name}-plan"
-        )  # of questions, and of what is counted ahead
+        # Plans of questions, and what is counted ahead.
+        self._plan_thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-plan")
         self._asked = 0
         self.planner = Planner(self.device.type, memory, self.cache, forecaster, verdicts, precision)
         self.thread = DeviceThread(name, self.device, memory, keep_pages if self.device.type == "cpu" else None)
@@ -297,9 +297,16 @@ class Worker:
             self.memory.note(level, self.cache.taken)
 
     async def _load(self, checkpoint: Checkpoint, dtype: Dtype) -> Autoencoder:
-        module = await on(self._load_thread, self._load_module, checkpoint, TORCH_DTYPES[dtype], self.device)
+        module = await on(self._load_thread, self._loaded, checkpoint, dtype)
         for op, side in product(get_args(Op), SIDES):  # so that no request has to wait for it
             self._plan_thread.submit(self.planner.prepare, checkpoint, dtype, op, side)
+        return module
+
+    def _loaded(self, checkpoint: Checkpoint, dtype: Dtype) -> Autoencoder:
+        """On the load thread: the module, with its kernels where the cache has them in its sums."""
+        module = self._load_module(checkpoint, TORCH_DTYPES[dtype], self.device)
+        if self.cache.kernels.nbytes(checkpoint, dtype):
+            add_kernels(module)
         return module
 
 

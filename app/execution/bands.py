@@ -13,18 +13,16 @@ from torch.nn import functional as F
 
 from app.execution.causal import Between, Kept, between, causal
 from app.execution.enlarging import enlarge, merged
-from app.execution.moments import Moments, normalise
+from app.execution.moments import Moments, Prepare, prepare
 from app.execution.passes import Pass
 from app.execution.pointwise import GlobalPointwise, Pointwise, Totals
 from app.execution.primitive import attend, tokens
 from app.execution.program import Conv, Node
 from app.execution.rows import Rows
+from app.execution.winograd import convolve
 
 Statistics = Moments | Totals
 """What is gathered of a whole map before a global layer reads it."""
-
-Prepare = Callable[[Tensor, Tensor], object]
-"""Writes the norm of rows into others: (rows, rows of a window)."""
 
 
 def statistics_of(node: Node) -> Callable[[], Statistics]:
@@ -168,6 +166,8 @@ class Walk:
             self._carry[node] = window[:, :, following - first :].clone()
         if op.up == 2:
             return enlarge(window, self._merged[node], op.conv.bias, start % 2, stop - start, any(sides))
+        if (kernels := op.kernels(height, width)) is not None:
+            return convolve(window, kernels, op.conv.bias, prepare(None, None), above=0)
         padding = (0, 0 if any(sides) else left)
         if isinstance(op.conv, nn.Conv3d):
             return causal(window, op.conv, padding, self._in_time[node].first)
@@ -188,15 +188,9 @@ def _roles(node: Node) -> Iterator[tuple[str, Node]]:
 def _prepare(node: Node, statistics: dict[Node, Statistics]) -> Prepare:
     assert not isinstance(node.op, Pointwise)
     norm = None if node.op is None else node.op.norm
-    if norm is None:
-        return lambda x, out: out.copy_(x)
-    if node.normed is None:
-        return lambda x, out: out.copy_(norm(x))
-    assert isinstance(norm, nn.GroupNorm)
-    moments = statistics[node.normed]
-    assert isinstance(moments, Moments)
-    scale, shift = moments.scale_and_shift(norm)
-    return lambda x, out: normalise(x, scale, shift, out)
+    moments = None if node.normed is None else statistics[node.normed]
+    assert moments is None or isinstance(moments, Moments)
+    return prepare(norm, moments)
 
 
 def _surround(window: Tensor, above: int, below: int, height: int, sides: tuple[int, int], replicate: bool) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from app.execution.passes import Pass, band_rows
 from app.execution.pointwise import Pointwise
 from app.execution.program import Conv, Node, Program
+from app.execution.winograd import workspace
 
 SMALL = 1 << 11  # what statistics are made with: a few numbers per channel
 
@@ -101,7 +102,7 @@ def working_set(each: Pass) -> WorkingSet:
     ragged = frozenset(node for node, read in rows.items() if max(read) > min(read))
     first = _Rehearsal(each, {node: max(read) for node, read in rows.items()}, left, ragged)
     # The weights of enlarging convolutions are merged for the pass, from sums that need as much again.
-    merged = sum(_workspace(node) * 2 for node in each.nodes if isinstance(node.op, Conv) and node.op.up == 2)
+    merged = sum(_workspace(node, 0) * 2 for node in each.nodes if isinstance(node.op, Conv) and node.op.up == 2)
     beginning = max(2 * merged, merged + first.band())
     if each.rows >= target.shape[2]:
         return WorkingSet(beginning, 0)
@@ -183,7 +184,7 @@ class _Rehearsal:
         dealt = 0
         if op.up == 2:  # one parity of its rows, with a column to spare, before they are dealt out
             dealt = self._size(node) * (x.shape[3] + 1) // (2 * x.shape[3])
-        self._peak = max(self._peak, self._live + dealt + _workspace(node))
+        self._peak = max(self._peak, self._live + dealt + _workspace(node, self.rows[node]))
         self._live -= window
         if node.add is not None:
             self._make(node.add)
@@ -224,9 +225,14 @@ class _Rehearsal:
             self._live -= self._size(source) - self._left.get(source, 0)
 
 
-def _workspace(node: Node) -> int:
-    """Numbers of the kernel's own copy of a convolution's weights: oneDNN and cuDNN reorder them for each call."""
+def _workspace(node: Node, rows: int) -> int:
+    """Numbers that a convolution of so many rows needs for itself: a copy of its weights, or Winograd's tiles.
+
+    oneDNN and cuDNN reorder the weights for each call.
+    """
     assert isinstance(node.op, Conv) and node.x is not None
+    if node.op.kernels(*node.x.shape[2:]) is not None:
+        return workspace(*node.x.shape[:2], node.shape[1], rows, node.shape[3])
     taps = 2 * 2 * 2 if node.op.up == 2 else math.prod(node.op.conv.kernel_size)
     return node.shape[1] * node.x.shape[1] * taps // node.op.conv.groups
 

@@ -4,8 +4,15 @@ Bands are merged by the parallel-variance formula (Chan, Golub, LeVeque, "Updati
 for Computing Sample Variances", 1979) in float32: a mean far from zero costs no digits, as E[x^2] - E[x]^2 would.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+
+from app.execution.norms import Norm, global_norm
+
+Prepare = Callable[[Tensor, Tensor], object]
+"""Writes what becomes of rows of a map: (rows (B, C, n, w), where to)."""
 
 
 class Moments:
@@ -68,3 +75,14 @@ def normalise(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
             item, item_scale, item_shift, mean, var, False, 0.0, 0.0,
             out=item_out, save_mean=unused, save_invstd=unused,
         )  # fmt: skip
+
+
+def prepare(norm: Norm | None, moments: Moments | None) -> Prepare:
+    """What applies the norm, if any, to rows of a map; a global one needs the whole map's moments."""
+    if norm is None:
+        return lambda x, out: out.copy_(x)
+    if (grouped := global_norm(norm)) is None:
+        return lambda x, out: out.copy_(norm(x))
+    assert moments is not None
+    scale, shift = moments.scale_and_shift(grouped)
+    return lambda x, out: normalise(x, scale, shift, out)

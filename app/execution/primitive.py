@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app.execution.enlarging import enlarged
-from app.execution.norms import Norm
+from app.execution.moments import Moments, Prepare, prepare
+from app.execution.norms import Norm, global_norm
 from app.execution.pointwise import Pointwise
+from app.execution.winograd import convolve, kernels_of
 
 Activation = Callable[..., Tensor]
 """A pointwise function `act(x, inplace=False)`: `F.silu`, `F.relu`, `tanh_clamp`."""
@@ -113,10 +115,26 @@ def padding_of(conv: nn.Conv2d | nn.Conv3d, pad: Pad | None) -> Pad:
     return pad if pad is not None else (pad_w, pad_w, pad_h, pad_h)
 
 
-def _folds(conv: nn.Conv2d, around: Pad) -> bool:
-    """Whether the doubling of the map may be folded into the weights; see `enlarging`."""
-    plain = (conv.kernel_size, conv.stride, conv.dilation, conv.groups) == ((3, 3), (1, 1), (1, 1), 1)
-    return plain and around == (1, 1, 1, 1) and conv.padding_mode == "zeros"
+def plain(conv: nn.Conv2d | nn.Conv3d, around: Pad) -> bool:
+    """Whether it is a 3x3 kernel at every position of a map in zeros: what `enlarging` and `winograd` are about."""
+    usual = (conv.kernel_size, conv.stride, conv.dilation, conv.groups) == ((3, 3), (1, 1), (1, 1), 1)
+    return usual and around == (1, 1, 1, 1) and conv.padding_mode == "zeros"
+
+
+def _prepared(x: Tensor, norm: Norm | None, act: Activation | None) -> Prepare:
+    """What makes act(norm(x)) of any rows of x."""
+    moments = None
+    if global_norm(norm) is not None:
+        moments = Moments()
+        moments.add(x)
+    normed = prepare(norm, moments)
+
+    def write(rows: Tensor, out: Tensor) -> None:
+        normed(rows, out)
+        if act is not None:
+            act(out, inplace=True)
+
+    return write
 
 
 def _plain(x: Tensor, conv: nn.Conv2d, around: Pad) -> Tensor:
@@ -148,14 +166,18 @@ class Whole:
         then: Activation | None = None,
     ) -> Tensor:
         """See `Execution.conv`."""
+        if conv.weight.dim() != 4:
+            raise ValueError(f"a kernel of two dimensions runs here: {conv}")
+        around = padding_of(conv, pad)
+        rearranged = not torch.is_grad_enabled() and plain(conv, around)
+        if rearranged and not up and (kernels := kernels_of(conv, *x.shape[2:])) is not None:
+            x = convolve(x, kernels, conv.bias, _prepared(x, norm, act), above=1, add=add)
+            return x if then is None else then(x, inplace=True)
         if norm is not None:
             x = norm(x)
         if act is not None:
             x = act(x)
-        if conv.weight.dim() != 4:
-            raise ValueError(f"a kernel of two dimensions runs here: {conv}")
-        around = padding_of(conv, pad)
-        if up and not torch.is_grad_enabled() and _folds(conv, around):
+        if rearranged and up:
             x = enlarged(x, conv.weight, conv.bias)
         else:
             x = _plain(F.interpolate(x, scale_factor=2.0, mode="nearest") if up else x, conv, around)

@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from app.execution.causal import WHOLE_CLIP, Between, Slice, history_of
 from app.execution.norms import Norm, global_norm
 from app.execution.pointwise import GlobalPointwise, Pointwise, Shape
-from app.execution.primitive import Activation, AttentionBlock, Network, Pad, padding_of
+from app.execution.primitive import Activation, AttentionBlock, Network, Pad, padding_of, plain
+from app.execution.winograd import kernels_of
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Conv:
         """Columns left and right that a window has; none where the convolution itself pads, with as many on each."""
         left, right = self.pad[:2]
         return (0, 0) if left == right and not self.replicates else (left, right)
+
+    def kernels(self, height: int, width: int) -> Tensor | None:
+        """Winograd's kernels, where it has some for a map x of height x width."""
+        return kernels_of(self.conv, height, width) if self.up == 1 and plain(self.conv, self.pad) else None
 
     @property
     def windowless(self) -> bool:

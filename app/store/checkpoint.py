@@ -5,7 +5,7 @@ Knows files and tensors; which device and precision is the caller's to say.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from app.text import short
 from app.vae.architectures import Architecture, architecture_of, told
 from app.vae.autoencoder import Autoencoder, Config
 from app.vae.families import Family
+from app.vae.kernels import add_kernels
 from app.vae.unsupported import unsupported
 from app.weights.files import Format, WeightFile, open_weights
 from app.weights.parts import parted
@@ -61,6 +62,7 @@ class Checkpoint:
     weight_dtype: str  # `fp16`, `bf16`, `fp32`, ...; `mixed`
     baked: bool  # inside a full checkpoint
     stamps: tuple[Stamp, ...] = field(repr=False)
+    kernel_bytes: int = 0  # of what may be kept beside the weights in float32
     copy_of: str | None = None  # the name of the model in the same folder whose weights these are
 
     @cached_property
@@ -91,7 +93,8 @@ class Checkpoint:
         if clips is None:
             raise InvalidParameter(f"{self.name} ({self.family.name}) is for pictures; clips are taken by Wan's VAE")
         config = clips.configure(self.config)
-        return replace(self, config=config, parameters=sum(value.numel() for value in blank(config).parameters()))
+        parameters = sum(value.numel() for value in blank(config).parameters())
+        return replace(self, config=config, parameters=parameters, kernel_bytes=kernel_bytes(config))
 
     def changed(self) -> bool:
         """Whether a file was written, replaced or removed since it was identified."""
@@ -178,6 +181,12 @@ def blank(config: Config) -> Autoencoder:
     """The module on the meta device: shapes without memory."""
     with torch.device("meta"):
         return architecture_of(config).module(config)
+
+
+@lru_cache(256)
+def kernel_bytes(config: Config) -> int:
+    """Bytes of the convolution kernels that a network of this configuration has a use for in float32."""
+    return add_kernels(blank(config))
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

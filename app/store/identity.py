@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from app.errors import UnsupportedCheckpoint
-from app.store.checkpoint import Checkpoint, blank, some, told_of
+from app.store.checkpoint import Checkpoint, blank, kernel_bytes, some, told_of
 from app.store.declared import Declared, from_config, from_metadata, from_sidecar, norm_groups
 from app.store.digests import Digest
 from app.store.family import Hints, family_of
@@ -80,6 +80,7 @@ def identify_source(
             for key, shape in _resident(weights.row, weights.shapes).items()
             if not key.startswith(weights.row.statistics)
         ),
+        kernel_bytes=kernel_bytes(config),
         weight_dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
         baked=bool(weights.pipeline),
         stamps=whole,

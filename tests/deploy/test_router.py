@@ -8,8 +8,14 @@ import pytest
 
 pytest.importorskip("ray.serve", reason="Ray is an extra")
 
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.request_router import RequestRouter
 
+from app.errors import Overloaded, Unavailable
+from deploy.ingress import ReplicaDied
+from deploy.ray_serve import replicas_of
 from deploy.replica import Call
 from deploy.router import ResidentRouter, on_queued_seconds
 from deploy.routing import SILENT_SECONDS, Report, Resident
@@ -107,6 +113,38 @@ async def test_a_request_is_where_it_was_sent_and_nowhere_once_its_client_went(r
     asked.future.cancel()
     await asyncio.sleep(0)
     assert router.book.state("2", router._read["2"][1], 0.0).pending == 0.0
+
+
+class Handle:
+    """Of a deployment at which every call ends so."""
+
+    def __init__(self, error):
+        async def ended():
+            raise error
+
+        self.answer = SimpleNamespace(remote=lambda call: ended())
+        self.broadcast = lambda method: SimpleNamespace(results_async=lambda **_: ended())
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (DeploymentUnavailableError(DeploymentID("latentd")), Unavailable),
+        (BackPressureError(1001, 1000), Overloaded),
+        (ReplicaUnavailableError("the replica is not there"), ReplicaDied),
+        (ActorDiedError(), ReplicaDied),
+        (ActorUnavailableError("not now", None), ReplicaDied),
+        (ZeroDivisionError(), ZeroDivisionError),
+    ],
+)
+async def test_what_ray_raises_is_what_the_door_knows(error, expected):
+    with pytest.raises(expected):
+        await replicas_of(Handle(error)).answer(request(0).args[0])
+
+
+async def test_metrics_of_no_replica_are_none():
+    for error in (DeploymentUnavailableError(DeploymentID("latentd")), TimeoutError()):
+        assert await replicas_of(Handle(error)).metrics(1.0) == []
 
 
 def test_how_many_there_should_be():

@@ -35,7 +35,7 @@ class Loader:
 
 def cache_of(loader, room, limit=None):
     metrics = Metrics(CollectorRegistry())
-    return ModelCache(loader, FixedMemory(room), limit, DeviceMetrics(metrics, "cpu")), metrics
+    return ModelCache(loader, FixedMemory(room), limit, DeviceMetrics(metrics, "cpu"), "cpu"), metrics
 
 
 async def use(cache, model, dtype="fp32"):

@@ -9,8 +9,10 @@ from app.engine.forecast import MARGIN, OVERHEAD, CountingMode, Forecaster, Netw
 from app.engine.jobs import Task
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan
 from app.execution import banded as strips
+from app.execution import preparing
 from app.store.checkpoint import blank
 from app.vae.autoencoder_kl import KLConfig
+from app.vae.kernels import add_kernels
 from tests.fakes import FAMILY, checkpoint, latent, load, picture
 from tests.store.weights import config_of
 
@@ -54,17 +56,22 @@ def test_a_convolution_s_kernel_has_a_copy_of_the_weights(inference):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("execution", ["whole", "strips", "recompute"])
 @pytest.mark.parametrize(("op", "form"), [("encode", "uint8"), ("encode", "float32"), ("decode", "uint8")])
-def test_the_count_covers_the_real_tensors_and_little_more(monkeypatch, op, form, execution, dtype):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_the_count_covers_the_real_tensors_and_little_more(monkeypatch, kernels, op, form, execution, dtype):
     """Without margin and overhead: every tensor of a real run on this CPU, from array to array."""
     side = 128
     monkeypatch.setattr(strips, "CPU_BAND", 1 << 15)
     plan = ExecutionPlan(dtype, execution, 1)
     module = load(MEDIUM, TORCH_DTYPES[dtype], CPU)
+    monkeypatch.setattr(preparing, "CHANNELS", 64)
+    if kernels and dtype == "fp32":
+        assert add_kernels(module)
     array = (picture(side) / 256).astype(form) if op == "encode" else latent(side // 2)
     item = torch.tensor(array)
-    with CountingMode([item, *module.state_dict().values()]) as mode:
+    with CountingMode([item, *module.parameters(), *module.buffers()]) as mode:
         compute.forward(module, [item], [Task(op, MEDIUM)], plan, lambda: None)
-    counted = count(network_shape(MEDIUM, op, side, side, np.dtype(form).itemsize), plan, CPU)
+    shape = replace(network_shape(MEDIUM, op, side, side, np.dtype(form).itemsize), kernels=kernels)
+    counted = count(shape, plan, CPU)
     assert 1.0 <= counted * MARGIN / mode.peak <= 1.25
 
 

@@ -43,7 +43,7 @@ async def never(checkpoint, dtype):
 
 def planner(precision="auto", device="cpu", room=1000):
     memory = FixedMemory(room)
-    cache = ModelCache(never, memory, None, DeviceMetrics(Metrics(CollectorRegistry()), "cpu"))
+    cache = ModelCache(never, memory, None, DeviceMetrics(Metrics(CollectorRegistry()), "cpu"), "cpu")
     return Planner(device, memory, cache, Told("cpu"), Verdicts(), precision)
 
 
@@ -88,7 +88,7 @@ async def test_the_prospect_of_a_task_counts_its_own_weights_as_there():
     async def loaded(checkpoint, dtype):
         return load(checkpoint, torch.float32, torch.device("cpu"))
 
-    cache = ModelCache(loaded, memory, None, DeviceMetrics(Metrics(CollectorRegistry()), "cpu"))
+    cache = ModelCache(loaded, memory, None, DeviceMetrics(Metrics(CollectorRegistry()), "cpu"), "cpu")
     plans = Planner("cpu", memory, cache, Told("cpu"), Verdicts(), "auto")
     assert plans.prospect(TASK) == 9 * weights
     resident = await cache.acquire(TOY, "fp32")

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from app.engine.forecast import CountingMode
+from app.execution import preparing, winograd
 from app.execution.banded import RECOMPUTE, STRIPS, Banded, execute, forecast_bytes, gather
 from app.execution.norms import RMSNorm
 from app.execution.primitive import Whole
@@ -16,6 +17,7 @@ from app.vae.autoencoder_dc import AutoencoderDC, DCConfig, DCHalf
 from app.vae.autoencoder_hunyuan import AutoencoderHunyuan, HunyuanConfig
 from app.vae.autoencoder_kl import AutoencoderKL, KLConfig
 from app.vae.autoencoder_tiny import AutoencoderTiny, TinyConfig, TinyLayer
+from app.vae.kernels import add_kernels
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -130,8 +132,18 @@ def hunyuan():
     return vae.to(memory_format=torch.channels_last)
 
 
+def with_kernels():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(KLConfig((64, 64), (64, 64), 1, 1, 4, norm_groups=8)).requires_grad_(False)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(preparing, "CHANNELS", 64)
+        assert add_kernels(vae.to(memory_format=torch.channels_last))
+    return vae
+
+
 FAMILIES = {
     "kl": kl,
+    "kl with kernels": with_kernels,
     "kl without attention or 1x1": lambda: kl(mid_attention=False, quant_conv=False, post_quant_conv=False),
     "kl, a channel a group": lambda: kl((32, 32, 32), 32),
     "tiny": lambda: tiny(pool=False),
@@ -155,6 +167,11 @@ def cases(vae, sizes):
         yield vae.decode, torch.randn(b, 4, h, w)
         odd = (0, 0) if isinstance(vae, AutoencoderDC | AutoencoderHunyuan) else (3, 1)  # these take whole blocks
         yield vae.encode, torch.randn(b, 3, 4 * h + odd[0], 4 * w + odd[1])
+
+
+@pytest.fixture(autouse=True)
+def _kernels_for_small_maps(monkeypatch):
+    monkeypatch.setattr(winograd, "LEAST", 100)
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS, ids=repr)
@@ -199,7 +216,15 @@ def test_bands_come_in_order_and_cover_the_output():
 @pytest.mark.parametrize("half", ["decode", "encode"])
 @pytest.mark.parametrize(
     "name",
-    ["kl", "tiny with norms", "linear attention", "shuffles", "pointwise, to the edge", "pointwise, to zeros"],
+    [
+        "kl",
+        "kl with kernels",
+        "tiny with norms",
+        "linear attention",
+        "shuffles",
+        "pointwise, to the edge",
+        "pointwise, to zeros",
+    ],
 )
 def test_forecast_holds(kind, half, name):
     """The memory counted in a real run lies at most a quarter under the forecast, and never above it."""
@@ -214,7 +239,7 @@ def test_forecast_holds(kind, half, name):
 
 
 def count(execution, network, x, vae):
-    live = CountingMode([x, *vae.parameters()])
+    live = CountingMode([x, *vae.parameters(), *vae.buffers()])
     with torch.inference_mode(), live:
         for _, band in execute(execution, network, x):
             del band
