@@ -61,6 +61,7 @@ class Soak(Report):
     """And what the process had after each round."""
 
     swaps: int = 0
+    last: dict[str, str] = field(default_factory=dict)  # hash of the weights of each model's last answer
     evictions: int = 0
     levels: list[Quiet] = field(default_factory=list)
 
@@ -130,9 +131,15 @@ def compare(good: list[tuple[Call, httpx.Response]], alone: Alone) -> list[str]:
 
 
 async def swap(kept: list[Path], place: Path, report: Soak) -> None:
-    """The hot model is one and the other in turn, each whole at once."""
+    """The hot model is one and the other in turn, each whole at once, and once the one before it has answered.
+
+    A file that is replaced faster than it can be read would be a 503, rightly.
+    """
     for index in count(1):
         await asyncio.sleep(SWAP_SECONDS)
+        sha256 = hashlib.sha256(kept[(index - 1) % len(kept)].read_bytes()).hexdigest()
+        while report.last.get(HOT) != sha256:  # noqa: ASYNC110  a round that has ended tells nobody
+            await asyncio.sleep(1)
         partial = place.with_suffix(".part")
         await asyncio.to_thread(partial.write_bytes, kept[index % len(kept)].read_bytes())
         partial.replace(place)
@@ -167,6 +174,7 @@ async def run(
                 good = await load(url, calls(size, rng), concurrency, report)
                 report.problems += await asyncio.to_thread(compare, good, alone)
                 report.compared += len(good)
+                report.last |= {each.headers["x-model"]: each.headers["x-model-sha256"] for _, each in good}
                 report.seconds.clear()
                 sent += size
                 await check_metrics(url, sent, report)
