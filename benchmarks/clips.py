@@ -18,6 +18,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from app.allocator import keep_pages
 from app.engine.forecast import NetworkShape, count
 from app.engine.planning import ExecutionPlan
 from app.execution.banded import STRIPS, gather
@@ -81,7 +82,11 @@ def latents(frames: int, height: int, width: int) -> Tensor:
 
 @torch.inference_mode()
 def child(mode: str, frames: int, height: int, width: int) -> None:
-    """Prints the resident peak over what there was before, in MiB, and seconds."""
+    """Prints the resident peak over what there was before, in MiB, and seconds.
+
+    The heap keeps nothing that is free, as the service has it where memory is short: else what is resident is glibc's.
+    """
+    keep_pages(False)
     run, z = decoder(mode), latents(frames, height, width)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here

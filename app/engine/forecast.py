@@ -40,7 +40,8 @@ SIDES = (64, 256, 1024)
 """Of the square pictures, in pixels, whose whole runs are counted: any other area lies between two of them, or beyond.
 
 Maps grow with the area and kernels' copies of weights do not, and whichever moment is the peak, it is so on a stretch:
-a line between two counts is at most above what lies between.
+a line between two counts is at most above what lies between. Prepared kernels work in tiles, and small pictures
+have few: up to 128 px SD's line is 4 % below, 1.5 MB that MARGIN and OVERHEAD cover; from 192 px on it is within 0.5 %.
 """
 
 TELLING = 256 << 20
