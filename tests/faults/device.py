@@ -16,7 +16,7 @@ from app.engine import compute
 from app.engine.forecast import CountingMode
 from app.engine.planning import TORCH_DTYPES, ExecutionPlan
 
-STRIDE = int(os.environ.get("FAULT_STRIDE", "13"))
+STRIDE = int(os.environ.get("FAULT_STRIDE", "19"))
 """Each step is a request or two; FAULT_STRIDE=1 tries all of them."""
 
 UNFILLED = ("aten.empty", "aten.new_empty")
