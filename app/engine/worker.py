@@ -179,7 +179,7 @@ class Worker:
         for (model, dtype), found in copies.items():
             labels = {"model": model, "dtype": dtype, **device}
             yield "model_resident", "1 for each model on a device.", labels, 1
-            yield "model_resident_bytes", "Bytes of its weights.", labels, sum(each.nbytes for each in found)
+            yield "model_resident_bytes", "Bytes it takes there.", labels, sum(each.nbytes for each in found)
             yield "model_in_use", "Batches that hold it.", labels, sum(each.in_use for each in found)
         for kind, value in self.memory.kinds(self.cache.taken).items():
             yield "device_memory_bytes", "Memory of a device, by kind.", {**device, "kind": kind}, value
